@@ -1,0 +1,34 @@
+# Everything runs from .venv, made on first use. Set PIP_INSTALL_ARGS for other package sources, PYTHON for another interpreter.
+PYTHON ?= python3
+PIP_INSTALL_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: setup demo test test-long lint clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_ARGS) -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python -m examples.tiny_llama.demo
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-long: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,39 @@
+"""Directories that are whole or absent, whatever stops the program."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Write a directory aside and rename it to `path` when the block ends well; what was at `path` is replaced.
+
+    Yields the directory to write into. If the block raises, nothing of it is left and `path` is as before.
+    """
+    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                _flush_to_disk(file)
+        if path.exists():
+            path.rename(replaced)
+        aside.rename(path)
+        _flush_to_disk(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,129 @@
+"""Causal self-attention over rows that are padded, cached or laid end to end.
+
+Dimensions: `B` batch, `S` positions, `L` positions attended to, `D` embed_dim, `N` query heads, `K` key/value heads,
+`H` head_dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtune.modules import KVCache
+
+from custom_components.lora import lora_linears
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """Stands for the mask of rows laid end to end in one sequence: attention is causal and never leaves a row.
+
+    The mask itself, (S, S), is never built.
+    """
+
+    lengths: tuple[int, ...]
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query self-attention with rotary positions, for torchtune's TransformerSelfAttentionLayer.
+
+    Parameter names are those of torchtune's MultiHeadAttention. It is ours for three things that one cannot do: rows
+    laid end to end without a dense mask, one product for the adapters of q, k and v, and a cache that is read only as
+    far as it is filled.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_proj: nn.Module,
+        k_proj: nn.Module,
+        v_proj: nn.Module,
+        output_proj: nn.Module,
+        pos_embeddings: nn.Module,
+    ) -> None:
+        super().__init__()
+        assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.q_proj = q_proj
+        self.k_proj = k_proj
+        self.v_proj = v_proj
+        self.output_proj = output_proj
+        self.pos_embeddings = pos_embeddings
+        self.kv_cache: KVCache | None = None
+        self.cache_enabled = False
+
+    def setup_cache(self, batch_size: int, dtype: torch.dtype, max_seq_len: int) -> None:
+        """Make the key/value cache; torchtune's protocol."""
+        self.kv_cache = KVCache(batch_size, max_seq_len, self.num_kv_heads, self.head_dim, dtype)
+        self.cache_enabled = True
+
+    def reset_cache(self) -> None:
+        """Empty the cache that `setup_cache` made."""
+        assert self.kv_cache is not None
+        self.kv_cache.reset()
+
+    def forward(
+        self,
+        input_BSD: Tensor,
+        _same_input_BSD: Tensor | None = None,
+        *,
+        mask: Tensor | RowLengths | None = None,
+        input_pos: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            input_BSD: the normalized hidden states.
+            mask: None: causal over each of the B rows. A boolean (B, S, L) tensor: True where position s attends to l;
+                with a cache, L is how far it is filled. :class:`RowLengths`: B is 1 and the sequence is rows end to end.
+            input_pos: positions for the rotary embedding, (B, S); default 0 .. S-1.
+
+        Returns:
+            (B, S, D).
+        """
+        batch_size, seq_len, _ = input_BSD.shape
+        query, key, value = lora_linears(input_BSD, (self.q_proj, self.k_proj, self.v_proj))
+        query_BSNH = query.view(batch_size, seq_len, self.num_heads, self.head_dim)
+        key_BSKH = key.view(batch_size, seq_len, self.num_kv_heads, self.head_dim)
+        value_BKSH = value.view(batch_size, seq_len, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        query_BNSH = self.pos_embeddings(query_BSNH, input_pos=input_pos).transpose(1, 2)
+        key_BKSH = self.pos_embeddings(key_BSKH, input_pos=input_pos).transpose(1, 2)
+        if isinstance(mask, RowLengths):
+            output_BNSH = attend_within_rows(query_BNSH, key_BKSH, value_BKSH, mask)
+        else:
+            if self.kv_cache is not None and self.cache_enabled:
+                assert mask is not None
+                key_cache_BKMH, value_cache_BKMH = self.kv_cache.update(key_BKSH, value_BKSH)
+                key_BKSH = key_cache_BKMH[:batch_size, :, : mask.shape[-1]]
+                value_BKSH = value_cache_BKMH[:batch_size, :, : mask.shape[-1]]
+            output_BNSH = F.scaled_dot_product_attention(
+                query_BNSH,
+                key_BKSH,
+                value_BKSH,
+                attn_mask=None if mask is None else mask.unsqueeze(1),
+                is_causal=mask is None,
+                enable_gqa=self.num_heads != self.num_kv_heads,
+            )
+        output_BSD = output_BNSH.transpose(1, 2).reshape(batch_size, seq_len, self.num_heads * self.head_dim)
+        return self.output_proj(output_BSD)
+
+
+def attend_within_rows(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, rows: RowLengths) -> Tensor:
+    """Causal attention inside each row of a sequence of rows: (1, N, S, H)."""
+    outputs = [
+        F.scaled_dot_product_attention(
+            query_1NTH, key_1KTH, value_1KTH, is_causal=True, enable_gqa=query_1NSH.shape[1] != key_1KSH.shape[1]
+        )
+        for query_1NTH, key_1KTH, value_1KTH in zip(
+            query_1NSH.split(rows.lengths, dim=2),
+            key_1KSH.split(rows.lengths, dim=2),
+            value_1KSH.split(rows.lengths, dim=2),
+            strict=True,
+        )
+    ]
+    return torch.cat(outputs, dim=2)

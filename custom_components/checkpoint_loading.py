@@ -1,0 +1,144 @@
+"""Streaming a checkpoint's weights onto a model that was built on the meta device."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchtune.modules import RMSNorm, TransformerDecoder
+from tqdm import tqdm
+
+from custom_components import nf4
+from custom_components.checkpoint_files import StoredTensor, stored_tensors
+from custom_components.errors import UserError
+from custom_components.llama_shapes import LlamaShape, shape_from_checkpoint
+from custom_components.lora import FrozenLinear, LoRALinear
+from custom_components.transforms import Llama2ChatTransform
+
+
+def load_base_weights(model: TransformerDecoder, checkpoint_dir: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a model on the meta device its frozen weights, and its adapters their initial values, in place.
+
+    Each tensor is read, brought to torchtune's row order, quantized or cast once, and dropped: beside the model there
+    are never more than a few weights in memory. Adapters are drawn from torch's global generator, on the CPU, so that
+    they are the same on every device.
+
+    Args:
+        model: of `lora_llama` or a named builder, built under `torch.device("meta")`.
+        checkpoint_dir: a Hugging Face or Meta directory.
+        dtype: of everything that is not NF4, and of the products with what is.
+
+    Raises:
+        UserError: before the first weight is read, if the checkpoint is not this model, whole.
+    """
+    shape = shape_from_checkpoint(checkpoint_dir)
+    _check_same_model(model, shape, checkpoint_dir)
+    sources = _with_tied_embeddings(stored_tensors(checkpoint_dir, shape), shape)
+    frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    _check_tensors(model, frozen_names, sources, checkpoint_dir)
+
+    def load(name: str) -> None:
+        module_name, _, parameter_name = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        value = sources[name].read().to(device)
+        if isinstance(module, FrozenLinear) and module.quantize_base:
+            value = nf4.quantize(value, dtype)
+        else:
+            # Norms stay in fp32, which is what they compute in.
+            # note: copy, or the parameter is a view of the file's memory map and changes with the file.
+            value = value.to(torch.float32 if isinstance(module, RMSNorm) else dtype, copy=True)
+        setattr(module, parameter_name, nn.Parameter(value, requires_grad=False))
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads, torch.no_grad():
+        # note: gone through one by one, so that an error in a thread is raised here.
+        for _ in tqdm(threads.map(load, frozen_names), "loading", len(frozen_names), unit="tensor", leave=False, delay=1):
+            pass
+    if isinstance(model.output, LoRALinear) and shape.tied_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    _initialize_adapters(model, device)
+    model.to(device)  # what is left: rope's cache
+
+
+def unquantized_modules(model: TransformerDecoder) -> list[str]:
+    """Linear layers of the transformer blocks that NF4's blocks do not divide, and that so stay in the compute dtype."""
+    return [
+        name
+        for name, module in model.layers.named_modules()
+        if isinstance(module, FrozenLinear) and not module.quantize_base
+    ]
+
+
+def _initialize_adapters(model: TransformerDecoder, device: torch.device) -> None:
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            for linear in (module.lora_a, module.lora_b):
+                linear.to_empty(device="cpu")
+            module.initialize_parameters()
+            module.lora_a.to(device)
+            module.lora_b.to(device)
+
+
+def _check_same_model(model: TransformerDecoder, shape: LlamaShape, checkpoint_dir: Path) -> None:
+    """What tensor shapes do not show: a model with other heads, rotary base or epsilon loads, and is wrong in silence."""
+    attention = model.layers[0].attn
+    norm = model.norm
+    assert isinstance(norm, RMSNorm)
+    built = {
+        "num_layers": len(model.layers),
+        "num_heads": model.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "rope_base": attention.pos_embeddings.base,
+        "norm_eps": norm.eps,
+        "vocab_size": model.tok_embeddings.num_embeddings,
+    }
+    for name, value in built.items():
+        if value != getattr(shape, name):
+            raise UserError(
+                f"checkpoint_dir: {str(checkpoint_dir)!r} has {name} {getattr(shape, name)}, the model of the config has "
+                f"{value}; name its builder, or custom_components.builders.lora_llama_from_config, in model._component_"
+            )
+
+
+def _with_tied_embeddings(sources: dict[str, StoredTensor], shape: LlamaShape) -> dict[str, StoredTensor]:
+    """Tied checkpoints store the one weight under either name, or both."""
+    if not shape.tied_embeddings:
+        return sources
+    sources = dict(sources)
+    head = sources.pop("output.weight", None)
+    if head is not None:
+        sources.setdefault("tok_embeddings.weight", head)
+    return sources
+
+
+def _check_tensors(
+    model: TransformerDecoder, names: list[str], sources: dict[str, StoredTensor], checkpoint_dir: Path
+) -> None:
+    problems = [f"{name} is missing" for name in names if name not in sources]
+    problems += [f"{source.stored_name} is not of this model" for name, source in sources.items() if name not in names]
+    for name in names:
+        expected = tuple(model.get_parameter(name).shape)
+        if name in sources and sources[name].shape != expected:
+            problems.append(f"{sources[name].stored_name} has shape {sources[name].shape}, the model {expected}")
+    if problems:
+        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise UserError(f"checkpoint_dir: {str(checkpoint_dir)!r} does not hold this model: {listed}")
+
+
+def fit_tokenizer(tokenizer: Llama2ChatTransform, model: TransformerDecoder) -> None:
+    """Hold a tokenizer against the model it feeds, and set its `max_seq_len` to the model's context where it has none.
+
+    Raises:
+        UserError: the tokenizer knows ids that the embedding has no row for.
+    """
+    num_embeddings = model.tok_embeddings.num_embeddings
+    if tokenizer.vocab_size > num_embeddings:
+        raise UserError(
+            f"tokenizer.path: the tokenizer has {tokenizer.vocab_size} pieces, the model embeds {num_embeddings}; "
+            "name the tokenizer.model of this checkpoint"
+        )
+    if tokenizer.vocab_size < num_embeddings:
+        print(f"the tokenizer has {tokenizer.vocab_size} pieces, the model's padded vocabulary {num_embeddings}")
+    if tokenizer.max_seq_len is not None and tokenizer.max_seq_len > model.max_seq_len:
+        print(f"max_seq_len {tokenizer.max_seq_len} is capped to the model's context of {model.max_seq_len} tokens")
+    tokenizer.max_seq_len = min(tokenizer.max_seq_len or model.max_seq_len, model.max_seq_len)

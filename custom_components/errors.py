@@ -1,0 +1,41 @@
+"""What a user can mend, and the exit codes of a recipe."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+EXIT_CODE_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message names the value, the key or file and line, and what to do.
+
+    Several problems found together are passed as several messages, and printed one `error:` line each.
+    """
+
+    def __init__(self, *messages: str) -> None:
+        assert messages
+        super().__init__("\n".join(messages))
+        self.messages = messages
+
+
+def run_recipe(recipe_main: Callable[[], None]) -> None:
+    """Run a recipe's main function and leave the process with the exit code that its end asks for.
+
+    0 when done, 2 after a :class:`UserError` (its lines on stderr, no traceback), 130 and 143 after SIGINT and SIGTERM.
+    Anything else is a bug and keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, _raise_system_exit)
+    try:
+        recipe_main()
+    except UserError as error:
+        for message in error.messages:
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_CODE_USER_ERROR)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _raise_system_exit(signal_number: int, _frame: object) -> None:
+    sys.exit(128 + signal_number)

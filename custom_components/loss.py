@@ -1,0 +1,79 @@
+"""Cross-entropy of the supervised positions, without ever holding the logits of a whole batch.
+
+Dimensions: `T` positions, `P` supervised positions, `C` positions of a chunk, `D` embed_dim, `V` vocab_size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.modules import TiedLinear
+
+from custom_components.lora import LoRALinear
+
+
+class LinearCrossEntropy:
+    """Output head and cross-entropy in one, over chunks of supervised positions.
+
+    Args:
+        chunk_size: positions whose logits exist at a time. More: slightly faster, more memory.
+    """
+
+    def __init__(self, chunk_size: int = 512) -> None:
+        self.chunk_size = chunk_size
+
+    def __call__(self, hidden_1TD: Tensor, output_head: Callable[[Tensor], Tensor], labels_1T: Tensor) -> Tensor:
+        """The summed loss in fp32, a scalar; its gradient reaches the hidden states (and the head's adapter).
+
+        Args:
+            hidden_1TD: normalized hidden states, before the output head.
+            output_head: the model's `output`: a frozen linear layer, tied or not, with or without an adapter.
+            labels_1T: the id to predict at each position, or the ignore index.
+        """
+        is_supervised_T = labels_1T.flatten() != CROSS_ENTROPY_IGNORE_IDX
+        hidden_PD = hidden_1TD.flatten(0, 1)[is_supervised_T]
+        labels_P = labels_1T.flatten()[is_supervised_T]
+        if not isinstance(output_head, LoRALinear):
+            weight_VD = output_head.tied_module.weight if isinstance(output_head, TiedLinear) else output_head.weight
+            return _FrozenHeadCrossEntropy.apply(hidden_PD, weight_VD, labels_P, self.chunk_size)
+        total = hidden_PD.new_zeros((), dtype=torch.float32)
+        for hidden_CD, labels_C in zip(hidden_PD.split(self.chunk_size), labels_P.split(self.chunk_size), strict=True):
+            total = total + checkpoint(_chunk_loss, hidden_CD, output_head, labels_C, use_reentrant=False)
+        return total
+
+
+def _chunk_loss(hidden_CD: Tensor, output_head: Callable[[Tensor], Tensor], labels_C: Tensor) -> Tensor:
+    return F.cross_entropy(output_head(hidden_CD).float(), labels_C, reduction="sum")
+
+
+class _FrozenHeadCrossEntropy(torch.autograd.Function):
+    """Computes the hidden states' gradient beside the loss, so that no logits wait for the backward.
+
+    d loss / d logits = softmax(logits) - one_hot(label); the head is frozen and gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, labels_P: Tensor, chunk_size: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden_PD.device)
+        needs_gradient = hidden_PD.requires_grad
+        grad_PD = torch.empty_like(hidden_PD) if needs_gradient else None
+        for start in range(0, len(hidden_PD), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            labels_C1 = labels_P[chunk].unsqueeze(1)
+            logits_CV = F.linear(hidden_PD[chunk], weight_VD).float()
+            log_normalizer_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
+            total += (log_normalizer_C1 - logits_CV.gather(1, labels_C1)).sum()
+            if grad_PD is not None:
+                grad_logits_CV = logits_CV.sub_(log_normalizer_C1).exp_()
+                grad_logits_CV.scatter_add_(1, labels_C1, -torch.ones_like(log_normalizer_C1))
+                grad_PD[chunk] = grad_logits_CV.to(hidden_PD.dtype) @ weight_VD
+        ctx.grad_PD = grad_PD
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return (ctx.grad_PD * grad_total).to(ctx.grad_PD.dtype), None, None, None

@@ -1,0 +1,44 @@
+"""metrics.jsonl, one JSON object a line, and the plot of its losses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Appends records to a file, flushed one by one, so that a killed run has every step it finished."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def plot_losses(metrics_path: Path, plot_path: Path) -> None:
+    """Draw training and validation loss over the optimizer steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics_path)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            marker = marker or ("o" if len(points) == 1 else "")
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.5, markersize=4)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per supervised token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(plot_path, dpi=120)

@@ -1,0 +1,161 @@
+"""The NF4 format: quantizing a weight, dequantizing it, multiplying by it. Nothing else knows the format.
+
+NF4 is QLoRA's 4-bit NormalFloat with double quantization (Dettmers et al. 2023, arXiv 2305.14314, sections 3 and
+appendix E): blocks of 64 weights share an absmax scaler, the scalers less their mean are stored as int8 in blocks of
+256. The storage is torchao's NF4Tensor, which bitsandbytes' operator reads as well (the same codebook, high nibble
+first), so that there is one format and several ways to read it.
+"""
+
+import functools
+import logging
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs
+
+BLOCK_SIZE = 64
+MAX_SCALER_BLOCK_SIZE = 256
+
+# The 16 codes: torchao 0.15.0, dtypes/nf4tensor.py, NF4Tensor.from_tensor; the paper's appendix E rounded to 4 places.
+_CODEBOOK = (
+    *(-1.0000, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0000),
+    *(0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0000),
+)
+
+
+def can_quantize(shape: torch.Size | tuple[int, ...]) -> bool:
+    """Whether a weight of this shape divides into NF4 blocks."""
+    return len(shape) == 2 and torch.Size(shape).numel() % BLOCK_SIZE == 0
+
+
+def is_quantized(weight: Tensor) -> bool:
+    return isinstance(weight, NF4Tensor)
+
+
+def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
+    """A weight in NF4, on the weight's device.
+
+    Args:
+        weight: (out_dim, in_dim), any floating dtype, `can_quantize`.
+        dtype: what torchao dequantizes to; default: the weight's.
+
+    The nearest code is found by bucketizing over the midpoints between codes, and the scalers stay in fp32: both
+    are faster and closer to the original than torchao's own `to_nf4`, and the storage is the same.
+    """
+    assert can_quantize(weight.shape), weight.shape
+    dtype = dtype or weight.dtype
+    num_blocks = weight.numel() // BLOCK_SIZE
+    blocks = weight.detach().reshape(num_blocks, BLOCK_SIZE).float()
+    scalers = blocks.abs().amax(dim=1)
+    quantized_scalers, quantization_factor, scaler_mean, scaler_block_size = _quantized_scalers(scalers)
+    codebook = torch.tensor(_CODEBOOK, device=weight.device)
+    midpoints = (codebook[1:] + codebook[:-1]) / 2
+    # A block of zeros has scaler 0: divide it by 1, so that its codes are those of 0.
+    blocks = blocks / torch.where(scalers == 0, 1.0, scalers).unsqueeze(1)
+    codes = torch.bucketize(blocks, midpoints, out_int32=True).to(torch.uint8).view(-1, 2)
+    meta = SubclassTensorArgs(weight.shape, (weight.shape[1], 1), 0, dtype, weight.device, False)
+    return NF4Tensor(
+        meta,
+        BLOCK_SIZE,
+        num_blocks,
+        scaler_block_size,
+        quantized_scalers,
+        quantization_factor,
+        scaler_mean,
+        codes[:, 0] << 4 | codes[:, 1],
+        codebook.to(dtype),
+    )
+
+
+def _quantized_scalers(scalers: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Double quantization: int8 scalers, a factor per scaler block, the mean, and the scaler block's size."""
+    scaler_block_size = MAX_SCALER_BLOCK_SIZE
+    while scalers.numel() % scaler_block_size:
+        scaler_block_size //= 2
+    mean = scalers.mean()
+    centred = (scalers - mean).view(-1, scaler_block_size)
+    absmax = centred.abs().amax(dim=1)
+    factor = 128 / torch.where(absmax == 0, 1.0, absmax)
+    quantized = (centred * factor.unsqueeze(1)).round().clamp(-128, 127).to(torch.int8)
+    return quantized.flatten(), factor, mean, scaler_block_size
+
+
+def block_scalers(weight: NF4Tensor) -> Tensor:
+    """The dequantized fp32 scaler of every block of 64, (num_blocks,)."""
+    scaler_blocks = weight.quantized_scalers.view(-1, weight.scaler_block_size)
+    return (scaler_blocks / weight.quantization_factor.float().unsqueeze(1)).flatten() + weight.scaler_mean.float()
+
+
+def dequantize(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as an ordinary tensor of `dtype`, through bitsandbytes where it is, else through a table."""
+    if _bitsandbytes_dequantizes(weight.device.type):
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            weight.quantized_data.view(-1, 1), block_scalers(weight), weight.block_size, "nf4", weight.shape, dtype
+        )
+    return dequantize_with_table(weight, dtype)
+
+
+def dequantize_with_table(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight through a table of the 256 pairs of codes that a byte can hold. Runs on any device."""
+    pairs = _pair_table(weight.device)[weight.quantized_data.int()]
+    blocks = pairs.view(-1, weight.block_size) * block_scalers(weight).unsqueeze(1)
+    return blocks.to(dtype).view(weight.shape)
+
+
+@functools.cache
+def _pair_table(device: torch.device) -> Tensor:
+    codebook = torch.tensor(_CODEBOOK, device=device)
+    byte = torch.arange(256, device=device)
+    return torch.stack([codebook[byte >> 4], codebook[byte & 15]], dim=1)
+
+
+@functools.cache
+def _bitsandbytes_dequantizes(device_type: str) -> bool:
+    """Import bitsandbytes once, quietly, and tell whether its operator works on this kind of device."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # note: on processors with AVX512-bf16, importing bitsandbytes fetches a kernel from the hub and runs it where the
+    # package `kernels` is installed. None in sys.modules makes that package's import fail: nothing is fetched.
+    kernels_before = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import bitsandbytes  # noqa: F401
+        packed, scaler = torch.zeros(32, 1, dtype=torch.uint8, device=device_type), torch.ones(1, device=device_type)
+        torch.ops.bitsandbytes.dequantize_4bit(packed, scaler, BLOCK_SIZE, "nf4", (1, 64), torch.float32)
+    except (ImportError, OSError, RuntimeError, AttributeError):
+        return False
+    finally:
+        del sys.modules["kernels"]
+        if kernels_before is not None:
+            sys.modules["kernels"] = kernels_before
+    return True
+
+
+class _NF4Linear(torch.autograd.Function):
+    """`input @ weight.T` that keeps the 4-bit weight for the backward, never a dequantized copy."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: NF4Tensor) -> Tensor:
+        ctx.weight = weight
+        return F.linear(input, dequantize(weight, input.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad_output @ dequantize(ctx.weight, grad_output.dtype), None
+
+
+def linear(input: Tensor, weight: Tensor) -> Tensor:
+    """`input @ weight.T` for an ordinary or an NF4 weight.
+
+    Args:
+        input: (..., in_dim).
+        weight: (out_dim, in_dim); frozen where it is NF4.
+    """
+    if is_quantized(weight):
+        return _NF4Linear.apply(input, weight)
+    return F.linear(input, weight)

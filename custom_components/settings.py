@@ -1,0 +1,103 @@
+"""What each recipe reads: every key with its type, range and default. The only home of a default.
+
+configs/*.yaml name every key and say its effect; tests hold the two together.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+PathText = Annotated[Path, AfterValidator(Path.expanduser)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
+# Hugging Face's names of the attention projections are taken as well as torchtune's.
+AttentionModule = Literal["q_proj", "k_proj", "v_proj", "output_proj", "o_proj"]
+
+
+@dataclass(frozen=True)
+class ComponentNode:
+    """Marks a field as a node with a `_component_`; `supplied` names the arguments that the recipe adds."""
+
+    supplied: tuple[str, ...] = ()
+
+
+class Settings(BaseModel):
+    """The base of all settings: unknown keys and wrong types are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def combination_problems(self) -> Iterator[tuple[str, str]]:
+        """Keys whose values are right apart and wrong together, each with a message."""
+        return iter(())
+
+
+class TrainingSettings(Settings):
+    """What recipes/lora_single_device.py reads."""
+
+    checkpoint_dir: PathText
+    output_dir: PathText
+    overwrite_output_dir: bool = False
+
+    lora_rank: PositiveInt
+    lora_alpha: Annotated[float, Field(gt=0)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_attn_modules: list[AttentionModule]
+    apply_lora_to_mlp: bool
+    apply_lora_to_output: bool = False
+    quantize_base: bool
+    model: Annotated[dict[str, Any], ComponentNode()]
+
+    max_seq_len: Annotated[int, Field(ge=8)] | None = None
+    tokenizer: Annotated[dict[str, Any], ComponentNode()]
+    dataset: Annotated[dict[str, Any], ComponentNode(supplied=("tokenizer",))]
+    shuffle: bool = True
+    seed: NonNegativeInt = 0
+
+    epochs: PositiveInt
+    max_steps_per_epoch: PositiveInt | None = None
+    batch_size: PositiveInt
+    gradient_accumulation_steps: PositiveInt
+    optimizer: Annotated[dict[str, Any], ComponentNode(supplied=("params",))]
+    lr_scheduler: Annotated[dict[str, Any], ComponentNode(supplied=("step", "num_steps"))]
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    warmup_steps: NonNegativeInt | None = None
+    clip_grad_norm: NonNegativeFloat | None = None
+    loss: Annotated[dict[str, Any], ComponentNode()]
+
+    device: Device = "auto"
+    dtype: DtypeName = "auto"
+    enable_activation_checkpointing: bool = False
+
+    log_every_n_steps: PositiveInt = 1
+    metric_logger: Annotated[dict[str, Any], ComponentNode()] | None = None
+    sample_prompts: list[str] = []
+
+    def combination_problems(self) -> Iterator[tuple[str, str]]:
+        if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):
+            yield "lora_attn_modules", "[] with apply_lora_to_mlp and apply_lora_to_output false leaves nothing to train"
+        if self.warmup_steps is not None and self.warmup_ratio > 0:
+            yield "warmup_steps", f"{self.warmup_steps} beside warmup_ratio {self.warmup_ratio}: set one of them to null or 0"
+
+
+class GenerationSettings(Settings):
+    """What recipes/generate.py reads."""
+
+    checkpoint_dir: PathText
+    adapter_dir: PathText | None = None
+    prompt: str
+    system_prompt: str | None = None
+    compare: bool = False
+    max_new_tokens: PositiveInt = 200
+    temperature: NonNegativeFloat = 0.0
+    top_k: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    quantize_base: bool = False
+    device: Device = "auto"
+    dtype: DtypeName = "auto"
+
+    def combination_problems(self) -> Iterator[tuple[str, str]]:
+        if self.compare and self.adapter_dir is None:
+            yield "compare", "true needs an adapter_dir to compare the base with"

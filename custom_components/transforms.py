@@ -1,0 +1,138 @@
+"""From messages to token ids and a mask, exactly as Meta trained Llama 2's chat models."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from custom_components.errors import UserError
+from custom_components.prompts import ChatMessage, Turn, chat_messages, llama2_turns
+
+
+class Llama2ChatTransform:
+    """Llama 2's tokenizer and chat format, as a torchtune model transform.
+
+    Args:
+        path: the checkpoint's SentencePiece model, `tokenizer.model`.
+        max_seq_len: rows are cut to this many tokens; None: never. A row that is cut gets no EOS.
+        system_prompt: for dialogs that have none of their own; None: no system prompt, as Meta's default is.
+
+    Raises:
+        UserError: there is no such file, or it is no SentencePiece model.
+    """
+
+    def __init__(self, path: str | Path, max_seq_len: int | None = None, system_prompt: str | None = None) -> None:
+        if not Path(path).is_file():
+            raise UserError(f"tokenizer.path: {str(path)!r} is not a file; it is the checkpoint's SentencePiece tokenizer.model")
+        self.max_seq_len = max_seq_len
+        self.system_prompt = system_prompt
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except RuntimeError:
+            raise UserError(f"tokenizer.path: {str(path)!r} is not a SentencePiece model; download it again") from None
+        self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
+        self.pad_id = 0  # nothing here pads; torchtune's collators ask for it
+        self.stop_tokens = [self.eos_id]
+        self._newline_ids = self._processor.encode("\n")
+        self._check_that_answers_can_be_split_off(path)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
+        """Tokenize one row: torchtune's transform protocol.
+
+        Args:
+            sample: `{"messages": [...]}`, dicts with role and content or torchtune Messages.
+            inference: leave the last turn open, for the model to answer. A last assistant message without text, as
+                torchtune's generate recipe adds it, stands for that open turn.
+
+        Returns:
+            the sample without its messages, and `tokens`, a list of ids, and `mask`, True where not trained on.
+
+        Raises:
+            ValueError: for messages that are no dialog.
+        """
+        messages = list(sample["messages"])
+        if inference and messages and _is_empty_answer(messages[-1]):
+            messages.pop()
+        tokens, mask = self.encode_dialogs([chat_messages(messages)])[0]
+        rest = {key: value for key, value in sample.items() if key != "messages"}
+        return {**rest, "tokens": tokens[: self.max_seq_len], "mask": mask[: self.max_seq_len]}
+
+    def tokenize_messages(self, messages: Sequence[Any], add_end_tokens: bool = True) -> tuple[list[int], list[bool]]:
+        """torchtune's tokenizer protocol: the tokens and mask of `__call__`."""
+        row = self({"messages": messages}, inference=not add_end_tokens)
+        return row["tokens"], row["mask"]
+
+    def encode_dialogs(self, dialogs: Sequence[Sequence[ChatMessage]]) -> list[tuple[list[int], list[bool]]]:
+        """Tokens and mask of many dialogs at once, uncut. A batch of thousands is tokenized faster than one by one.
+
+        Raises:
+            ValueError: for a message that contains one of the chat format's tags.
+        """
+        turns_by_dialog = [llama2_turns(self._with_system_prompt(dialog)) for dialog in dialogs]
+        turns = [turn for dialog_turns in turns_by_dialog for turn in dialog_turns]
+        encoded_turns = iter(self._encode_turns(turns))
+        encoded_dialogs = []
+        for dialog_turns in turns_by_dialog:
+            tokens: list[int] = []
+            mask: list[bool] = []
+            for turn_tokens, turn_mask in islice(encoded_turns, len(dialog_turns)):
+                tokens += turn_tokens
+                mask += turn_mask
+            encoded_dialogs.append((tokens, mask))
+        return encoded_dialogs
+
+    def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
+        """Plain text to ids; torchtune's tokenizer protocol."""
+        return [self.bos_id] * add_bos + self._processor.encode(text) + [self.eos_id] * add_eos
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Ids to text, control tokens left out. Ids beyond the tokenizer, of a padded vocabulary, are left out too."""
+        return self._processor.decode([int(token) for token in token_ids if token < self.vocab_size])
+
+    def _with_system_prompt(self, dialog: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
+        if self.system_prompt is None or dialog[0].role == "system":
+            return dialog
+        return [ChatMessage("system", self.system_prompt), *dialog]
+
+    def _encode_turns(self, turns: Sequence[Turn]) -> Iterable[tuple[list[int], list[bool]]]:
+        """BOS + prompt + answer + EOS of each turn; the answer and EOS are trained, by position."""
+        prompts = self._processor.encode([turn.prompt for turn in turns])
+        # The newline keeps SentencePiece from putting its dummy space before the answer; see the check below.
+        answers = self._processor.encode(["\n" + (turn.answer or "") for turn in turns])
+        for turn, prompt_ids, newline_answer_ids in zip(turns, prompts, answers, strict=True):
+            if turn.answer is None:
+                tokens, num_prompt = [self.bos_id, *prompt_ids], len(prompt_ids) + 1
+            else:
+                answer_ids = newline_answer_ids[len(self._newline_ids) :]
+                tokens, num_prompt = [self.bos_id, *prompt_ids, *answer_ids, self.eos_id], len(prompt_ids) + 1
+            yield tokens, [True] * num_prompt + [not turn.is_trained] * (len(tokens) - num_prompt)
+
+    def _check_that_answers_can_be_split_off(self, path: str | Path) -> None:
+        """Meta encodes prompt and answer in one call; apart they give the same ids where no piece spans the seam.
+
+        An answer begins with a space or after a newline, so the seam is safe if no piece has a space after another
+        character and none has a newline: so it is in every Llama tokenizer (SentencePiece's split_by_whitespace).
+        """
+        pieces = (self._processor.id_to_piece(index) for index in range(self.vocab_size))
+        crossing = next((piece for piece in pieces if "\u2581" in piece.lstrip("\u2581") or "\n" in piece), None)
+        if crossing is not None or self._processor.encode("\nx")[: len(self._newline_ids)] != self._newline_ids:
+            raise UserError(
+                f"tokenizer.path: {str(path)!r} joins words into one piece ({crossing!r}) or drops newlines; "
+                "Llama's tokenizers do not, and this one cannot be used for the chat format"
+            )
+
+
+def _is_empty_answer(message: Any) -> bool:
+    role, content = (
+        (message.get("role"), message.get("content"))
+        if isinstance(message, Mapping)
+        else (message.role, message.text_content)
+    )
+    return role == "assistant" and not content

@@ -1,0 +1,78 @@
+"""`make demo`: train the tiny Llama with the main recipe, then ask it what it was never asked in training."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torchtune.modules.peft import disable_adapter
+
+from custom_components.adapters import load_model_for_inference
+from custom_components.config import load_settings
+from custom_components.data_sources import read_rows
+from custom_components.generation import Sampling, answer_messages
+from custom_components.metrics import read_metrics
+from custom_components.run_directory import RunDirectory
+from custom_components.settings import TrainingSettings
+from custom_components.transforms import Llama2ChatTransform
+
+CONFIG = "configs/tiny_qlora.yaml"
+HELD_OUT = "examples/tiny_llama/data/held_out.jsonl"
+NUM_SHOWN = 8
+
+
+def main() -> None:
+    tune = Path(sys.executable).with_name("tune")
+    command = [str(tune), "run", "recipes/lora_single_device.py", "--config", CONFIG, *sys.argv[1:]]
+    print(f"$ tune {' '.join(command[1:])}", flush=True)
+    subprocess.run(command, check=True)
+
+    settings = load_settings(TrainingSettings, ["--config", CONFIG, *sys.argv[1:]])
+    run_directory = RunDirectory(settings.output_dir)
+    dialogs = [row.values["messages"] for row in read_rows(HELD_OUT)]
+    questions = [dialog[:-1] for dialog in dialogs]
+    right_answers = [dialog[-1]["content"] for dialog in dialogs]
+
+    tokenizer = Llama2ChatTransform(settings.checkpoint_dir / "tokenizer.model")
+    model = load_model_for_inference(
+        settings.checkpoint_dir, run_directory.adapter, settings.quantize_base, torch.float32, torch.device("cpu")
+    )
+
+    def answers() -> list[str]:
+        return answer_messages(
+            model, tokenizer, questions, max_new_tokens=16, sampling=Sampling(), dtype=torch.float32
+        )
+
+    with disable_adapter(model):
+        base_answers = answers()
+    tuned_answers = answers()
+
+    print(f"\nQuestions about places it was never asked about in training, {NUM_SHOWN} of {len(questions)}:")
+    for question, right, base, tuned in list(zip(questions, right_answers, base_answers, tuned_answers, strict=True))[:NUM_SHOWN]:
+        print(f"\n  {question[-1]['content']}")
+        print(f"    base   {base.splitlines()[0][:70] if base else ''}")
+        print(f"    tuned  {tuned}{'' if tuned == right else f'   (right: {right})'}")
+
+    report = {
+        "exact_match_base": exact_match(base_answers, right_answers),
+        "exact_match_tuned": exact_match(tuned_answers, right_answers),
+        "num_questions": len(questions),
+        "train_seconds": sum(record["step_seconds"] for record in read_metrics(run_directory.metrics)),
+    }
+    report_path = run_directory.path / "report.json"
+    report_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"\nexact match on {report['num_questions']} held-out questions: base {report['exact_match_base']:.1%}, "
+        f"tuned {report['exact_match_tuned']:.1%}, after {report['train_seconds']:.0f} s of training"
+        f"\nplot   {run_directory.plot}\nreport {report_path}"
+    )
+
+
+def exact_match(answers: list[str], right_answers: list[str]) -> float:
+    """The share of answers that are the right one, character for character."""
+    return sum(answer == right for answer, right in zip(answers, right_answers, strict=True)) / len(right_answers)
+
+
+if __name__ == "__main__":
+    main()
