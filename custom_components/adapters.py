@@ -49,9 +49,7 @@ def adapter_modules(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def save_adapter(
-    model: TransformerDecoder, adapter_dir: Path, base_model: str, prompt_format: PromptFormat
-) -> None:
+def save_adapter(model: TransformerDecoder, adapter_dir: Path, base_model: str, prompt_format: PromptFormat) -> None:
     """Write the model's adapter, whole or not at all.
 
     Args:
@@ -133,7 +131,9 @@ def lora_settings(adapter_dir: Path) -> dict[str, Any]:
         raise UserError(f"adapter_dir: {str(adapter_dir)!r} has no {CONFIG_NAME}; name the adapter/ of a run") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a LoRA adapter's config ({type(error).__name__}: {error})") from None
-    unsupported = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    unsupported = [
+        key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)
+    ]
     mlp_targets = targets & {"gate_proj", "up_proj", "down_proj"}
     if len(mlp_targets) not in (0, 3):
         unsupported.append(f"target_modules with {sorted(mlp_targets)} but not all three of the feed-forward")
@@ -196,7 +196,9 @@ def check_adapter_was_trained(model: nn.Module) -> None:
     """
     modules = adapter_modules(model)
     if not any(module.lora_b.weight.any() for module in modules.values()):
-        raise UserError("optimizer.lr: every B of the adapter is still zero, nothing was learned; raise the learning rate")
+        raise UserError(
+            "optimizer.lr: every B of the adapter is still zero, nothing was learned; raise the learning rate"
+        )
     broken = [name for name, module in modules.items() if not module.lora_b.weight.isfinite().all()]
     if broken:
         raise UserError(f"optimizer.lr: the adapter of {broken[0]} is not finite; lower the learning rate")
@@ -205,7 +207,7 @@ def check_adapter_was_trained(model: nn.Module) -> None:
 def _peft_keys(model: TransformerDecoder) -> list[tuple[str, int | None, Tensor]]:
     """PEFT's key, the heads whose rows are to be permuted (or None), and the parameter, for every adapter tensor."""
     num_kv_heads = model.layers[0].attn.num_kv_heads
-    keys = []
+    keys: list[tuple[str, int | None, Tensor]] = []
     for name, module in adapter_modules(model).items():
         layer = name.split(".")[1] if name.startswith("layers.") else ""
         pattern = name.replace(f".{layer}.", ".{}.", 1) if layer else name

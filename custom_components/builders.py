@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings, TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import (
+    RMSNorm,
+    RotaryPositionalEmbeddings,
+    TiedLinear,
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+)
 from torchtune.modules.common_utils import reparametrize_as_dtype_state_dict_post_hook
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 

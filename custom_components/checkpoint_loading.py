@@ -17,7 +17,9 @@ from custom_components.lora import FrozenLinear, LoRALinear
 from custom_components.transforms import Llama2ChatTransform
 
 
-def load_base_weights(model: TransformerDecoder, checkpoint_dir: Path, dtype: torch.dtype, device: torch.device) -> None:
+def load_base_weights(
+    model: TransformerDecoder, checkpoint_dir: Path, dtype: torch.dtype, device: torch.device
+) -> None:
     """Give a model on the meta device its frozen weights, and its adapters their initial values, in place.
 
     Each tensor is read, brought to torchtune's row order, quantized or cast once, and dropped: beside the model there
@@ -52,7 +54,9 @@ def load_base_weights(model: TransformerDecoder, checkpoint_dir: Path, dtype: to
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads, torch.no_grad():
         # note: gone through one by one, so that an error in a thread is raised here.
-        for _ in tqdm(threads.map(load, frozen_names), "loading", len(frozen_names), unit="tensor", leave=False, delay=1):
+        for _ in tqdm(
+            threads.map(load, frozen_names), "loading", len(frozen_names), unit="tensor", leave=False, delay=1
+        ):
             pass
     if isinstance(model.output, LoRALinear) and shape.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight
@@ -61,7 +65,7 @@ def load_base_weights(model: TransformerDecoder, checkpoint_dir: Path, dtype: to
 
 
 def unquantized_modules(model: TransformerDecoder) -> list[str]:
-    """Linear layers of the transformer blocks that NF4's blocks do not divide, and that so stay in the compute dtype."""
+    """Linear layers of the blocks that do not divide into NF4's blocks, and that so stay in the compute dtype."""
     return [
         name
         for name, module in model.layers.named_modules()
@@ -80,7 +84,7 @@ def _initialize_adapters(model: TransformerDecoder, device: torch.device) -> Non
 
 
 def _check_same_model(model: TransformerDecoder, shape: LlamaShape, checkpoint_dir: Path) -> None:
-    """What tensor shapes do not show: a model with other heads, rotary base or epsilon loads, and is wrong in silence."""
+    """What tensor shapes do not show: with other heads, rotary base or epsilon a model loads and is wrong."""
     attention = model.layers[0].attn
     norm = model.norm
     assert isinstance(norm, RMSNorm)
@@ -95,8 +99,8 @@ def _check_same_model(model: TransformerDecoder, shape: LlamaShape, checkpoint_d
     for name, value in built.items():
         if value != getattr(shape, name):
             raise UserError(
-                f"checkpoint_dir: {str(checkpoint_dir)!r} has {name} {getattr(shape, name)}, the model of the config has "
-                f"{value}; name its builder, or custom_components.builders.lora_llama_from_config, in model._component_"
+                f"checkpoint_dir: {str(checkpoint_dir)!r} has {name} {getattr(shape, name)}, the config's model "
+                f"has {value}; name its builder, or ...builders.lora_llama_from_config, in model._component_"
             )
 
 

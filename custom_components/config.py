@@ -47,7 +47,11 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
     raw = read_yaml(config_path)
     for override in overrides:
         apply_override(raw, override, settings_type, YamlLoader)
-    return checked_settings(settings_type, interpolate(raw), raw.values, raw.origin)
+    for name, field in settings_type.model_fields.items():
+        if not field.is_required():
+            raw.values.setdefault(name, field.get_default())
+    values, unresolved = interpolate(raw)
+    return checked_settings(settings_type, values, unresolved, raw.values, raw.origin)
 
 
 def read_yaml(path: Path) -> RawConfig:
@@ -76,7 +80,7 @@ def write_yaml(settings: Settings, path: Path) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _record_lines(node: yaml.Node, prefix: str, raw: RawConfig) -> None:
+def _record_lines(node: yaml.Node | None, prefix: str, raw: RawConfig) -> None:
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             key = f"{prefix}{key_node.value}"

@@ -20,13 +20,18 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
 def checked_settings(
-    settings_type: type[SettingsType], values: dict[str, Any], raw_values: dict[str, Any], origin: Callable[[str], str]
+    settings_type: type[SettingsType],
+    values: dict[str, Any],
+    unresolved: dict[str, str],
+    raw_values: dict[str, Any],
+    origin: Callable[[str], str],
 ) -> SettingsType:
     """The settings object of resolved values.
 
     Args:
         settings_type: what the recipe reads.
         values: the config with its `${key}` references resolved.
+        unresolved: messages of the references that lead nowhere, by key; `values` lacks these keys.
         raw_values: the same before that, to blame the key that a reference names.
         origin: where a dotted key was set, in words.
 
@@ -34,7 +39,12 @@ def checked_settings(
         UserError: one message per problem, each with the key, its value, where it was set and the nearest right key.
     """
     known_keys = list(known_annotations(settings_type, values))
-    problems: dict[str, str] = {}
+    # A reference to a key that has to be set and is not is that key's problem.
+    problems = {
+        key: message
+        for key, message in unresolved.items()
+        if _referenced_key(raw_values, key) not in settings_type.model_fields
+    }
     settings = None
     try:
         settings = settings_type.model_validate_json(json.dumps(values))
@@ -45,7 +55,8 @@ def checked_settings(
         if isinstance(values.get(name), dict):
             for key, message in _component_problems(name, values[name], node, known_keys):
                 # A nested key that only passes a top-level one on is the top-level key's problem.
-                problems.setdefault(_referenced_key(raw_values, key) or key, message)
+                if key not in unresolved:
+                    problems.setdefault(_referenced_key(raw_values, key) or key, message)
     if settings is not None and not problems:
         problems = dict(settings.combination_problems())
     if problems:
@@ -76,7 +87,7 @@ def known_annotations(settings_type: type[Settings], values: Mapping[str, Any]) 
 
 
 def union_members(annotation: Any) -> set[Any]:
-    """The types that an annotation allows: `{str, NoneType}` for `str | None`; a Literal counts as its values' types."""
+    """The types that an annotation allows: `{str, NoneType}` for `str | None`; a Literal is its values' types."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return union_members(get_args(annotation)[0])

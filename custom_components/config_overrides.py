@@ -57,11 +57,11 @@ def apply_override(
         raise UserError(f"{override!r}: there is no key {key!r} to delete{nearest_key(key, list(raw.origins))}")
     for stale_key in [known for known in raw.origins if f"{known}.".startswith(f"{key}.")]:
         del raw.origins[stale_key]
+    raw.origins[key] = f"override {override!r}"
     if deletes:
         del parent[name]
-        return
-    parent[name] = _parsed(text, known_annotations(settings_type, raw.values).get(key), override, yaml_loader)
-    raw.origins[key] = f"override {override!r}"
+    else:
+        parent[name] = _parsed(text, known_annotations(settings_type, raw.values).get(key), override, yaml_loader)
 
 
 def _parsed(text: str, annotation: Any, override: str, yaml_loader: type[yaml.SafeLoader]) -> Any:
@@ -77,7 +77,9 @@ def _parsed(text: str, annotation: Any, override: str, yaml_loader: type[yaml.Sa
     except yaml.YAMLError:
         if takes_text:
             return Verbatim(text)
-        raise UserError(f"override {override!r}: the value is not valid YAML; put text with brackets in quotes") from None
+        raise UserError(
+            f"override {override!r}: the value is not valid YAML; put text with brackets in quotes"
+        ) from None
     if not takes_text or (type(value) in members - {str, Path} and type(value) is not NoneType):
         return value
     if value is None and NoneType in members:
@@ -85,11 +87,10 @@ def _parsed(text: str, annotation: Any, override: str, yaml_loader: type[yaml.Sa
     return Verbatim(text)
 
 
-def interpolate(raw: RawConfig) -> dict[str, Any]:
-    """The values with `${key}` references resolved; :class:`Verbatim` texts come out as they went in.
+def interpolate(raw: RawConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values with `${key}` references resolved, and what could not be: a message by key, left out of the values.
 
-    Raises:
-        UserError: a reference to a key that does not exist, or one that leads back to itself.
+    :class:`Verbatim` texts come out as they went in.
     """
     verbatim_texts: list[str] = []
 
@@ -116,9 +117,14 @@ def interpolate(raw: RawConfig) -> dict[str, Any]:
                 value = value.replace(placeholder(index), text)
         return value
 
-    try:
-        resolved = OmegaConf.to_container(OmegaConf.create(hide(raw.values)), resolve=True)
-    except (OmegaConfBaseException, RecursionError) as error:
-        key = getattr(error, "full_key", None) or ""
-        raise UserError(f"{key}: {str(error).splitlines()[0]} ({raw.origin(key)})") from None
-    return show(resolved)
+    config = OmegaConf.create(hide(raw.values))
+    unresolved: dict[str, str] = {}
+    while True:
+        try:
+            return show(OmegaConf.to_container(config, resolve=True)), unresolved
+        except OmegaConfBaseException as error:
+            key = (error.full_key or "").partition("[")[0]  # an element of a list counts as the list
+            assert key, error
+            unresolved[key] = str(error).splitlines()[0]
+            parent_key, _, name = key.rpartition(".")
+            del (OmegaConf.select(config, parent_key) if parent_key else config)[name]

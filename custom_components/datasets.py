@@ -39,7 +39,9 @@ class DatasetSummary:
             parts.append(f"{self.num_truncated} truncated")
         if self.num_empty_messages:
             parts.append(f"{self.num_empty_messages} with an empty question or answer")
-        parts.append(f"{self.num_tokens} tokens, {self.num_supervised_tokens} supervised, longest {self.longest_row_tokens}")
+        parts.append(
+            f"{self.num_tokens} tokens, {self.num_supervised_tokens} supervised, longest {self.longest_row_tokens}"
+        )
         return ", ".join(parts)
 
 

@@ -114,9 +114,7 @@ def decode_steps(
     positions_BS = (columns_L[:num_prompt_tokens] - num_padding_B1).clamp(min=0)
     generator = torch.Generator(device).manual_seed(sampling.seed)
     max_cache_len = num_prompt_tokens + num_new_tokens
-    with local_kv_cache(
-        model, batch_size=len(prompts), device=device, dtype=dtype, decoder_max_seq_len=max_cache_len
-    ):
+    with local_kv_cache(model, batch_size=len(prompts), device=device, dtype=dtype, decoder_max_seq_len=max_cache_len):
         for num_tokens in range(num_prompt_tokens, max_cache_len):
             hidden_BSD = final_hidden_states(model, tokens_BS, mask_BSL, positions_BS)
             tokens_B = draw(model.output(hidden_BSD[:, -1]).float(), sampling, generator)

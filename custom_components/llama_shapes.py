@@ -61,7 +61,9 @@ def shape_from_checkpoint(checkpoint_dir: Path) -> LlamaShape:
         return _shape_from_hugging_face(checkpoint_dir / "config.json")
     if (checkpoint_dir / "params.json").is_file():
         return _shape_from_meta(checkpoint_dir / "params.json")
-    raise UserError(f"checkpoint_dir: {str(checkpoint_dir)!r} has neither config.json nor params.json; is the download whole?")
+    raise UserError(
+        f"checkpoint_dir: {str(checkpoint_dir)!r} has neither config.json nor params.json; is the download whole?"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -90,7 +92,9 @@ def _shape_from_hugging_face(path: Path) -> LlamaShape:
     }
     for name, value in refusals.items():
         if value:
-            raise UserError(f"{path}: {name} = {value!r} is not supported; this package trains plain Llama architectures")
+            raise UserError(
+                f"{path}: {name} = {value!r} is not supported; this package trains plain Llama architectures"
+            )
     try:
         num_heads, embed_dim = config["num_attention_heads"], config["hidden_size"]
         shape = LlamaShape(
@@ -109,7 +113,9 @@ def _shape_from_hugging_face(path: Path) -> LlamaShape:
         raise UserError(f"{path}: the key {error} is missing; is this a Llama checkpoint's config.json?") from None
     head_dim = config.get("head_dim") or shape.head_dim
     if head_dim * num_heads != embed_dim:
-        raise UserError(f"{path}: head_dim {head_dim} times {num_heads} heads is not hidden_size {embed_dim}: not supported")
+        raise UserError(
+            f"{path}: head_dim {head_dim} times {num_heads} heads is not hidden_size {embed_dim}: not supported"
+        )
     return shape
 
 

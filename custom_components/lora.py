@@ -112,7 +112,9 @@ def lora_linears(input: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
             dropped input: the projections of one input, as if they were one wide layer.
     """
     outputs = [nf4.linear(input, layer.weight) if isinstance(layer, LoRALinear) else layer(input) for layer in layers]
-    adapted = {index: layer for index, layer in enumerate(layers) if isinstance(layer, LoRALinear) and not layer.disabled}
+    adapted = {
+        index: layer for index, layer in enumerate(layers) if isinstance(layer, LoRALinear) and not layer.disabled
+    }
     if not adapted:
         return outputs
     adapters = list(adapted.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TiedLinear
@@ -26,7 +26,7 @@ class LinearCrossEntropy:
     def __init__(self, chunk_size: int = 512) -> None:
         self.chunk_size = chunk_size
 
-    def __call__(self, hidden_1TD: Tensor, output_head: Callable[[Tensor], Tensor], labels_1T: Tensor) -> Tensor:
+    def __call__(self, hidden_1TD: Tensor, output_head: nn.Module | TiedLinear, labels_1T: Tensor) -> Tensor:
         """The summed loss in fp32, a scalar; its gradient reaches the hidden states (and the head's adapter).
 
         Args:
@@ -38,7 +38,7 @@ class LinearCrossEntropy:
         hidden_PD = hidden_1TD.flatten(0, 1)[is_supervised_T]
         labels_P = labels_1T.flatten()[is_supervised_T]
         if not isinstance(output_head, LoRALinear):
-            weight_VD = output_head.tied_module.weight if isinstance(output_head, TiedLinear) else output_head.weight
+            weight_VD = (output_head.tied_module if isinstance(output_head, TiedLinear) else output_head).weight
             return _FrozenHeadCrossEntropy.apply(hidden_PD, weight_VD, labels_P, self.chunk_size)
         total = hidden_PD.new_zeros((), dtype=torch.float32)
         for hidden_CD, labels_C in zip(hidden_PD.split(self.chunk_size), labels_P.split(self.chunk_size), strict=True):
@@ -75,5 +75,5 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None]:
         return (ctx.grad_PD * grad_total).to(ctx.grad_PD.dtype), None, None, None

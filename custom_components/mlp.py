@@ -7,7 +7,7 @@ from custom_components.lora import lora_linears
 
 
 class FeedForward(nn.Module):
-    """SwiGLU with torchtune's parameter names: w1 is gate, w2 is down, w3 is up. Gate and up share their adapters' A product."""
+    """SwiGLU with torchtune's parameter names, w1 gate, w2 down, w3 up; the adapters of gate and up share a product."""
 
     def __init__(self, *, gate_proj: nn.Module, down_proj: nn.Module, up_proj: nn.Module) -> None:
         super().__init__()

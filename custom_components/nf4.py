@@ -145,7 +145,7 @@ class _NF4Linear(torch.autograd.Function):
         return F.linear(input, dequantize(weight, input.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return grad_output @ dequantize(ctx.weight, grad_output.dtype), None
 
 

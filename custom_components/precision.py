@@ -10,7 +10,7 @@ BF16_COMPUTE_CAPABILITY = (8, 0)
 
 
 def resolved_device(name: str) -> torch.device:
-    """The device that a `device` key names; "auto" is CUDA where there is one, else the CPU (never mps: NF4 fails there).
+    """The device that a `device` key names; "auto" is CUDA where there is one, else the CPU (NF4 fails on mps).
 
     Raises:
         UserError: a CUDA device that is not there.
@@ -19,7 +19,9 @@ def resolved_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: {name!r} is not there ({torch.cuda.device_count()} CUDA devices found); use device=auto")
+        raise UserError(
+            f"device: {name!r} is not there ({torch.cuda.device_count()} CUDA devices found); use device=auto"
+        )
     return device
 
 
@@ -42,7 +44,9 @@ def resolved_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         name = "bf16" if has_bf16 else ("fp16" if device.type == "cuda" else "fp32")
         return PRECISION_STR_TO_DTYPE[name], f"{name}, chosen for {hardware}"
     if name == "bf16" and device.type == "cuda" and not has_bf16:
-        raise UserError(f"dtype: 'bf16' needs compute capability 8.0, this device has {hardware}; use dtype=fp16 or auto")
+        raise UserError(
+            f"dtype: 'bf16' needs compute capability 8.0, this device has {hardware}; use dtype=fp16 or auto"
+        )
     return PRECISION_STR_TO_DTYPE[name], name
 
 

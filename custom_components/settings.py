@@ -72,14 +72,20 @@ class TrainingSettings(Settings):
     enable_activation_checkpointing: bool = False
 
     log_every_n_steps: PositiveInt = 1
-    metric_logger: Annotated[dict[str, Any], ComponentNode()] | None = None
+    metric_logger: Annotated[dict[str, Any] | None, ComponentNode()] = None
     sample_prompts: list[str] = []
 
     def combination_problems(self) -> Iterator[tuple[str, str]]:
         if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):
-            yield "lora_attn_modules", "[] with apply_lora_to_mlp and apply_lora_to_output false leaves nothing to train"
+            yield (
+                "lora_attn_modules",
+                "[] with apply_lora_to_mlp and apply_lora_to_output false leaves nothing to train",
+            )
         if self.warmup_steps is not None and self.warmup_ratio > 0:
-            yield "warmup_steps", f"{self.warmup_steps} beside warmup_ratio {self.warmup_ratio}: set one of them to null or 0"
+            yield (
+                "warmup_steps",
+                f"{self.warmup_steps} beside warmup_ratio {self.warmup_ratio}: set one of them to null or 0",
+            )
 
 
 class GenerationSettings(Settings):

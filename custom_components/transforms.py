@@ -1,14 +1,16 @@
 """From messages to token ids and a mask, exactly as Meta trained Llama 2's chat models."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sentencepiece
 
+from custom_components import prompts
 from custom_components.errors import UserError
-from custom_components.prompts import ChatMessage, Turn, chat_messages, llama2_turns
+from custom_components.prompts import ChatMessage, Turn, chat_messages
 
 
 class Llama2ChatTransform:
@@ -18,16 +20,31 @@ class Llama2ChatTransform:
         path: the checkpoint's SentencePiece model, `tokenizer.model`.
         max_seq_len: rows are cut to this many tokens; None: never. A row that is cut gets no EOS.
         system_prompt: for dialogs that have none of their own; None: no system prompt, as Meta's default is.
+        prompt_template: "llama2", "alpaca", "human_response", "none", or one's own, see :func:`prompt_template`.
+        train_on: "assistant": every answer; "last_assistant": the last answer of a dialog; "all": the prompts as well.
+            An answer that its row marks with weight 0 is never trained on.
 
     Raises:
         UserError: there is no such file, or it is no SentencePiece model.
     """
 
-    def __init__(self, path: str | Path, max_seq_len: int | None = None, system_prompt: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        max_seq_len: int | None = None,
+        system_prompt: str | None = None,
+        prompt_template: str | dict[str, str] = "llama2",
+        train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
+    ) -> None:
         if not Path(path).is_file():
-            raise UserError(f"tokenizer.path: {str(path)!r} is not a file; it is the checkpoint's SentencePiece tokenizer.model")
+            raise UserError(
+                f"tokenizer.path: {str(path)!r} is not a file; it is the checkpoint's SentencePiece tokenizer.model"
+            )
         self.max_seq_len = max_seq_len
         self.system_prompt = system_prompt
+        self.prompt_template = prompt_template
+        self.train_on = train_on
+        self._template = prompts.prompt_template(prompt_template)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
@@ -73,9 +90,9 @@ class Llama2ChatTransform:
         """Tokens and mask of many dialogs at once, uncut. A batch of thousands is tokenized faster than one by one.
 
         Raises:
-            ValueError: for a message that contains one of the chat format's tags.
+            ValueError: for a message that contains one of the template's own marks.
         """
-        turns_by_dialog = [llama2_turns(self._with_system_prompt(dialog)) for dialog in dialogs]
+        turns_by_dialog = [self._turns(dialog) for dialog in dialogs]
         turns = [turn for dialog_turns in turns_by_dialog for turn in dialog_turns]
         encoded_turns = iter(self._encode_turns(turns))
         encoded_dialogs = []
@@ -96,23 +113,26 @@ class Llama2ChatTransform:
         """Ids to text, control tokens left out. Ids beyond the tokenizer, of a padded vocabulary, are left out too."""
         return self._processor.decode([int(token) for token in token_ids if token < self.vocab_size])
 
-    def _with_system_prompt(self, dialog: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
-        if self.system_prompt is None or dialog[0].role == "system":
-            return dialog
-        return [ChatMessage("system", self.system_prompt), *dialog]
+    def _turns(self, dialog: Sequence[ChatMessage]) -> list[Turn]:
+        if self.system_prompt is not None and dialog[0].role == "user":
+            dialog = [ChatMessage("system", self.system_prompt), *dialog]
+        turns = prompts.dialog_turns(dialog, self._template)
+        if self.train_on == "last_assistant":
+            turns[:-1] = [replace(turn, is_trained=False) for turn in turns[:-1]]
+        return turns
 
     def _encode_turns(self, turns: Sequence[Turn]) -> Iterable[tuple[list[int], list[bool]]]:
-        """BOS + prompt + answer + EOS of each turn; the answer and EOS are trained, by position."""
-        prompts = self._processor.encode([turn.prompt for turn in turns])
-        # The newline keeps SentencePiece from putting its dummy space before the answer; see the check below.
-        answers = self._processor.encode(["\n" + (turn.answer or "") for turn in turns])
-        for turn, prompt_ids, newline_answer_ids in zip(turns, prompts, answers, strict=True):
+        """BOS + prompt + answer + EOS of each turn; what is trained follows from the position."""
+        prompts_ids = self._processor.encode([turn.prompt for turn in turns])
+        # The newline keeps SentencePiece from putting its dummy space before an answer that has a prompt before it.
+        answers_ids = self._processor.encode([("\n" if turn.prompt else "") + (turn.answer or "") for turn in turns])
+        for turn, prompt_ids, answer_ids in zip(turns, prompts_ids, answers_ids, strict=True):
+            prompt_mask = [True] + [self.train_on != "all"] * len(prompt_ids)
             if turn.answer is None:
-                tokens, num_prompt = [self.bos_id, *prompt_ids], len(prompt_ids) + 1
+                yield [self.bos_id, *prompt_ids], prompt_mask
             else:
-                answer_ids = newline_answer_ids[len(self._newline_ids) :]
-                tokens, num_prompt = [self.bos_id, *prompt_ids, *answer_ids, self.eos_id], len(prompt_ids) + 1
-            yield tokens, [True] * num_prompt + [not turn.is_trained] * (len(tokens) - num_prompt)
+                closed_ids = [*answer_ids[len(self._newline_ids) if turn.prompt else 0 :], self.eos_id]
+                yield [self.bos_id, *prompt_ids, *closed_ids], prompt_mask + [not turn.is_trained] * len(closed_ids)
 
     def _check_that_answers_can_be_split_off(self, path: str | Path) -> None:
         """Meta encodes prompt and answer in one call; apart they give the same ids where no piece spans the seam.

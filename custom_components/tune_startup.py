@@ -6,10 +6,11 @@ because what it does here would reach into every other Python program of the env
 
 import os
 import sys
+from pathlib import Path
 
 # torchtune's wheel installs a package `recipes` whose import raises, and `tune run recipes/x.py` imports `recipes.x`
 # with the working directory at the end of the path only. At its start, this project's `recipes` is found.
-sys.path.insert(0, os.getcwd())
+sys.path.insert(0, str(Path.cwd()))
 
 # OpenMP threads wait for each other by spinning. Where another program takes a core, each of the thousands of small
 # operations of a step then lasts as long as the scheduler's time slice: on 2 cores with one of them busy, a step of the

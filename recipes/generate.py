@@ -1,6 +1,6 @@
 """Answer a prompt with a base model or with an adapter on it.
 
-    tune run recipes/generate.py --config configs/generate.yaml checkpoint_dir=... adapter_dir=... prompt="..."
+tune run recipes/generate.py --config configs/generate.yaml checkpoint_dir=... adapter_dir=... prompt="..."
 """
 
 import sys
@@ -21,7 +21,7 @@ def recipe_main() -> None:
     device = resolved_device(settings.device)
     dtype, _ = resolved_dtype(settings.dtype, device)
     if not settings.prompt.strip():
-        raise UserError("prompt: is empty; give it as prompt=\"...\"")
+        raise UserError('prompt: is empty; give it as prompt="..."')
 
     tokenizer = Llama2ChatTransform(settings.checkpoint_dir / "tokenizer.model")
     dialog = [{"role": "user", "content": settings.prompt}]

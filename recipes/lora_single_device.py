@@ -1,6 +1,6 @@
 """Fine-tune a Llama-architecture model on one device with LoRA or QLoRA.
 
-    tune run recipes/lora_single_device.py --config configs/llama2_7b_qlora.yaml lora_rank=32
+tune run recipes/lora_single_device.py --config configs/llama2_7b_qlora.yaml lora_rank=32
 """
 
 import math
@@ -199,9 +199,7 @@ def describe(model: TransformerDecoder, settings: TrainingSettings, device: torc
         print(f"not quantized, NF4 blocks do not divide them: {', '.join(names)}")
 
 
-def closing_summary(
-    totals: dict[str, float], seconds: float, memory: PeakMemory, run_directory: RunDirectory
-) -> str:
+def closing_summary(totals: dict[str, float], seconds: float, memory: PeakMemory, run_directory: RunDirectory) -> str:
     peak_gib = memory.gib()
     return (
         f"\n{totals['steps']} steps, {totals['tokens']} tokens in {totals['seconds']:.1f} s of training "

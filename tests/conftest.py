@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -42,6 +43,14 @@ def test_data() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Llama2ChatTransform:
     return Llama2ChatTransform(TINY_TOKENIZER)
+
+
+@pytest.fixture
+def peft(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """PEFT, which refuses to build any LoRA layer beside a torchao older than 0.16, told that there is no torchao."""
+    module = pytest.importorskip("peft")
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
+    return module
 
 
 def hugging_face_config(**changes: object) -> dict[str, object]:

@@ -40,16 +40,16 @@ def main() -> None:
     )
 
     def answers() -> list[str]:
-        return answer_messages(
-            model, tokenizer, questions, max_new_tokens=16, sampling=Sampling(), dtype=torch.float32
-        )
+        return answer_messages(model, tokenizer, questions, max_new_tokens=16, sampling=Sampling(), dtype=torch.float32)
 
     with disable_adapter(model):
         base_answers = answers()
     tuned_answers = answers()
 
     print(f"\nQuestions about places it was never asked about in training, {NUM_SHOWN} of {len(questions)}:")
-    for question, right, base, tuned in list(zip(questions, right_answers, base_answers, tuned_answers, strict=True))[:NUM_SHOWN]:
+    for question, right, base, tuned in list(zip(questions, right_answers, base_answers, tuned_answers, strict=True))[
+        :NUM_SHOWN
+    ]:
         print(f"\n  {question[-1]['content']}")
         print(f"    base   {base.splitlines()[0][:70] if base else ''}")
         print(f"    tuned  {tuned}{'' if tuned == right else f'   (right: {right})'}")

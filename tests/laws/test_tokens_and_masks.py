@@ -1,5 +1,8 @@
 """L1 to L6: what is trained on is exactly what Meta trained on."""
 
+import json
+
+import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,10 +14,6 @@ from custom_components.prompts import LLAMA2_TAGS
 from custom_components.row_formats import llama2_text_row
 from custom_components.transforms import Llama2ChatTransform
 from tests.conftest import TINY_TOKENIZER
-
-import json
-
-import pytest
 
 PROCESSOR = sentencepiece.SentencePieceProcessor(model_file=str(TINY_TOKENIZER))
 TRANSFORM = Llama2ChatTransform(TINY_TOKENIZER)

@@ -1,0 +1,98 @@
+"""Write a checkpoint of a named model's shape with random values, in Hugging Face's format and two shards.
+
+    python -m benchmarks.make_checkpoint --shape LLAMA2_7B --output-dir checkpoints/random-7b
+
+For measuring time and memory where the real weights are not at hand. The tokenizer is the embedded tiny one, smaller
+than the embedding, unless --tokenizer names another.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from custom_components import llama_shapes
+from custom_components.llama_shapes import LlamaShape
+
+NUM_SHARDS = 2
+TINY_TOKENIZER = Path(__file__).parent.parent / "examples/tiny_llama/checkpoint/tokenizer.model"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="LLAMA2_7B", help="a name in custom_components/llama_shapes.py")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, default=TINY_TOKENIZER)
+    arguments = parser.parse_args()
+    write_random_checkpoint(getattr(llama_shapes, arguments.shape), arguments.output_dir, arguments.tokenizer)
+
+
+def write_random_checkpoint(shape: LlamaShape, output_dir: Path, tokenizer: Path) -> None:
+    """Write bf16 weights, normal with standard deviation 0.02, a shard at a time."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    names = list(tensor_shapes(shape))
+    weight_map = {}
+    for shard in range(NUM_SHARDS):
+        file_name = f"model-{shard + 1:05}-of-{NUM_SHARDS:05}.safetensors"
+        part = names[shard * len(names) // NUM_SHARDS : (shard + 1) * len(names) // NUM_SHARDS]
+        save_file({name: random_tensor(size, generator) for name, size in part}, output_dir / file_name)
+        weight_map |= {name: file_name for name, _ in part}
+    (output_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (output_dir / "config.json").write_text(json.dumps(hugging_face_config(shape), indent=2))
+    shutil.copyfile(tokenizer, output_dir / "tokenizer.model")
+
+
+def tensor_shapes(shape: LlamaShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Hugging Face's names and sizes."""
+    dim, kv_dim = shape.embed_dim, shape.num_kv_heads * shape.head_dim
+    yield "model.embed_tokens.weight", (shape.vocab_size, dim)
+    for layer in range(shape.num_layers):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.self_attn.q_proj.weight", (dim, dim)
+        yield f"{prefix}.self_attn.k_proj.weight", (kv_dim, dim)
+        yield f"{prefix}.self_attn.v_proj.weight", (kv_dim, dim)
+        yield f"{prefix}.self_attn.o_proj.weight", (dim, dim)
+        yield f"{prefix}.mlp.gate_proj.weight", (shape.intermediate_dim, dim)
+        yield f"{prefix}.mlp.up_proj.weight", (shape.intermediate_dim, dim)
+        yield f"{prefix}.mlp.down_proj.weight", (dim, shape.intermediate_dim)
+        yield f"{prefix}.input_layernorm.weight", (dim,)
+        yield f"{prefix}.post_attention_layernorm.weight", (dim,)
+    yield "model.norm.weight", (dim,)
+    yield "lm_head.weight", (shape.vocab_size, dim)
+
+
+def random_tensor(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if len(size) == 1:
+        return torch.ones(size, dtype=torch.bfloat16)
+    return torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+
+def hugging_face_config(shape: LlamaShape) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.embed_dim,
+        "intermediate_size": shape.intermediate_dim,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "max_position_embeddings": shape.max_seq_len,
+        "rope_theta": shape.rope_base,
+        "rms_norm_eps": shape.norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": shape.tied_embeddings,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+if __name__ == "__main__":
+    main()
