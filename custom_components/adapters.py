@@ -39,7 +39,7 @@ _PEFT_TARGETS = {
 class PromptFormat:
     """How the prompts looked that an adapter was trained on, and the tokens that end an answer."""
 
-    prompt_template: str
+    prompt_template: str | dict[str, str]
     system_prompt: str | None
     stop_tokens: list[str]
 

@@ -6,14 +6,17 @@ seed and epoch, so that resuming has nothing to remember.
 Dimensions: `T` tokens of all rows of a forward.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from custom_components.attention import RowLengths
+from custom_components.packing import grouped_by_length, pack_rows, row_order
+from custom_components.settings import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -61,21 +64,59 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> Batch:
     )
 
 
-def row_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """The order of the rows in an epoch, counted from 0."""
-    if not shuffle:
-        return list(range(num_rows))
-    generator = torch.Generator().manual_seed(seed * 2**20 + epoch)
-    return torch.randperm(num_rows, generator=generator).tolist()
+@dataclass(frozen=True)
+class BatchPlan:
+    """How rows become forwards and optimizer steps.
 
-
-def optimizer_steps(
-    row_indices: Sequence[int], batch_size: int, gradient_accumulation_steps: int
-) -> Iterator[list[list[int]]]:
-    """An epoch's rows as optimizer steps, each a list of forwards, each a list of up to `batch_size` rows.
-
-    The last step may be smaller; none is dropped.
+    Attributes:
+        batch_size: rows of a forward; with `pack_capacity_tokens`, packs of a forward.
+        gradient_accumulation_steps: forwards of an optimizer step.
+        shuffle: another order each epoch.
+        seed: of the order.
+        pack_capacity_tokens: rows are joined into packs of up to this many tokens; None: they are not.
+        group_by_length: rows of a forward are of similar length.
+        max_steps_per_epoch: optimizer steps after which an epoch ends; None: all rows.
     """
-    forwards = [list(row_indices[start : start + batch_size]) for start in range(0, len(row_indices), batch_size)]
-    for start in range(0, len(forwards), gradient_accumulation_steps):
-        yield forwards[start : start + gradient_accumulation_steps]
+
+    batch_size: int
+    gradient_accumulation_steps: int
+    shuffle: bool
+    seed: int
+    pack_capacity_tokens: int | None = None
+    group_by_length: bool = False
+    max_steps_per_epoch: int | None = None
+
+    @classmethod
+    def of(cls, settings: TrainingSettings, max_seq_len: int | None) -> "BatchPlan":
+        """The plan of a training config; packs hold `max_seq_len` tokens."""
+        return cls(
+            settings.batch_size,
+            settings.gradient_accumulation_steps,
+            settings.shuffle,
+            settings.seed,
+            pack_capacity_tokens=max_seq_len if settings.packed else None,
+            group_by_length=settings.group_by_length,
+            max_steps_per_epoch=settings.max_steps_per_epoch,
+        )
+
+    def steps(self, lengths: Sequence[int], epoch: int) -> list[list[list[int]]]:
+        """An epoch's optimizer steps, each a list of forwards, each a list of row indices.
+
+        A pure function of the lengths and the epoch. Every row is in one step; the last step may be smaller.
+        """
+        if self.pack_capacity_tokens is not None:
+            units = pack_rows(lengths, self.pack_capacity_tokens, self.seed, epoch, self.shuffle)
+        else:
+            order = row_order(len(lengths), self.seed, epoch, self.shuffle)
+            if self.group_by_length:
+                order = grouped_by_length(order, lengths, self.batch_size)
+            units = [[index] for index in order]
+        forwards = [[row for unit in some for row in unit] for some in _chunks(units, self.batch_size)]
+        return _chunks(forwards, self.gradient_accumulation_steps)[: self.max_steps_per_epoch]
+
+
+Item = TypeVar("Item")
+
+
+def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]

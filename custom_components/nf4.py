@@ -19,6 +19,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs
 
 BLOCK_SIZE = 64
 MAX_SCALER_BLOCK_SIZE = 256
+_NUM_BLOCKS_AT_A_TIME = 2**12
 
 # The 16 codes: torchao 0.15.0, dtypes/nf4tensor.py, NF4Tensor.from_tensor; the paper's appendix E rounded to 4 places.
 _CODEBOOK = (
@@ -49,14 +50,21 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
     assert can_quantize(weight.shape), weight.shape
     dtype = dtype or weight.dtype
     num_blocks = weight.numel() // BLOCK_SIZE
-    blocks = weight.detach().reshape(num_blocks, BLOCK_SIZE).float()
-    scalers = blocks.abs().amax(dim=1)
-    quantized_scalers, quantization_factor, scaler_mean, scaler_block_size = _quantized_scalers(scalers)
     codebook = torch.tensor(_CODEBOOK, device=weight.device)
     midpoints = (codebook[1:] + codebook[:-1]) / 2
-    # A block of zeros has scaler 0: divide it by 1, so that its codes are those of 0.
-    blocks = blocks / torch.where(scalers == 0, 1.0, scalers).unsqueeze(1)
-    codes = torch.bucketize(blocks, midpoints, out_int32=True).to(torch.uint8).view(-1, 2)
+    scalers = torch.empty(num_blocks, device=weight.device)
+    packed_codes = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
+    all_blocks = weight.detach().reshape(num_blocks, BLOCK_SIZE)
+    # Some at a time, so that the intermediates stay in the processor's cache.
+    for start in range(0, num_blocks, _NUM_BLOCKS_AT_A_TIME):
+        blocks = all_blocks[start : start + _NUM_BLOCKS_AT_A_TIME].float()
+        absmax = blocks.abs().amax(dim=1)
+        scalers[start : start + len(blocks)] = absmax
+        # A block of zeros is divided by 1, so that its codes are those of 0.
+        blocks = blocks / torch.where(absmax == 0, 1.0, absmax).unsqueeze(1)
+        codes = torch.bucketize(blocks, midpoints, out_int32=True).to(torch.uint8).view(-1, 2)
+        packed_codes[start * BLOCK_SIZE // 2 :][: len(codes)] = codes[:, 0] << 4 | codes[:, 1]
+    quantized_scalers, quantization_factor, scaler_mean, scaler_block_size = _quantized_scalers(scalers)
     meta = SubclassTensorArgs(weight.shape, (weight.shape[1], 1), 0, dtype, weight.device, False)
     return NF4Tensor(
         meta,
@@ -66,7 +74,7 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
         quantized_scalers,
         quantization_factor,
         scaler_mean,
-        codes[:, 0] << 4 | codes[:, 1],
+        packed_codes,
         codebook.to(dtype),
     )
 

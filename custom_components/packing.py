@@ -1,4 +1,4 @@
-"""Plans of which rows share a forward, made from the rows' lengths alone.
+"""The order of an epoch's rows, and which of them share a forward, from the rows' lengths alone.
 
 Lengths and capacities are in tokens. A plan is a pure function of its arguments, so that resuming has nothing to
 remember. No row is split.
@@ -8,10 +8,19 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-from custom_components.batching import row_order
+import torch
 
-# Of one window of rows sorted by length: transformers' default, `get_length_grouped_indices` in trainer_pt_utils.py.
+# Of one window of rows sorted by length: the most that transformers takes by default, `get_length_grouped_indices` in
+# trainer_pt_utils.py (5.23.0).
 _NUM_BATCHES_PER_WINDOW = 50
+
+
+def row_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
+    """The order of the rows in an epoch, counted from 0."""
+    if not shuffle:
+        return list(range(num_rows))
+    generator = torch.Generator().manual_seed(seed * 2**20 + epoch)
+    return torch.randperm(num_rows, generator=generator).tolist()
 
 
 def pack_rows(lengths: Sequence[int], capacity: int, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
@@ -19,14 +28,14 @@ def pack_rows(lengths: Sequence[int], capacity: int, seed: int, epoch: int, shuf
 
     Online best fit (BF in Johnson, Demers, Ullman, Garey and Graham, "Worst-case performance bounds for simple
     one-dimensional packing algorithms", SIAM J. Comput. 3(4), 1974, section 1): row by row, in the epoch's order, into
-    the fullest pack that still has room for it, and into a new pack where none has. At worst that takes 1.7 times the
-    fewest packs possible, and a constant (theorems 2.1 and 2.2 there); rows much shorter than the capacity leave
-    next to nothing empty.
+    the fullest pack that still has room for it, and into a new pack where none has. It never takes more than 1.7 times
+    the fewest packs possible plus 2 (theorem 2.2 there); rows much shorter than the capacity leave next to nothing
+    empty.
 
-    Taking the longest rows first, as best fit decreasing does, or packing a histogram of the lengths (Krell et al.,
-    "Efficient sequence packing without cross-contamination", arXiv 2107.02027, section 3), fills packs a little better,
-    but with rows of like length: a few long ones here, hundreds of short ones there. In a shuffled order best fit
-    leaves a pack nearly a random draw of rows.
+    Taking the longest rows first, as best fit decreasing does, and as Krell et al. do over a histogram of lengths
+    ("Efficient sequence packing without cross-contamination", arXiv 2107.02027, section 3.1.1), fills packs a little
+    better, but with rows of like length: a few long ones here, hundreds of short ones there. Over a shuffled order a
+    pack stays nearly a random draw of rows.
 
     Args:
         lengths: tokens of each row, from 1 to `capacity`.
@@ -65,6 +74,7 @@ def pack_rows(lengths: Sequence[int], capacity: int, seed: int, epoch: int, shuf
             insort(rooms, room)
     if shuffle:
         # The last packs opened are less full, and tend to begin with a long row that fitted nowhere.
+        # Not by row_order, whose draws for the rows these would repeat.
         random.Random(f"packs of seed {seed}, epoch {epoch}").shuffle(packs)
     return packs
 
@@ -73,8 +83,8 @@ def grouped_by_length(order: Sequence[int], lengths: Sequence[int], batch_size: 
     """An order whose consecutive batches of `batch_size` rows each hold rows of similar length.
 
     After `get_length_grouped_indices` of transformers (trainer_pt_utils.py): windows of 50 batches are sorted by
-    length, longest first. There the batches stay so, and the loss swings with every window; here each batch goes to
-    where the earliest of its rows stood among those of the others. An incomplete batch stays last, or it would shift
+    length, longest first. There the batches stay so, and every window runs from long rows to short ones; here they are
+    put in the order in which the earliest row of each stood. An incomplete batch stays last, or it would shift
     the batches after it.
 
     It draws nothing: a shuffled order gives batches in a shuffled order, another epoch's order gives others, and rows

@@ -1,71 +1,122 @@
-"""How rows spell a dialog: recognised from their columns, and turned into messages."""
+"""How rows spell a dialog: formats, by name or recognised from the columns of the rows."""
 
-import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
-from custom_components.prompts import ChatMessage, chat_messages
+from custom_components.row_formats_messages import (
+    RowConverter,
+    alpaca_row,
+    is_llama2_text,
+    is_marked_text,
+    listed,
+    llama2_text_row,
+    marked_text_row,
+    messages_row,
+    prompt_completion_row,
+    sharegpt_row,
+    shown,
+    text_row,
+    with_system,
+)
 
-RowConverter = Callable[[dict[str, Any]], list[ChatMessage]]
+
+@dataclass(frozen=True)
+class RowFormat:
+    """A way to spell a dialog in columns.
+
+    Attributes:
+        columns: those every row has.
+        optional_columns: those a row may have; all others are left alone.
+        convert: a row's messages; raises ValueError, which says what is wrong and shows it, for a bad row.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    optional_columns: tuple[str, ...]
+    convert: RowConverter
 
 
-def messages_row(values: dict[str, Any]) -> list[ChatMessage]:
-    """`{"messages": [{"role", "content"}, ...]}`, OpenAI's form.
+def recognised_format(
+    columns: Collection[str], first_row: Mapping[str, Any], mapped_columns: Collection[str] = ()
+) -> RowFormat:
+    """The format of rows with these columns; which of the formats of a `text` column it is, the first row's text says.
+
+    Args:
+        mapped_columns: columns of ours that `column_map` names; a format that has not all of them is passed over.
 
     Raises:
-        ValueError: it is no dialog, has an empty message, or does not end with an answer.
+        ValueError: no format has these columns, or the first row's `text` is none to judge by.
     """
-    if not isinstance(values["messages"], list):
-        raise ValueError(f"'messages' holds {values['messages']!r} where a list is due")
-    messages = chat_messages(values["messages"])
-    for index, message in enumerate(messages):
-        if not message.content.strip():
-            raise ValueError(f"message {index + 1}, of role {message.role!r}, is empty")
-    if messages[-1].role != "assistant":
-        raise ValueError("the last message is the user's, there is no answer to learn")
-    return messages
+    for row_format in FORMATS.values():
+        known = {*row_format.columns, *row_format.optional_columns}
+        if set(row_format.columns) <= set(columns) and set(mapped_columns) <= known:
+            if row_format.columns == ("text",):
+                return FORMATS[_text_format_name(first_row["text"])]
+            return row_format
+    known_columns = "; ".join(f"{name}: {', '.join(row_format.columns)}" for name, row_format in FORMATS.items())
+    mapped = f", and dataset.column_map gives {listed(mapped_columns)}" if mapped_columns else ""
+    raise ValueError(
+        f"no format has the columns {listed(columns)}{mapped}; known are {known_columns}. Name yours with "
+        "dataset.column_map, such as {prompt: question, completion: answer}"
+    )
 
 
-_LLAMA2_TURN = re.compile(r"\s*(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:</s>|$)", re.DOTALL)
-_LLAMA2_SYSTEM = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>\s*(.*)", re.DOTALL)
-
-
-def llama2_text_row(values: dict[str, Any]) -> list[ChatMessage]:
-    """`{"text": "<s>[INST] question [/INST] answer </s><s>[INST] ..."}`, already in Llama 2's format, parsed back.
-
-    Empty questions and answers are kept: published sets have them.
+def format_by_name(name: str, columns: Collection[str]) -> RowFormat:
+    """The format of that name.
 
     Raises:
-        ValueError: the text does not follow the format to its end.
+        ValueError: no such name, or the rows have not the columns of that format.
     """
-    text = values["text"]
-    if not isinstance(text, str):
-        raise ValueError(f"'text' holds {text!r} where text is due")
-    messages: list[ChatMessage] = []
-    position = 0
-    while text[position:].strip():
-        match = _LLAMA2_TURN.match(text, position)
-        if match is None:
-            raise ValueError(f"'text' leaves the form <s>[INST] ... [/INST] ... </s> at {text[position : position + 60]!r}")
-        user, answer = match[1].strip(), match[2].strip()
-        if not messages and (system := _LLAMA2_SYSTEM.fullmatch(user)):
-            messages.append(ChatMessage("system", system[1]))
-            user = system[2]
-        messages += [ChatMessage("user", user), ChatMessage("assistant", answer)]
-        position = match.end()
-    if not messages:
-        raise ValueError("'text' is empty")
-    return messages
+    if name not in FORMATS:
+        nearest = get_close_matches(name, FORMATS, n=1, cutoff=0)[0]
+        raise ValueError(f"dataset.format: {name!r} is none of {', '.join(FORMATS)}; nearest is {nearest!r}")
+    missing = [column for column in FORMATS[name].columns if column not in columns]
+    if missing:
+        raise ValueError(
+            f"dataset.format: {name!r} needs the column {missing[0]!r}, the rows have {listed(columns)}; "
+            f"name yours with dataset.column_map, such as {{{missing[0]}: {next(iter(columns), 'question')}}}"
+        )
+    return FORMATS[name]
 
 
-def recognised_format(columns: Collection[str]) -> tuple[str, RowConverter]:
-    """The format's name and its converter for rows of these columns.
+def renamed(values: Mapping[str, Any], column_map: Mapping[str, str]) -> dict[str, Any]:
+    """A row under our column names.
+
+    Args:
+        column_map: the file's column for each of ours that it names otherwise.
 
     Raises:
-        ValueError: no format has these columns.
+        ValueError: the row has no such column.
     """
-    if "messages" in columns:
-        return "messages", messages_row
-    if "text" in columns:
-        return "Llama-2 text", llama2_text_row
-    raise ValueError(f"rows have the columns {sorted(columns)}; known are 'messages' and 'text' with [INST]")
+    for ours, theirs in column_map.items():
+        if theirs not in values:
+            raise ValueError(f"dataset.column_map.{ours}: there is no column {theirs!r}, but {listed(values)}")
+    replaced = {*column_map, *column_map.values()}
+    kept = {column: value for column, value in values.items() if column not in replaced}
+    return kept | {ours: values[theirs] for ours, theirs in column_map.items()}
+
+
+def _text_format_name(text: Any) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"'text' holds {shown(text)}, by which no format can be told; name one with dataset.format")
+    if is_llama2_text(text):
+        return "llama2_text"
+    return "marked_text" if is_marked_text(text) else "text"
+
+
+_SYSTEM = ("system",)
+# In the order they are tried: rows with `messages` often have a `prompt` or `text` of the same beside it.
+FORMATS = {
+    row_format.name: row_format
+    for row_format in (
+        RowFormat("messages", ("messages",), _SYSTEM, with_system(messages_row)),
+        RowFormat("sharegpt", ("conversations",), _SYSTEM, with_system(sharegpt_row)),
+        RowFormat("alpaca", ("instruction", "output"), ("input", "history", *_SYSTEM), with_system(alpaca_row)),
+        RowFormat("prompt_completion", ("prompt", "completion"), _SYSTEM, with_system(prompt_completion_row)),
+        RowFormat("llama2_text", ("text",), _SYSTEM, with_system(llama2_text_row)),
+        RowFormat("marked_text", ("text",), _SYSTEM, with_system(marked_text_row)),
+        RowFormat("text", ("text",), (), with_system(text_row)),
+    )
+}

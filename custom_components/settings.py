@@ -51,8 +51,18 @@ class TrainingSettings(Settings):
     model: Annotated[dict[str, Any], ComponentNode()]
 
     max_seq_len: Annotated[int, Field(ge=8)] | None = None
+    prompt_template: str | dict[str, str] = "llama2"
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     tokenizer: Annotated[dict[str, Any], ComponentNode()]
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    on_bad_row: Literal["error", "skip"] = "error"
+    cache_dir: PathText | None = Path("~/.cache/llama-lora-recipes")
     dataset: Annotated[dict[str, Any], ComponentNode(supplied=("tokenizer",))]
+    dataset_val: Annotated[dict[str, Any] | None, ComponentNode(supplied=("tokenizer",))] = None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    run_val_every_n_steps: PositiveInt | None = None
+    packed: bool = False
+    group_by_length: bool = False
     shuffle: bool = True
     seed: NonNegativeInt = 0
 
@@ -86,6 +96,19 @@ class TrainingSettings(Settings):
                 "warmup_steps",
                 f"{self.warmup_steps} beside warmup_ratio {self.warmup_ratio}: set one of them to null or 0",
             )
+        if self.packed and self.group_by_length:
+            yield "group_by_length", "true beside packed: a pack holds rows of all lengths; set one of the two to false"
+        if self.dataset_val is not None and self.val_fraction is not None:
+            yield "val_fraction", f"{self.val_fraction} beside dataset_val: validate on one of the two"
+        if self.run_val_every_n_steps is not None and self.dataset_val is None and self.val_fraction is None:
+            yield "run_val_every_n_steps", "there is nothing to validate on; set dataset_val or val_fraction"
+
+
+class PreviewSettings(TrainingSettings):
+    """What recipes/preview.py reads: a training config, and which rows to show."""
+
+    row: NonNegativeInt | None = None
+    num_rows: PositiveInt = 3
 
 
 class GenerationSettings(Settings):
@@ -95,6 +118,7 @@ class GenerationSettings(Settings):
     adapter_dir: PathText | None = None
     prompt: str
     system_prompt: str | None = None
+    prompt_template: str | dict[str, str] | None = None
     compare: bool = False
     max_new_tokens: PositiveInt = 200
     temperature: NonNegativeFloat = 0.0

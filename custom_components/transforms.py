@@ -1,5 +1,6 @@
 """From messages to token ids and a mask, exactly as Meta trained Llama 2's chat models."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -60,6 +61,20 @@ class Llama2ChatTransform:
     def vocab_size(self) -> int:
         return self._processor.vocab_size()
 
+    @property
+    def fingerprint(self) -> list[Any]:
+        """Everything that decides the tokens of a row, as JSON values: the tokenizer's content and the settings."""
+        tokenizer_digest = hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
+        return [tokenizer_digest, self.max_seq_len, self.system_prompt, self.prompt_template, self.train_on]
+
+    def check(self, dialog: Sequence[ChatMessage]) -> None:
+        """Refuse a dialog that the template cannot spell.
+
+        Raises:
+            ValueError: for a message that contains one of the template's own marks.
+        """
+        self._turns(dialog)
+
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         """Tokenize one row: torchtune's transform protocol.
 
@@ -112,6 +127,18 @@ class Llama2ChatTransform:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Ids to text, control tokens left out. Ids beyond the tokenizer, of a padded vocabulary, are left out too."""
         return self._processor.decode([int(token) for token in token_ids if token < self.vocab_size])
+
+    def text_of_pieces(self, token_ids: Sequence[int]) -> str:
+        """Ids to text as they are, for people: control tokens by name, spaces kept, broken characters replaced."""
+        parts: list[bytes] = []
+        for token in token_ids:
+            if token >= self.vocab_size:
+                parts.append(f"<{token}>".encode())
+            elif self._processor.is_byte(token):
+                parts.append(bytes([int(self._processor.id_to_piece(token)[3:-1], 16)]))
+            else:
+                parts.append(self._processor.id_to_piece(token).replace("\u2581", " ").encode())
+        return b"".join(parts).decode(errors="replace")
 
     def _turns(self, dialog: Sequence[ChatMessage]) -> list[Turn]:
         if self.system_prompt is not None and dialog[0].role == "user":

@@ -4,6 +4,7 @@ tune run recipes/generate.py --config configs/generate.yaml checkpoint_dir=... a
 """
 
 import sys
+from typing import Any
 
 from torchtune.modules.peft import disable_adapter
 
@@ -23,10 +24,8 @@ def recipe_main() -> None:
     if not settings.prompt.strip():
         raise UserError('prompt: is empty; give it as prompt="..."')
 
-    tokenizer = Llama2ChatTransform(settings.checkpoint_dir / "tokenizer.model")
+    tokenizer = tokenizer_for(settings)
     dialog = [{"role": "user", "content": settings.prompt}]
-    if system_prompt := chosen_system_prompt(settings):
-        dialog.insert(0, {"role": "system", "content": system_prompt})
     model = load_model_for_inference(
         settings.checkpoint_dir, settings.adapter_dir, settings.quantize_base, dtype, device
     )
@@ -49,15 +48,17 @@ def recipe_main() -> None:
         print(answer())
 
 
-def chosen_system_prompt(settings: GenerationSettings) -> str | None:
-    """The config's system prompt, else the one that the adapter was trained with; says so where they differ."""
-    prompt_format = read_prompt_format(settings.adapter_dir) if settings.adapter_dir else None
-    trained = prompt_format.system_prompt if prompt_format else None
-    if settings.system_prompt is None:
-        return trained
-    if prompt_format and settings.system_prompt != trained:
-        print(f"warning: the adapter was trained with system_prompt {trained!r}", file=sys.stderr)
-    return settings.system_prompt
+def tokenizer_for(settings: GenerationSettings) -> Llama2ChatTransform:
+    """The prompt format that the adapter was trained with, unless the config says otherwise: then it warns."""
+    trained = read_prompt_format(settings.adapter_dir) if settings.adapter_dir else None
+    chosen: dict[str, Any] = {}
+    for name, default in (("prompt_template", "llama2"), ("system_prompt", None)):
+        trained_value = getattr(trained, name) if trained else default
+        told = getattr(settings, name)
+        if trained and told is not None and told != trained_value:
+            print(f"warning: {name} is {told!r}, the adapter was trained with {trained_value!r}", file=sys.stderr)
+        chosen[name] = trained_value if told is None else told
+    return Llama2ChatTransform(settings.checkpoint_dir / "tokenizer.model", **chosen)
 
 
 if __name__ == "__main__":

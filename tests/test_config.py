@@ -11,7 +11,7 @@ import yaml
 from custom_components.config import load_settings, write_yaml
 from custom_components.config_checks import component_nodes
 from custom_components.errors import UserError
-from custom_components.settings import GenerationSettings, TrainingSettings
+from custom_components.settings import GenerationSettings, PreviewSettings, TrainingSettings
 from tests.conftest import PROJECT
 
 TRAINING_CONFIGS = sorted(PROJECT.glob("configs/*qlora.yaml")) + [PROJECT / "configs/llama2_7b_lora.yaml"]
@@ -65,13 +65,11 @@ def test_tune_validate_passes(config):
 def test_every_key_is_read_and_every_key_read_is_a_setting():
     """A key that no code reads would be a promise without effect."""
     code = "\n".join(path.read_text() for path in PROJECT.glob("recipes/*.py"))
-    code += (PROJECT / "custom_components/settings.py").read_text()
-    for settings_type in (TrainingSettings, GenerationSettings):
-        referenced = {"lora_rank", "lora_alpha", "lora_dropout", "max_seq_len"}  # by model and tokenizer nodes only
-        for name in settings_type.model_fields.keys() - referenced:
-            assert re.search(rf"(settings|self)\.{name}\b", code), name
-    text = TINY.read_text()
-    assert all(f"${{{name}}}" in text for name in ("lora_rank", "lora_alpha", "lora_dropout", "max_seq_len"))
+    code += "\n".join((PROJECT / "custom_components" / name).read_text() for name in ("settings.py", "batching.py"))
+    for settings_type in (TrainingSettings, PreviewSettings, GenerationSettings):
+        for name in settings_type.model_fields:
+            passed_on = f"{name}: ${{{name}}}" in TINY.read_text()
+            assert passed_on or re.search(rf"(settings|self)\.{name}\b", code) or f'("{name}"' in code, name
 
 
 def test_overrides_reach_the_nodes_that_refer_to_them():
@@ -141,7 +139,7 @@ def test_delete_a_key():
         ("~epochs", "epochs: missing: this key has no default"),
         ("epochs=", "epochs: None should be a valid integer"),
         ("dataset=rows.jsonl", "dataset: 'rows.jsonl' should be an object"),
-        ("epochs.x=1", "'epochs' is 4, which has no keys of its own"),
+        ("epochs.x=1", "'epochs' is 2, which has no keys of its own"),
         ("lora_rank", "is not an override"),
         ("--lora_rank=4", "is not an override"),
         ("lora_rank=${lora_rnak}", "lora_rank: Interpolation key 'lora_rnak' not found"),
@@ -217,5 +215,5 @@ def test_the_written_config_reads_back(tmp_path):
 
 def test_every_training_node_with_a_component_is_checked():
     assert set(component_nodes(TrainingSettings)) == {
-        "model", "tokenizer", "dataset", "optimizer", "lr_scheduler", "loss", "metric_logger",
+        "model", "tokenizer", "dataset", "dataset_val", "optimizer", "lr_scheduler", "loss", "metric_logger",
     }  # fmt: skip

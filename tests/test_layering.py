@@ -10,10 +10,19 @@ from tests.conftest import PROJECT
 LAYERS = [
     ["errors", "components", "atomic_files", "memory", "tune_startup"],
     ["settings", "config", "config_checks", "config_overrides", "precision", "run_directory", "metrics", "schedules"],
-    ["prompts", "transforms", "row_formats", "data_sources", "datasets"],
+    [
+        "prompts",
+        "transforms",
+        "row_formats",
+        "row_formats_messages",
+        "data_sources",
+        "token_cache",
+        "datasets",
+        "row_preview",
+    ],
     ["nf4", "lora", "attention", "mlp", "llama_shapes", "builders"],
-    ["batching", "loss"],
-    ["checkpoint_files", "checkpoint_loading", "adapters"],
+    ["packing", "batching", "loss", "gradients"],
+    ["checkpoint_files", "checkpoint_loading", "adapters", "training_state"],
     ["generation"],
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

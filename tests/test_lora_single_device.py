@@ -1,6 +1,7 @@
 """The training recipe as a user runs it: `tune run` in a subprocess, on the embedded model or a smaller random one."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,7 +35,8 @@ def rows(tmp_path):
 def arguments(checkpoint, rows, output_dir, *overrides):
     return [
         *("--config", "configs/llama_qlora.yaml", f"checkpoint_dir={checkpoint}", f"dataset.source={rows}"),
-        *("device=cpu", f"output_dir={output_dir}", "batch_size=2", "gradient_accumulation_steps=1", *overrides),
+        *("device=cpu", f"output_dir={output_dir}", "batch_size=2", "gradient_accumulation_steps=1", "cache_dir=null"),
+        *overrides,
     ]
 
 
@@ -44,7 +46,7 @@ def finished_run(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("runs") / "with = in its name"
     result = tune_run(
         *("--config", "configs/tiny_qlora.yaml", "max_steps_per_epoch=6", f"output_dir={output_dir}"),
-        *("lora_rank=32", "sample_prompts=['Who?']"),
+        *("lora_rank=32", "sample_prompts=['Who?']", "cache_dir=null", "run_val_every_n_steps=4"),
     )
     return result, output_dir
 
@@ -53,7 +55,12 @@ def test_a_run_writes_what_it_says(finished_run):
     result, output_dir = finished_run
     assert result.returncode == 0, result.stderr
     assert "Skipping import" not in result.stdout + result.stderr
-    metrics = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    metrics = [record for record in records if "loss" in record]
+    validations = [record for record in records if "val_loss" in record]
+    assert [record["step"] for record in validations] == [4, 6, 8, 12]
+    assert all(record["val_perplexity"] == math.exp(record["val_loss"]) for record in validations)
+    assert f"step {min(validations, key=lambda record: record['val_loss'])['step']}'s, the best by" in result.stdout
     assert [record["step"] for record in metrics] == list(range(1, 13))
     assert [record["epoch"] for record in metrics] == [0] * 6 + [1] * 6
     assert set(metrics[0]) == {
@@ -80,7 +87,7 @@ def test_a_run_writes_what_it_says(finished_run):
 
 def test_the_written_config_runs_again(finished_run, tmp_path):
     _, output_dir = finished_run
-    overrides = (f"output_dir={tmp_path / 'again'}", "sample_prompts=[]", "max_steps_per_epoch=1", "epochs=1")
+    overrides = (f"output_dir={tmp_path / 'again'}", "sample_prompts=[]", "epochs=1", "max_steps_per_epoch=1")
     result = tune_run("--config", str(output_dir / "config.yaml"), *overrides)
     assert result.returncode == 0, result.stderr
     first = [
@@ -150,7 +157,7 @@ def test_real_weights_and_conversations(test_data, tmp_path):
     source = test_data("guanaco_llama2_1k/train.parquet")
     result = tune_run(
         *("--config", "configs/llama_qlora.yaml", f"checkpoint_dir={checkpoint}", f"dataset.source={source}"),
-        *("device=cpu", "max_steps_per_epoch=2", "lora_rank=32", f"output_dir={tmp_path / 'out'}"),
+        *("device=cpu", "max_steps_per_epoch=2", "lora_rank=32", f"output_dir={tmp_path / 'out'}", "cache_dir=null"),
     )
     assert result.returncode == 0, result.stderr
     assert "1000 rows" in result.stdout and "3 with an empty question or answer" in result.stdout

@@ -7,12 +7,13 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 
 from custom_components import nf4
 from custom_components.attention import RowLengths
-from custom_components.batching import collate, optimizer_steps, row_order
+from custom_components.batching import BatchPlan, collate
 from custom_components.builders import final_hidden_states
 from custom_components.errors import UserError
+from custom_components.gradients import accumulate_gradients, stop_if_not_finite
 from custom_components.lora import LoRALinear
 from custom_components.loss import LinearCrossEntropy
-from recipes.lora_single_device import accumulate_gradients, stop_if_not_finite
+from custom_components.packing import row_order
 from tests.conftest import CPU, TINY_LLAMA, loaded_model, with_random_adapters
 
 
@@ -28,11 +29,14 @@ def random_rows(num_rows: int, seed: int = 0, vocab_size: int = 1024) -> list[di
     return rows
 
 
-def gradients_of_step(model, rows, batch_size, recompute_layers=False):
+def gradients_of_step(model, rows, batch_size, recompute_layers=False, pack_capacity=None):
     model.zero_grad(set_to_none=True)
-    [forwards] = optimizer_steps(range(len(rows)), batch_size, len(rows))
+    plan = BatchPlan(batch_size, len(rows), shuffle=False, seed=0, pack_capacity_tokens=pack_capacity)
+    [forwards] = plan.steps([len(row["tokens"]) for row in rows], epoch=0)
     batches = [collate([rows[index] for index in forward]) for forward in forwards]
-    loss = accumulate_gradients(model, batches, LinearCrossEntropy(chunk_size=7), recompute_layers, CPU)
+    loss = accumulate_gradients(
+        model, batches, LinearCrossEntropy(chunk_size=7), recompute_layers=recompute_layers, device=CPU
+    )
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -50,15 +54,15 @@ def plain_loss(model, rows):
 @pytest.mark.parametrize("apply_lora_to_output", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_L07_L08_a_step_is_the_same_however_it_is_cut(make_checkpoint, apply_lora_to_output, tied):
-    """N forwards of one row, one of N and a partial last one give the loss and gradients of the rows apart."""
+    """N forwards of one row, one of N, a partial last one and packs give the loss and gradients of the rows apart."""
     checkpoint = make_checkpoint(tie_word_embeddings=tied)
     model = with_random_adapters(loaded_model(checkpoint, apply_lora_to_output=apply_lora_to_output))
     rows = random_rows(7)
     expected_loss = plain_loss(model, rows)
     expected_loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    for batch_size in (1, 2, 3, 7):
-        loss, gradients = gradients_of_step(model, rows, batch_size)
+    for batch_size, pack_capacity in ((1, None), (2, None), (3, None), (7, None), (1, 40), (2, 60)):
+        loss, gradients = gradients_of_step(model, rows, batch_size, pack_capacity=pack_capacity)
         torch.testing.assert_close(loss, expected_loss.detach(), atol=1e-5, rtol=0)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=name)
@@ -104,7 +108,7 @@ def test_L09_a_loss_or_gradient_that_is_not_finite_stops_the_run(value):
 
 @pytest.mark.parametrize("num_rows", [1, 5, 8, 9])
 def test_L10_every_row_is_trained_on_in_every_epoch(num_rows):
-    steps = list(optimizer_steps(row_order(num_rows, 0, 0, True), batch_size=4, gradient_accumulation_steps=2))
+    steps = BatchPlan(4, 2, shuffle=True, seed=0).steps([5] * num_rows, epoch=0)
     assert steps
     assert sorted(index for step in steps for forward in step for index in forward) == list(range(num_rows))
     assert all(len(forward) <= 4 for step in steps for forward in step)

@@ -110,7 +110,7 @@ def write_rows(path, *dialogs_of_rows):
 def test_L05_truncated_rows_are_counted(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [("hi", "yes " * 40)], [("hi", "no")])
     dataset = chat_dataset(Llama2ChatTransform(TINY_TOKENIZER, max_seq_len=24), source)
-    assert dataset.summary.num_truncated == 1
+    assert dataset.summaries[0].num_truncated == 1
     assert dataset.lengths[0] == 24
     assert dataset[0]["tokens"][-1] != 2 and dataset[1]["tokens"][-1] == 2
 
@@ -118,7 +118,8 @@ def test_L05_truncated_rows_are_counted(tmp_path):
 def test_L06_rows_without_a_supervised_token_are_dropped_and_counted(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [("long question " * 40, "yes")], [("hi", "no")])
     dataset = chat_dataset(Llama2ChatTransform(TINY_TOKENIZER, max_seq_len=24), source)
-    assert (dataset.summary.num_rows, dataset.summary.num_kept, dataset.summary.num_unsupervised) == (2, 1, 1)
+    [summary] = dataset.summaries
+    assert (summary.num_rows, summary.num_kept, summary.num_unsupervised) == (2, 1, 1)
 
 
 def test_L06_a_set_without_a_supervised_token_is_an_error_that_shows_a_row(tmp_path):

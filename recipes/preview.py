@@ -1,0 +1,68 @@
+"""Show the first rows of a training config as they will be trained: text, ids, labels, lengths. Trains nothing.
+
+tune run recipes/preview.py --config configs/llama2_7b_qlora.yaml row=17
+"""
+
+import sys
+
+import torch
+
+from custom_components import schedules
+from custom_components.batching import BatchPlan
+from custom_components.checkpoint_loading import fit_tokenizer
+from custom_components.components import instantiate
+from custom_components.config import load_settings
+from custom_components.datasets import ChatDataset, split_validation
+from custom_components.errors import UserError, run_recipe
+from custom_components.row_preview import label_table, length_histogram, rendered_row
+from custom_components.settings import PreviewSettings
+from custom_components.transforms import Llama2ChatTransform
+
+
+def recipe_main() -> None:
+    settings = load_settings(PreviewSettings, sys.argv[1:])
+    tokenizer = instantiate(settings.tokenizer)
+    if settings.checkpoint_dir.is_dir():
+        with torch.device("meta"):
+            fit_tokenizer(tokenizer, instantiate(settings.model))
+    dataset = instantiate(settings.dataset, tokenizer=tokenizer)
+    if settings.val_fraction is not None:
+        dataset, dataset_val = split_validation(dataset, settings.val_fraction, settings.seed)
+        print(f"{len(dataset_val)} rows are kept for validation")
+
+    show_rows(dataset, tokenizer, settings)
+    print("\n".join(map(str, dataset.summaries)))
+    print(f"\nrows by tokens\n{length_histogram(dataset.lengths)}\n")
+    show_plan(dataset, tokenizer, settings)
+
+
+def show_rows(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: PreviewSettings) -> None:
+    """The first rows as text; a single one with its table of ids and labels."""
+    if settings.row is not None and settings.row >= len(dataset):
+        raise UserError(f"row: {settings.row} is not there, the data set has the rows 0 to {len(dataset) - 1}")
+    indices = range(min(settings.num_rows, len(dataset))) if settings.row is None else [settings.row]
+    for index in indices:
+        row = dataset[index]
+        num_supervised = sum(label >= 0 for label in row["labels"])
+        print(f"---- row {index}: {len(row['tokens'])} tokens, {num_supervised} supervised")
+        print(rendered_row(row, tokenizer, colour=sys.stdout.isatty()))
+        if settings.row is not None:
+            print(label_table(row, tokenizer))
+    print("----")
+
+
+def show_plan(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: PreviewSettings) -> None:
+    """The optimizer steps that the run would take, and how full they are."""
+    plan = BatchPlan.of(settings, tokenizer.max_seq_len)
+    lengths = dataset.lengths
+    steps = [step for epoch in range(settings.epochs) for step in plan.steps(lengths, epoch)]
+    forward_sizes = [sum(lengths[row] for row in rows) for step in steps for rows in step]
+    num_warmup_steps = schedules.num_warmup_steps(settings.warmup_steps, settings.warmup_ratio, len(steps))
+    print(
+        f"{len(steps)} optimizer steps, {num_warmup_steps} of them warm-up; {len(forward_sizes)} forwards of "
+        f"{min(forward_sizes)} to {max(forward_sizes)} tokens, {sum(forward_sizes) // len(forward_sizes)} on average"
+    )
+
+
+if __name__ == "__main__":
+    run_recipe(recipe_main)
