@@ -35,6 +35,9 @@ _PEFT_TARGETS = {
 }
 
 
+_VARIANTS = ("use_rslora", "use_dora")  # named alike by PEFT, the builders and LoRALinear
+
+
 @dataclass(frozen=True)
 class PromptFormat:
     """How the prompts looked that an adapter was trained on, and the tokens that end an answer."""
@@ -71,6 +74,7 @@ def save_adapter(model: TransformerDecoder, adapter_dir: Path, base_model: str, 
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
+        **{key: True for key in _VARIANTS if getattr(first, key)},
     }
     with whole_directory(adapter_dir) as directory:
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -84,7 +88,7 @@ def load_adapter(model: TransformerDecoder, adapter_dir: Path) -> None:
     """Give the model's adapters the values of a PEFT directory, in place.
 
     Raises:
-        UserError: missing, unexpected or misshapen tensors, by name; a damaged file.
+        UserError: missing, unexpected or misshapen tensors, by name; another scaling; a damaged file.
     """
     stored = check_adapter_fits(model, adapter_dir)
     with torch.no_grad():
@@ -95,16 +99,24 @@ def load_adapter(model: TransformerDecoder, adapter_dir: Path) -> None:
 def check_adapter_fits(model: TransformerDecoder, adapter_dir: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's file, if they are those that `model`, which may be on the meta device, has.
 
+    The config is held against the model as well: with another scaling the same tensors are another adapter.
+
     Raises:
         UserError: see :func:`load_adapter`.
     """
+    settings = lora_settings(adapter_dir)
     path = adapter_dir / WEIGHTS_NAME
     try:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
     expected = {key: tensor.shape for key, _, tensor in _peft_keys(model)}
-    problems = [f"{key} is missing" for key in expected if key not in stored]
+    built = next(iter(adapter_modules(model).values()), None)
+    stated = {"lora_alpha": built.alpha, **{key: getattr(built, key) for key in _VARIANTS}} if built else {}
+    problems = [
+        f"{key} is {settings[key]}, the model's {value}" for key, value in stated.items() if settings[key] != value
+    ]
+    problems += [f"{key} is missing" for key in expected if key not in stored]
     problems += [f"{key} has no place in the model" for key in stored if key not in expected]
     problems += [
         f"{key} has shape {tuple(stored[key].shape)}, the model {tuple(shape)}"
@@ -131,9 +143,7 @@ def lora_settings(adapter_dir: Path) -> dict[str, Any]:
         raise UserError(f"adapter_dir: {str(adapter_dir)!r} has no {CONFIG_NAME}; name the adapter/ of a run") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a LoRA adapter's config ({type(error).__name__}: {error})") from None
-    unsupported = [
-        key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)
-    ]
+    unsupported = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     mlp_targets = targets & {"gate_proj", "up_proj", "down_proj"}
     if len(mlp_targets) not in (0, 3):
         unsupported.append(f"target_modules with {sorted(mlp_targets)} but not all three of the feed-forward")
@@ -147,6 +157,7 @@ def lora_settings(adapter_dir: Path) -> dict[str, Any]:
         "apply_lora_to_output": "lm_head" in targets,
         "lora_rank": rank,
         "lora_alpha": alpha,
+        **{key: bool(config.get(key)) for key in _VARIANTS},
     }
 
 
@@ -199,7 +210,11 @@ def check_adapter_was_trained(model: nn.Module) -> None:
         raise UserError(
             "optimizer.lr: every B of the adapter is still zero, nothing was learned; raise the learning rate"
         )
-    broken = [name for name, module in modules.items() if not module.lora_b.weight.isfinite().all()]
+    broken = [
+        name
+        for name, module in modules.items()
+        if not all(module.get_parameter(parameter).isfinite().all() for parameter in module.adapter_params())
+    ]
     if broken:
         raise UserError(f"optimizer.lr: the adapter of {broken[0]} is not finite; lower the learning rate")
 
@@ -212,10 +227,12 @@ def _peft_keys(model: TransformerDecoder) -> list[tuple[str, int | None, Tensor]
         layer = name.split(".")[1] if name.startswith("layers.") else ""
         pattern = name.replace(f".{layer}.", ".{}.", 1) if layer else name
         hf_module = _HF_NAMES[f"{pattern}.weight"].format(layer).removesuffix(".weight")
-        # Only B is permuted: its rows are those of q and k, A's columns are the hidden state's.
+        # B is permuted, and the magnitude: their rows are those of q and k, A's columns are the hidden state's.
         num_heads = {"q_proj": model.num_heads, "k_proj": num_kv_heads}.get(name.rpartition(".")[2])
         keys.append((f"base_model.model.{hf_module}.lora_A.weight", None, module.lora_a.weight))
         keys.append((f"base_model.model.{hf_module}.lora_B.weight", num_heads, module.lora_b.weight))
+        if module.use_dora:
+            keys.append((f"base_model.model.{hf_module}.lora_magnitude_vector", num_heads, module.magnitude))
     return keys
 
 

@@ -1,5 +1,6 @@
 """Llama models with LoRA adapters, as torchtune builders: plain functions that return its TransformerDecoder."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ def lora_llama(
     lora_dropout: float = 0.0,
     quantize_base: bool = False,
     adapter_dtype: str = "fp32",
+    use_rslora: bool = False,
+    use_dora: bool = False,
 ) -> TransformerDecoder:
     """A Llama-architecture model with frozen weights and LoRA adapters, in torchtune's parameter names.
 
@@ -49,6 +52,7 @@ def lora_llama(
         quantize_base: NF4 for the linear weights of attention and feed-forward that divide into blocks; embeddings and
             output head stay as they are.
         adapter_dtype: "fp32", or "bf16" for recipes that refuse parameters of two dtypes.
+        use_rslora, use_dora: see :class:`LoRALinear`.
 
     Raises:
         ValueError: for an attention module that does not exist.
@@ -69,6 +73,8 @@ def lora_llama(
             lora_dropout,
             quantize_base=quantized,
             adapter_dtype=adapter_dtype,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
         )
 
     # note: rope's cache is a buffer outside the checkpoint, so it must have values even when the weights do not yet.
@@ -108,6 +114,8 @@ def lora_llama(
         output = linear(shape.embed_dim, shape.vocab_size, adapted=apply_lora_to_output, quantized=False)
         if shape.tied_embeddings:
             output.weight = tok_embeddings.weight
+            if isinstance(output, LoRALinear) and use_dora:
+                output.initialize_dora_magnitude()
     model = TransformerDecoder(
         tok_embeddings=tok_embeddings,
         layers=layers,
@@ -143,6 +151,8 @@ def lora_llama_from_config(
     lora_dropout: float = 0.0,
     quantize_base: bool = False,
     adapter_dtype: str = "fp32",
+    use_rslora: bool = False,
+    use_dora: bool = False,
 ) -> TransformerDecoder:
     """`lora_llama` with the shape that the checkpoint's own config.json or params.json states.
 
@@ -159,6 +169,8 @@ def lora_llama_from_config(
         lora_dropout,
         quantize_base,
         adapter_dtype,
+        use_rslora,
+        use_dora,
     )
 
 
@@ -169,6 +181,7 @@ def final_hidden_states(
     positions: Tensor,
     *,
     recompute_layers: bool = False,
+    neftune_noise_alpha: float | None = None,
 ) -> Tensor:
     """What `model` gives its output head: normalized hidden states, (B, S, embed_dim), for (B, S) tokens.
 
@@ -178,11 +191,28 @@ def final_hidden_states(
     Args:
         mask, positions: see :class:`SelfAttention`.
         recompute_layers: keep only each layer's input for the backward and compute the rest again there.
+        neftune_noise_alpha: noise on the embeddings while the model trains, see :func:`neftune_noise`.
     """
     hidden = model.tok_embeddings(tokens)
+    if neftune_noise_alpha is not None and model.training:
+        hidden = hidden + neftune_noise(hidden, mask, neftune_noise_alpha)
     for layer in model.layers:
         if recompute_layers:
             hidden = checkpoint(layer, hidden, mask=mask, input_pos=positions, use_reentrant=False)
         else:
             hidden = layer(hidden, mask=mask, input_pos=positions)
     return model.norm(hidden)
+
+
+def neftune_noise(embeddings: Tensor, mask: Tensor | RowLengths | None, alpha: float) -> Tensor:
+    """NEFTune's noise: uniform in [-1, 1] times alpha / sqrt(L * embed_dim), L the length of the token's row.
+
+    Jain et al. 2023, arXiv 2310.05914, algorithm 1.
+
+    Args:
+        embeddings: (B, S, embed_dim).
+        mask: rows laid end to end say their lengths; otherwise every row is S long.
+    """
+    lengths = mask.lengths if isinstance(mask, RowLengths) else (embeddings.shape[1],)
+    scales = [embeddings.new_full((length, 1), alpha / math.sqrt(length * embeddings.shape[2])) for length in lengths]
+    return torch.empty_like(embeddings).uniform_(-1, 1) * torch.cat(scales)

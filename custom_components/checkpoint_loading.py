@@ -1,5 +1,6 @@
 """Streaming a checkpoint's weights onto a model that was built on the meta device."""
 
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,6 +82,8 @@ def _initialize_adapters(model: TransformerDecoder, device: torch.device) -> Non
             module.initialize_parameters()
             module.lora_a.to(device)
             module.lora_b.to(device)
+            if module.use_dora:
+                module.initialize_dora_magnitude()
 
 
 def _check_same_model(model: TransformerDecoder, shape: LlamaShape, checkpoint_dir: Path) -> None:
@@ -127,6 +130,16 @@ def _check_tensors(
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise UserError(f"checkpoint_dir: {str(checkpoint_dir)!r} does not hold this model: {listed}")
+
+
+def frozen_checksum(model: TransformerDecoder) -> str:
+    """A hash of every byte of the frozen parameters, NF4 storage included."""
+    checksum = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            for tensor in nf4.stored_tensors(parameter.data):
+                checksum.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return checksum.hexdigest()
 
 
 def fit_tokenizer(tokenizer: Llama2ChatTransform, model: TransformerDecoder) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torchtune.modules import TransformerDecoder
 
 from custom_components.batching import Batch
@@ -19,24 +20,32 @@ def accumulate_gradients(
     model: TransformerDecoder,
     batches: Sequence[Batch],
     loss_function: LinearCrossEntropy,
+    scaler: GradScaler,
     *,
-    recompute_layers: bool,
+    recompute_layers: bool = False,
+    neftune_noise_alpha: float | None = None,
     device: torch.device,
 ) -> Tensor:
     """Forward and backward over the batches of one optimizer step; returns the loss per supervised token, in nats.
 
     The sum over all batches is divided by the supervised tokens of all of them, so that N forwards of 1 row and 1 of N
-    rows are the same step. It is divided before the backward, so that fp16 gradients do not overflow.
+    rows are the same step. It is divided before the backward, so that fp16 gradients do not overflow. `scaler`, enabled
+    for fp16, leaves the gradients scaled.
     """
     num_supervised_tokens = sum(batch.num_supervised_tokens for batch in batches)
     total = torch.zeros((), device=device)
     for batch in batches:
         batch = batch.to(device)
         hidden_1TD = final_hidden_states(
-            model, batch.tokens_1T, batch.rows, batch.positions_1T, recompute_layers=recompute_layers
+            model,
+            batch.tokens_1T,
+            batch.rows,
+            batch.positions_1T,
+            recompute_layers=recompute_layers,
+            neftune_noise_alpha=neftune_noise_alpha,
         )
         loss = loss_function(hidden_1TD, model.output, batch.labels_1T) / num_supervised_tokens
-        loss.backward()
+        scaler.scale(loss).backward()
         total += loss.detach()
     return total
 

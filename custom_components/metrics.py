@@ -20,7 +20,22 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """All records; a last line that was torn by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Drop the records after a step, which a resumed run will write again."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    aside.replace(path)
 
 
 def plot_losses(metrics_path: Path, plot_path: Path) -> None:

@@ -92,6 +92,13 @@ def _quantized_scalers(scalers: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     return quantized.flatten(), factor, mean, scaler_block_size
 
 
+def stored_tensors(weight: Tensor) -> list[Tensor]:
+    """The tensors that hold a weight: an ordinary one itself, or the codes and scalers of an NF4 one."""
+    if not isinstance(weight, NF4Tensor):
+        return [weight]
+    return [weight.quantized_data, weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean]
+
+
 def block_scalers(weight: NF4Tensor) -> Tensor:
     """The dequantized fp32 scaler of every block of 64, (num_blocks,)."""
     scaler_blocks = weight.quantized_scalers.view(-1, weight.scaler_block_size)

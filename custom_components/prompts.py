@@ -71,9 +71,9 @@ def _chat_message(message: Any, name: str) -> ChatMessage:
     else:  # torchtune.data.Message
         role, content, weight = message.role, message.text_content, None
     if role not in ROLES:
-        raise ValueError(f"{name} is of role {role!r}, not one of {', '.join(ROLES)}")
+        raise ValueError(f"{name} is of role {str(role)[:60]!r}, not one of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise ValueError(f"{name} holds {content!r} where text is due")
+        raise ValueError(f"{name} holds {str(content)[:60]} where text is due")
     if weight not in (None, 0, 1):
         raise ValueError(f"{name} has weight {weight!r}, which is neither 0 nor 1")
     return ChatMessage(role, content, weight != 0)

@@ -12,7 +12,7 @@ RowConverter = Callable[[dict[str, Any]], list[ChatMessage]]
 def messages_row(values: dict[str, Any]) -> list[ChatMessage]:
     """`{"messages": [{"role", "content"}, ...]}`, OpenAI's form.
 
-    openai/openai-cookbook, examples/Chat_finetuning_data_prep.ipynb.
+    openai/openai-cookbook @b774cbf1, examples/Chat_finetuning_data_prep.ipynb.
 
     Raises:
         ValueError: it is no dialog, has an empty question or answer, or does not end with an answer.
@@ -20,7 +20,7 @@ def messages_row(values: dict[str, Any]) -> list[ChatMessage]:
     return _dialog(_dicts(values, "messages"))
 
 
-# lm-sys/FastChat, docs/training.md and fastchat/data/clean_sharegpt.py; user and assistant as later sets spell them.
+# lm-sys/FastChat @0f49fe78, fastchat/data/split_long_conversation.py; user and assistant as later sets spell them.
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",

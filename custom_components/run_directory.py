@@ -1,7 +1,10 @@
 """The directory that a run writes."""
 
+import contextlib
+import errno
+import fcntl
 import shutil
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,31 +30,55 @@ class RunDirectory:
         return self.path / "loss.png"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def adapter(self) -> Path:
         return self.path / "adapter"
 
 
-def prepare_run_directory(path: Path, overwrite: bool) -> RunDirectory:
-    """Make the directory of a new run, after checking that it can be written.
+@contextlib.contextmanager
+def run_directory(path: Path, *, overwrite: bool, resumes: bool) -> Iterator[RunDirectory]:
+    """The directory of a run, held by this process alone for the time of the block.
+
+    Args:
+        overwrite: delete the results that lie there.
+        resumes: go on with the run that lies there.
 
     Raises:
-        UserError: it holds a run already and `overwrite` is not set, or nothing can be written there.
+        UserError: another process is writing there, it holds a run already and neither is set, or nothing can be
+            written there.
     """
-    run_directory = RunDirectory(path)
-    results = (run_directory.config, run_directory.metrics, run_directory.plot, run_directory.adapter)
-    if not overwrite and any(result.exists() for result in results):
-        raise UserError(
-            f"output_dir: {str(path)!r} holds the results of a run; name another, or set overwrite_output_dir=true"
-        )
+    directory = RunDirectory(path)
+    results = (directory.config, directory.metrics, directory.plot, directory.adapter, directory.checkpoints)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-        for result in results:
-            if result.is_dir():
-                shutil.rmtree(result)
-            else:
-                result.unlink(missing_ok=True)
-    except OSError as error:
+        with (path / ".lock").open("w") as lock:
+            try:
+                # note: the system gives the lock back when the process dies, however it dies.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"output_dir: another run is writing to {str(path)!r}; name another directory"
+                ) from None
+            if not resumes:
+                if not overwrite and any(result.exists() for result in results):
+                    raise UserError(
+                        f"output_dir: {str(path)!r} holds the results of a run; name another, set "
+                        "overwrite_output_dir=true, or go on with it by resume_from_checkpoint=true"
+                    )
+                for result in results:
+                    if result.is_dir():
+                        shutil.rmtree(result)
+                    else:
+                        result.unlink(missing_ok=True)
+            yield directory
+    except PermissionError as error:
         raise UserError(f"output_dir: {str(path)!r} cannot be written ({error.strerror}); name another") from None
-    return run_directory
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+            raise
+        raise UserError(
+            f"output_dir: {str(path)!r} cannot be written ({error.strerror}); free space or name another"
+        ) from None

@@ -40,6 +40,8 @@ class TrainingSettings(Settings):
     checkpoint_dir: PathText
     output_dir: PathText
     overwrite_output_dir: bool = False
+    resume_from_checkpoint: bool | str = False
+    init_adapter_from: PathText | None = None
 
     lora_rank: PositiveInt
     lora_alpha: Annotated[float, Field(gt=0)]
@@ -47,6 +49,8 @@ class TrainingSettings(Settings):
     lora_attn_modules: list[AttentionModule]
     apply_lora_to_mlp: bool
     apply_lora_to_output: bool = False
+    use_dora: bool = False
+    use_rslora: bool = False
     quantize_base: bool
     model: Annotated[dict[str, Any], ComponentNode()]
 
@@ -74,12 +78,18 @@ class TrainingSettings(Settings):
     lr_scheduler: Annotated[dict[str, Any], ComponentNode(supplied=("step", "num_steps"))]
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     warmup_steps: NonNegativeInt | None = None
-    clip_grad_norm: NonNegativeFloat | None = None
+    lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    early_stopping_patience: PositiveInt | None = None
+    save_every_n_steps: PositiveInt | None = None
+    keep_last_n_checkpoints: PositiveInt = 2
     loss: Annotated[dict[str, Any], ComponentNode()]
 
     device: Device = "auto"
     dtype: DtypeName = "auto"
     enable_activation_checkpointing: bool = False
+    verify_base: bool = False
 
     log_every_n_steps: PositiveInt = 1
     metric_logger: Annotated[dict[str, Any] | None, ComponentNode()] = None
@@ -96,12 +106,16 @@ class TrainingSettings(Settings):
                 "warmup_steps",
                 f"{self.warmup_steps} beside warmup_ratio {self.warmup_ratio}: set one of them to null or 0",
             )
+        if "lr" not in self.optimizer:
+            yield "optimizer.lr", "missing: the peak learning rate has no default"
         if self.packed and self.group_by_length:
             yield "group_by_length", "true beside packed: a pack holds rows of all lengths; set one of the two to false"
         if self.dataset_val is not None and self.val_fraction is not None:
             yield "val_fraction", f"{self.val_fraction} beside dataset_val: validate on one of the two"
         if self.run_val_every_n_steps is not None and self.dataset_val is None and self.val_fraction is None:
             yield "run_val_every_n_steps", "there is nothing to validate on; set dataset_val or val_fraction"
+        if self.early_stopping_patience is not None and self.dataset_val is None and self.val_fraction is None:
+            yield "early_stopping_patience", "there is nothing to validate on; set dataset_val or val_fraction"
 
 
 class PreviewSettings(TrainingSettings):

@@ -9,26 +9,45 @@ import time
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
 from custom_components import schedules
-from custom_components.adapters import PromptFormat, base_model_name, check_adapter_was_trained, save_adapter
+from custom_components.adapters import (
+    PromptFormat,
+    base_model_name,
+    check_adapter_was_trained,
+    load_adapter,
+    save_adapter,
+)
 from custom_components.batching import Batch, BatchPlan, collate
-from custom_components.checkpoint_loading import fit_tokenizer, load_base_weights, unquantized_modules
+from custom_components.checkpoint_loading import (
+    fit_tokenizer,
+    frozen_checksum,
+    load_base_weights,
+    unquantized_modules,
+)
 from custom_components.components import instantiate
 from custom_components.config import load_settings, write_yaml
-from custom_components.datasets import ChatDataset, split_validation
 from custom_components.errors import run_recipe
 from custom_components.generation import Sampling, answer_messages
 from custom_components.gradients import accumulate_gradients, stop_if_not_finite, validation_loss
+from custom_components.lora import adapter_parameter_groups
 from custom_components.memory import PeakMemory
-from custom_components.metrics import MetricsFile, plot_losses
+from custom_components.metrics import MetricsFile, keep_metrics_until, plot_losses
 from custom_components.precision import resolved_device, resolved_dtype
-from custom_components.run_directory import RunDirectory, prepare_run_directory
+from custom_components.run_directory import RunDirectory, run_directory
 from custom_components.settings import TrainingSettings
-from custom_components.training_state import Progress
+from custom_components.stopping import stop_requests
+from custom_components.tokenized_rows import ChatDataset, split_validation
+from custom_components.training_state import (
+    Progress,
+    TrainingState,
+    check_resumed_config,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from custom_components.transforms import Llama2ChatTransform
 
 
@@ -47,21 +66,41 @@ def recipe_main() -> None:
     dataset, dataset_val = training_and_validation(settings, tokenizer)
     print("\n".join(map(str, dataset.summaries)))
 
-    run_directory = prepare_run_directory(settings.output_dir, settings.overwrite_output_dir)
-    write_yaml(settings, run_directory.config)
-    load_base_weights(model, settings.checkpoint_dir, dtype, device)
-    describe(model, settings, device, dtype_words)
-    answers_before = answer_sample_prompts(model, tokenizer, settings.sample_prompts, dtype)
+    resumed_from = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir)
+    if resumed_from is not None:
+        check_resumed_config(resumed_from, settings)
+    resumes = resumed_from is not None
+    with run_directory(settings.output_dir, overwrite=settings.overwrite_output_dir, resumes=resumes) as directory:
+        load_base_weights(model, settings.checkpoint_dir, dtype, device)
+        if settings.init_adapter_from is not None:
+            load_adapter(model, settings.init_adapter_from)
+        describe(model, settings, device, dtype_words)
+        answers_before = answer_sample_prompts(model, tokenizer, settings.sample_prompts, dtype)
+        base_checksum = frozen_checksum(model) if settings.verify_base else None
 
-    progress = train(model, dataset, dataset_val, tokenizer, settings, run_directory, device, memory)
+        groups = adapter_parameter_groups(model, settings.optimizer["lr"], settings.lora_plus_ratio)
+        state = TrainingState(
+            optimizer=instantiate(settings.optimizer, groups),
+            scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
+            data_digest=dataset.digest,
+        )
+        if resumed_from is not None:
+            load_checkpoint(resumed_from, model, state)
+            print(f"going on from {resumed_from}")
+        keep_metrics_until(directory.metrics, state.progress.num_steps)
+        write_yaml(settings, directory.config)
+        prompt_format = PromptFormat(settings.prompt_template, tokenizer.system_prompt, ["</s>"])
+        train(model, state, dataset, dataset_val, tokenizer, settings, directory, prompt_format, device, memory)
 
-    check_adapter_was_trained(model)
-    prompt_format = PromptFormat(settings.prompt_template, tokenizer.system_prompt, ["</s>"])
-    save_adapter(model, run_directory.adapter, base_model_name(settings.checkpoint_dir), prompt_format)
-    plot_losses(run_directory.metrics, run_directory.plot)
-    answers_after = answer_sample_prompts(model, tokenizer, settings.sample_prompts, dtype)
-    show_answers(settings.sample_prompts, answers_before, answers_after)
-    print(closing_summary(progress, time.perf_counter() - start_seconds, memory, run_directory))
+        if base_checksum is not None and frozen_checksum(model) != base_checksum:
+            raise AssertionError("verify_base: the frozen base has changed")
+        model.load_state_dict(state.best_adapter, strict=False)
+        check_adapter_was_trained(model)
+        save_adapter(model, directory.adapter, base_model_name(settings.checkpoint_dir), prompt_format)
+        plot_losses(directory.metrics, directory.plot)
+        answers_after = answer_sample_prompts(model, tokenizer, settings.sample_prompts, dtype)
+        show_answers(settings.sample_prompts, answers_before, answers_after)
+        print(closing_summary(state.progress, time.perf_counter() - start_seconds, memory, directory))
 
 
 def training_and_validation(
@@ -78,77 +117,102 @@ def training_and_validation(
 
 def train(
     model: TransformerDecoder,
+    state: TrainingState,
     dataset: ChatDataset,
     dataset_val: ChatDataset | None,
     tokenizer: Llama2ChatTransform,
     settings: TrainingSettings,
-    run_directory: RunDirectory,
+    directory: RunDirectory,
+    prompt_format: PromptFormat,
     device: torch.device,
     memory: PeakMemory,
-) -> Progress:
-    """Train the adapters of `model` in place, up to the best validation or else the last step."""
+) -> None:
+    """Train the adapters of `model` and keep `state`, in place, from the state's step to the last or until stopped."""
     plan = BatchPlan.of(settings, tokenizer.max_seq_len)
     steps = [(epoch, forwards) for epoch in range(settings.epochs) for forwards in plan.steps(dataset.lengths, epoch)]
     batches_val = validation_batches(dataset_val, settings.batch_size)
     num_warmup_steps = schedules.num_warmup_steps(settings.warmup_steps, settings.warmup_ratio, len(steps))
-    optimizer = instantiate(settings.optimizer, [p for p in model.parameters() if p.requires_grad])
-    peak_rates = [group["lr"] for group in optimizer.param_groups]
+    peak_rates = peak_learning_rates(settings)
     loss_function = instantiate(settings.loss)
-    metrics = MetricsFile(run_directory.metrics)
+    metrics = MetricsFile(directory.metrics)
     metric_logger = instantiate(settings.metric_logger) if settings.metric_logger else None
-    progress = Progress()
-    best_adapter: dict[str, Tensor] = {}
+    base_model = base_model_name(settings.checkpoint_dir)
+    progress = state.progress
 
     model.train()
-    bar = tqdm(total=len(steps), unit="step", desc="training", dynamic_ncols=True)
-    for step, (epoch, forwards) in enumerate(steps, 1):
-        step_start_seconds = time.perf_counter()
-        torch.manual_seed(settings.seed * 2**20 + step)  # dropout is a function of the step
-        batches = [collate([dataset[row] for row in rows]) for rows in forwards]
-        rate_factor = instantiate(
-            settings.lr_scheduler, step=step, num_steps=len(steps), num_warmup_steps=num_warmup_steps
-        )
-        for group, peak_rate in zip(optimizer.param_groups, peak_rates, strict=True):
-            group["lr"] = peak_rate * rate_factor
+    bar = tqdm(total=len(steps), initial=progress.num_steps, unit="step", desc="training", dynamic_ncols=True)
+    with stop_requests() as stop_request:
+        for step, (epoch, forwards) in enumerate(steps[progress.num_steps :], progress.num_steps + 1):
+            step_start_seconds = time.perf_counter()
+            torch.manual_seed(settings.seed * 2**20 + step)  # dropout is a function of the step
+            batches = [collate([dataset[row] for row in rows]) for rows in forwards]
+            rate_factor = instantiate(
+                settings.lr_scheduler, step=step, num_steps=len(steps), num_warmup_steps=num_warmup_steps
+            )
+            for group, peak_rate in zip(state.optimizer.param_groups, peak_rates, strict=True):
+                group["lr"] = peak_rate * rate_factor
 
-        recompute_layers = settings.enable_activation_checkpointing
-        loss = accumulate_gradients(model, batches, loss_function, recompute_layers=recompute_layers, device=device)
-        grad_norm = clip_gradients(optimizer, settings.clip_grad_norm)
-        stop_if_not_finite(loss, grad_norm, step, forwards)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            loss = accumulate_gradients(
+                model,
+                batches,
+                loss_function,
+                state.scaler,
+                recompute_layers=settings.enable_activation_checkpointing,
+                neftune_noise_alpha=settings.neftune_noise_alpha,
+                device=device,
+            )
+            grad_norm = clip_gradients(state, settings.clip_grad_norm)
+            is_skipped = update_adapters(state, loss, grad_norm, step, forwards)
 
-        progress.add_step(sum(batch.num_tokens for batch in batches), time.perf_counter() - step_start_seconds)
-        record = {
-            "step": step,
-            "epoch": epoch,
-            "loss": loss.item(),
-            "lr": optimizer.param_groups[0]["lr"],
-            "grad_norm": grad_norm.item(),
-            "tokens": progress.last_num_tokens,
-            "supervised_tokens": sum(batch.num_supervised_tokens for batch in batches),
-            "step_seconds": progress.last_seconds,
-            "tokens_per_second": progress.last_num_tokens / progress.last_seconds,
-            "peak_memory_gib": memory.gib(),
-        }
-        metrics.write(record)
-        if metric_logger is not None and step % settings.log_every_n_steps == 0:
-            metric_logger.log_dict({key: value for key, value in record.items() if value is not None}, step=step)
-        bar.update()
-        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+            num_tokens, seconds = sum(batch.num_tokens for batch in batches), time.perf_counter() - step_start_seconds
+            progress.add_step(num_tokens, seconds, is_skipped)
+            record = {
+                "step": step,
+                "epoch": epoch,
+                "loss": loss.item(),
+                "lr": state.optimizer.param_groups[0]["lr"],
+                "grad_norm": grad_norm.item(),
+                "tokens": num_tokens,
+                "supervised_tokens": sum(batch.num_supervised_tokens for batch in batches),
+                "step_seconds": seconds,
+                "tokens_per_second": num_tokens / seconds,
+                "peak_memory_gib": memory.gib(),
+            }
+            metrics.write(record)
+            if metric_logger is not None and step % settings.log_every_n_steps == 0:
+                metric_logger.log_dict({key: value for key, value in record.items() if value is not None}, step=step)
+            bar.update()
+            bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
 
-        is_epoch_end = step == len(steps) or steps[step][0] != epoch
-        if batches_val and (is_epoch_end or step % (settings.run_val_every_n_steps or len(steps)) == 0):
-            val_loss = validation_loss(model, batches_val, loss_function, device)
-            metrics.write({"step": step, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)})
-            if progress.add_validation(step, val_loss):
-                best_adapter = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            is_epoch_end = step == len(steps) or steps[step][0] != epoch
+            if batches_val and (is_epoch_end or is_due(step, settings.run_val_every_n_steps)):
+                val_loss = validation_loss(model, batches_val, loss_function, device)
+                metrics.write({"step": step, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)})
+                if progress.add_validation(val_loss):
+                    state.keep_best(model)
+            stops_early = progress.num_validations_since_best >= (settings.early_stopping_patience or math.inf)
+            is_last = step == len(steps) or stops_early or stop_request.signal_number is not None
+            saves_after_epoch = settings.save_every_n_steps is None and is_epoch_end
+            if is_last or saves_after_epoch or is_due(step, settings.save_every_n_steps):
+                save_checkpoint(directory.path, model, state, settings, base_model, prompt_format)
+            stop_request.leave_if_asked()
+            if stops_early:
+                bar.write(f"stopped early: {progress.num_validations_since_best} validations without a better loss")
+                break
     bar.close()
     metrics.close()
     if metric_logger is not None:
         metric_logger.close()
-    model.load_state_dict(best_adapter, strict=False)
-    return progress
+
+
+def is_due(step: int, every_n_steps: int | None) -> bool:
+    return every_n_steps is not None and step % every_n_steps == 0
+
+
+def peak_learning_rates(settings: TrainingSettings) -> list[float]:
+    """One for each group of `adapter_parameter_groups`."""
+    rate = settings.optimizer["lr"]
+    return [rate] if settings.lora_plus_ratio is None else [rate, rate * settings.lora_plus_ratio]
 
 
 def validation_batches(dataset_val: ChatDataset | None, batch_size: int) -> list[Batch]:
@@ -158,10 +222,24 @@ def validation_batches(dataset_val: ChatDataset | None, batch_size: int) -> list
     return [collate([dataset_val[row] for row in rows]) for [rows] in plan.steps(dataset_val.lengths, epoch=0)]
 
 
-def clip_gradients(optimizer: Optimizer, clip_grad_norm: float | None) -> Tensor:
+def clip_gradients(state: TrainingState, clip_grad_norm: float | None) -> Tensor:
     """Shorten the gradient of all parameters to `clip_grad_norm`; returns its norm before."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state.scaler.unscale_(state.optimizer)
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     return torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_grad_norm is None else clip_grad_norm)
+
+
+def update_adapters(
+    state: TrainingState, loss: Tensor, grad_norm: Tensor, step: int, forwards: list[list[int]]
+) -> bool:
+    """Take the optimizer's step; returns whether the gradient scaler left it out because fp16 gradients overflowed."""
+    is_skipped = state.scaler.is_enabled() and not bool(grad_norm.isfinite())
+    if not is_skipped:
+        stop_if_not_finite(loss, grad_norm, step, forwards)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return is_skipped
 
 
 def answer_sample_prompts(
@@ -184,17 +262,19 @@ def describe(model: TransformerDecoder, settings: TrainingSettings, device: torc
         print(f"not quantized, NF4 blocks do not divide them: {', '.join(names)}")
 
 
-def closing_summary(progress: Progress, seconds: float, memory: PeakMemory, run_directory: RunDirectory) -> str:
+def closing_summary(progress: Progress, seconds: float, memory: PeakMemory, directory: RunDirectory) -> str:
     peak_gib = memory.gib()
     which = "the last step's"
     if progress.best_step is not None:
         which = f"step {progress.best_step}'s, the best by validation loss ({progress.best_val_loss:.4f})"
     return (
-        f"\n{progress.num_steps} steps, {progress.num_tokens} tokens in {progress.seconds:.1f} s of training "
+        f"\n{progress.num_steps} steps"
+        + (f" ({progress.num_skipped_steps} skipped, fp16 overflowed)" if progress.num_skipped_steps else "")
+        + f", {progress.num_tokens} tokens in {progress.seconds:.1f} s of training "
         f"({progress.num_tokens / progress.seconds:.0f} tokens/s), {seconds:.1f} s in all"
         + (f", peak memory {peak_gib:.2f} GiB" if peak_gib is not None else "")
-        + f"\nadapter {run_directory.adapter}, {which}"
-        + f"\nplot    {run_directory.plot}\nmetrics {run_directory.metrics}"
+        + f"\nadapter {directory.adapter}, {which}"
+        + f"\nplot    {directory.plot}\nmetrics {directory.metrics}"
     )
 
 

@@ -12,10 +12,10 @@ from custom_components.batching import BatchPlan
 from custom_components.checkpoint_loading import fit_tokenizer
 from custom_components.components import instantiate
 from custom_components.config import load_settings
-from custom_components.datasets import ChatDataset, split_validation
 from custom_components.errors import UserError, run_recipe
 from custom_components.row_preview import label_table, length_histogram, rendered_row
 from custom_components.settings import PreviewSettings
+from custom_components.tokenized_rows import ChatDataset, split_validation
 from custom_components.transforms import Llama2ChatTransform
 
 

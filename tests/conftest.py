@@ -101,18 +101,22 @@ def hugging_face_tensors(config: dict, seed: int = 0) -> dict[str, Tensor]:
     return tensors
 
 
+def write_checkpoint(directory: Path, **changes: object) -> Path:
+    """A small random checkpoint; keyword arguments change its config.json."""
+    directory.mkdir()
+    config = hugging_face_config(**changes)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(hugging_face_tensors(config), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "tokenizer.model").write_bytes(TINY_TOKENIZER.read_bytes())
+    return directory
+
+
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """Writes a small random checkpoint directory; keyword arguments change its config.json."""
 
     def make(name: str = "checkpoint", **changes: object) -> Path:
-        directory = tmp_path / name
-        directory.mkdir()
-        config = hugging_face_config(**changes)
-        (directory / "config.json").write_text(json.dumps(config))
-        save_file(hugging_face_tensors(config), directory / "model.safetensors", metadata={"format": "pt"})
-        (directory / "tokenizer.model").write_bytes(TINY_TOKENIZER.read_bytes())
-        return directory
+        return write_checkpoint(tmp_path / name, **changes)
 
     return make
 

@@ -126,7 +126,7 @@ def test_L24_an_adapter_of_another_model_rank_or_targets(make_checkpoint, tmp_pa
     [
         ({"target_modules": ["gate_proj"]}, "not all three"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
-        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
     ],
 )

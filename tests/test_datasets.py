@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from custom_components.datasets import chat_dataset, split_validation
+from custom_components.datasets import chat_dataset
 from custom_components.errors import UserError
+from custom_components.tokenized_rows import split_validation
 from custom_components.transforms import Llama2ChatTransform
 from tests.conftest import TINY_TOKENIZER
 

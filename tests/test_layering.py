@@ -8,7 +8,7 @@ from tests.conftest import PROJECT
 
 # A component may import those of its own row and of the rows above.
 LAYERS = [
-    ["errors", "components", "atomic_files", "memory", "tune_startup"],
+    ["errors", "components", "atomic_files", "memory", "stopping", "tune_startup"],
     ["settings", "config", "config_checks", "config_overrides", "precision", "run_directory", "metrics", "schedules"],
     [
         "prompts",
@@ -17,6 +17,7 @@ LAYERS = [
         "row_formats_messages",
         "data_sources",
         "token_cache",
+        "tokenized_rows",
         "datasets",
         "row_preview",
     ],

@@ -34,8 +34,9 @@ def gradients_of_step(model, rows, batch_size, recompute_layers=False, pack_capa
     plan = BatchPlan(batch_size, len(rows), shuffle=False, seed=0, pack_capacity_tokens=pack_capacity)
     [forwards] = plan.steps([len(row["tokens"]) for row in rows], epoch=0)
     batches = [collate([rows[index] for index in forward]) for forward in forwards]
+    no_scaler = torch.amp.GradScaler("cpu", enabled=False)
     loss = accumulate_gradients(
-        model, batches, LinearCrossEntropy(chunk_size=7), recompute_layers=recompute_layers, device=CPU
+        model, batches, LinearCrossEntropy(chunk_size=7), no_scaler, recompute_layers=recompute_layers, device=CPU
     )
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 

@@ -1,0 +1,82 @@
+"""L13: which number format, and fp16 with a gradient scaler."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from custom_components.errors import UserError
+from custom_components.precision import resolved_device, resolved_dtype
+from custom_components.training_state import TrainingState
+from recipes.lora_single_device import update_adapters
+from tests.conftest import CPU, TINY_LLAMA
+from tests.test_lora_single_device import tune_run
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "expected"),
+    [
+        ("auto", (7, 5), torch.float16),
+        ("auto", (8, 0), torch.bfloat16),
+        ("auto", (8, 9), torch.bfloat16),
+        ("fp16", (7, 5), torch.float16),
+        ("bf16", (9, 0), torch.bfloat16),
+        ("fp32", (7, 5), torch.float32),
+    ],
+)
+def test_L13_bf16_only_where_the_card_has_it(monkeypatch, name, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dtype, words = resolved_dtype(name, CUDA)
+    assert dtype is expected
+    assert name != "auto" or "compute capability" in words
+
+
+def test_L13_bf16_is_refused_on_a_card_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(UserError, match="use dtype=fp16 or auto"):
+        resolved_dtype("bf16", CUDA)
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_L13_on_the_cpu_auto_is_bf16_where_the_processor_has_it(monkeypatch, has_bf16, expected):
+    monkeypatch.setattr("custom_components.precision.cpu_has_bf16", lambda: has_bf16)
+    dtype, words = resolved_dtype("auto", CPU)
+    assert dtype is expected and "bf16 instructions" in words
+
+
+def test_auto_device_is_never_mps(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolved_device("auto") == CPU
+
+
+def test_L13_an_overflow_backs_the_scaler_off_and_is_counted():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    state = TrainingState(torch.optim.SGD([parameter], lr=1.0), torch.amp.GradScaler("cpu", init_scale=8.0), "")
+    state.scaler.scale(parameter.sum() * math.inf).backward()
+    state.scaler.unscale_(state.optimizer)
+    assert update_adapters(state, torch.tensor(1.0), torch.tensor(math.inf), 1, [[0]])
+    assert torch.equal(parameter, torch.ones(3)) and parameter.grad is None
+    assert state.scaler.get_scale() == 4.0
+    state.scaler.scale(parameter.sum()).backward()
+    state.scaler.unscale_(state.optimizer)
+    assert not update_adapters(state, torch.tensor(1.0), torch.tensor(1.0), 2, [[0]])
+    assert torch.equal(parameter, torch.zeros(3))
+
+
+def test_L13_the_recipe_in_fp16_learns_as_it_does_in_bf16(tmp_path):
+    """A T4's path, on the CPU: 50 steps of the embedded model, no bf16 anywhere."""
+    last_losses = {}
+    for dtype in ("fp16", "bf16"):
+        result = tune_run(
+            *("--config", "configs/tiny_qlora.yaml", f"dtype={dtype}", f"output_dir={tmp_path / dtype}"),
+            *("max_steps_per_epoch=50", "epochs=1", "cache_dir=null", "optimizer.lr=1e-4", "seed=1"),
+            f"checkpoint_dir={TINY_LLAMA / 'checkpoint'}",
+        )
+        assert result.returncode == 0, result.stderr
+        records = [json.loads(line) for line in (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()]
+        losses = [record["loss"] for record in records if "loss" in record]
+        last_losses[dtype] = sum(losses[-10:]) / 10
+    assert last_losses["fp16"] == pytest.approx(last_losses["bf16"], rel=0.02)

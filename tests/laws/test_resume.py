@@ -1,0 +1,247 @@
+"""L16 to L20, L30: a run that was stopped anywhere goes on as if it had not been."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from custom_components.config import load_settings
+from custom_components.errors import UserError
+from custom_components.settings import TrainingSettings
+from custom_components.training_state import check_resumed_config, find_checkpoint
+from tests.conftest import PROJECT, write_checkpoint
+from tests.test_lora_single_device import TUNE, arguments, rows, tune_run  # noqa: F401 - rows is a fixture
+
+TIMING = {"step_seconds", "tokens_per_second", "peak_memory_gib"}
+# Dropout, packs, several epochs, validation, a partial last window: what an exact resume has to bring back.
+RUN = [
+    *("epochs=3", "lora_dropout=0.2", "packed=true", "max_seq_len=64", "batch_size=1", "gradient_accumulation_steps=2"),
+    *("save_every_n_steps=2", "val_fraction=0.2", "run_val_every_n_steps=3", "neftune_noise_alpha=5"),
+]
+
+
+def write_rows(path):
+    generator = random.Random(0)
+    words = ["red", "green", "blue", "up", "down", "left", "right"]
+    with path.open("w") as file:
+        for _ in range(40):
+            question, answer = (" ".join(generator.choices(words, k=generator.randint(1, 8))) for _ in range(2))
+            dialog = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": dialog}) + "\n")
+
+
+@pytest.fixture
+def many_rows(tmp_path):
+    write_rows(tmp_path / "many.jsonl")
+    return tmp_path / "many.jsonl"
+
+
+def outcome(output_dir):
+    """Everything a run leaves that is not of the clock or the memory."""
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{key: value for key, value in record.items() if key not in TIMING} for record in records]
+    checkpoint = sorted((output_dir / "checkpoints").iterdir())[-1]
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    state["progress"].pop("seconds")
+    return metrics, load_file(output_dir / "adapter/adapter_model.safetensors"), checkpoint.name, state
+
+
+def assert_equal(first, second):
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_equal(one, other)
+    else:
+        assert first == second
+
+
+def start(*run):
+    command = [str(TUNE), "run", "recipes/lora_single_device.py", *run]
+    return subprocess.Popen(
+        command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
+    )
+
+
+def num_records(output_dir):
+    metrics = output_dir / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def kill_chain(run, output_dir, num_kills, seed):
+    """Kill a run again and again, each time a random moment after it got further, and let it finish at last."""
+    generator = random.Random(seed)
+
+    def resumes_or_begins():
+        has_checkpoint = any((output_dir / "checkpoints").glob("step_*"))
+        return "resume_from_checkpoint=true" if has_checkpoint else "overwrite_output_dir=true"
+
+    for _ in range(num_kills):
+        flag = resumes_or_begins()
+        (output_dir / "metrics.jsonl").unlink(missing_ok=True) if flag.startswith("overwrite") else None
+        before = num_records(output_dir)
+        process = start(*run, flag)
+        while process.poll() is None and num_records(output_dir) <= before:
+            time.sleep(0.001)
+        time.sleep(generator.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    result = tune_run(*run, resumes_or_begins())
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_L17_killed_anywhere_and_resumed_is_bit_equal_to_never_stopped(make_checkpoint, many_rows, tmp_path, num_kills):
+    checkpoint = make_checkpoint()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = tune_run(*arguments(checkpoint, many_rows, whole, *RUN))
+    assert result.returncode == 0, result.stderr
+    kill_chain(arguments(checkpoint, many_rows, killed, *RUN), killed, num_kills, seed=num_kills)
+    assert_equal(outcome(whole), outcome(killed))
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """Two epochs of three steps, run once; its folder holds the base, the rows and the output."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_checkpoint(folder / "base")
+    write_rows(folder / "rows.jsonl")
+    result = tune_run(*run_in(folder))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def run_in(folder):
+    return arguments(folder / "base", folder / "rows.jsonl", folder / "out", "max_steps_per_epoch=3", "epochs=2")
+
+
+@pytest.fixture
+def short_run(finished_run, tmp_path):
+    """A copy of the finished run elsewhere, as on another machine."""
+    shutil.copytree(finished_run, tmp_path / "copy")
+    return run_in(tmp_path / "copy"), tmp_path / "copy/out"
+
+
+def test_L17_from_another_machines_directories(short_run, finished_run):
+    """Checkpoint, data and output elsewhere: the first epoch's checkpoint goes on there to the same end."""
+    run, output_dir = short_run
+    result = tune_run(*run, f"resume_from_checkpoint={output_dir / 'checkpoints/step_000003'}")
+    assert result.returncode == 0, result.stderr
+    assert_equal(outcome(finished_run / "out"), outcome(output_dir))
+
+
+def test_a_finished_run_is_extended(short_run):
+    run, output_dir = short_run
+    result = tune_run(*run, "resume_from_checkpoint=true", "epochs=3")
+    assert result.returncode == 0, result.stderr
+    assert "going on from" in result.stdout and "epochs was 2, now 3" in result.stdout
+    steps = [record["step"] for record in outcome(output_dir)[0]]
+    assert steps == list(range(1, 10))
+
+
+def test_L18_a_torn_checkpoint_is_passed_over(short_run):
+    run, output_dir = short_run
+    newest = output_dir / "checkpoints/step_000006/state.pt"
+    newest.write_bytes(newest.read_bytes()[:-200])
+    (output_dir / "checkpoints/.step_000009.writing-1").mkdir()
+    assert find_checkpoint(True, output_dir).name == "step_000003"
+    result = tune_run(*run, f"resume_from_checkpoint={newest.parent}")
+    assert result.returncode == 2 and "is not a whole checkpoint" in result.stderr
+
+
+def test_L18_only_the_newest_and_the_best_are_kept(make_checkpoint, many_rows, tmp_path):
+    """A rate that destroys what was learned makes the first validation the best."""
+    run = arguments(make_checkpoint(), many_rows, tmp_path / "out", "epochs=5", "max_steps_per_epoch=2")
+    result = tune_run(*run, "optimizer.lr=3.0", "val_fraction=0.2", "keep_last_n_checkpoints=2", "clip_grad_norm=null")
+    assert result.returncode == 0, result.stderr
+    kept = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
+    best = torch.load(tmp_path / "out/checkpoints/step_000010/state.pt", weights_only=True)["progress"]["best_step"]
+    assert kept == sorted({f"step_{best:06}", "step_000008", "step_000010"})
+
+
+@pytest.mark.parametrize(
+    "override", ["lora_rank=8", "seed=5", "batch_size=1", "lora_attn_modules=[q_proj]", "packed=true"]
+)
+def test_L19_differences_that_change_shapes_or_order_are_refused(short_run, monkeypatch, override):
+    run, output_dir = short_run
+    monkeypatch.chdir(PROJECT)
+    with pytest.raises(UserError, match=f"resume_from_checkpoint: {override.partition('=')[0]} was"):
+        check_resumed_config(output_dir / "checkpoints/step_000006", load_settings(TrainingSettings, [*run, override]))
+
+
+def test_L19_other_differences_are_listed(short_run, monkeypatch, capsys):
+    run, output_dir = short_run
+    monkeypatch.chdir(PROJECT)
+    settings = load_settings(TrainingSettings, [*run, "optimizer.lr=1e-5", "sample_prompts=[x]"])
+    check_resumed_config(output_dir / "checkpoints/step_000006", settings)
+    said = capsys.readouterr().out
+    assert "differs from the checkpoint: optimizer.lr was 0.0002, now 1e-05\n" in said
+    assert "sample_prompts" not in said
+
+
+def test_L19_other_rows_are_refused(short_run, tmp_path):
+    run, _ = short_run
+    source = tmp_path / "copy/rows.jsonl"
+    source.write_text("\n".join(source.read_text().splitlines()[1:]))
+    result = tune_run(*run, "resume_from_checkpoint=true")
+    assert result.returncode == 2 and "was trained on other rows" in result.stderr
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        find_checkpoint(True, tmp_path)
+    assert find_checkpoint(False, tmp_path) is None
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_L30_a_signal_saves_and_the_run_goes_on_from_there(finished_run, tmp_path, number, exit_code):
+    run = [*run_in(finished_run), f"output_dir={tmp_path / 'out'}"]
+    process = start(*run, "epochs=200")
+    while process.poll() is None and num_records(tmp_path / "out") < 2:
+        time.sleep(0.01)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == exit_code, printed
+    assert "Traceback" not in printed
+    num_done = num_records(tmp_path / "out")
+    assert num_done < 600
+    assert find_checkpoint(True, tmp_path / "out").name == f"step_{num_done:06}"
+
+
+def test_two_runs_in_one_directory(make_checkpoint, many_rows, tmp_path):
+    run = arguments(make_checkpoint(), many_rows, tmp_path / "out", "epochs=50")
+    process = start(*run)
+    while process.poll() is None and num_records(tmp_path / "out") < 1:
+        time.sleep(0.01)
+    result = tune_run(*run, "overwrite_output_dir=true")
+    assert result.returncode == 2 and "another run is writing" in result.stderr
+    process.kill()
+    process.communicate()
+    # The lock of a dead process holds nobody.
+    assert tune_run(*run, "overwrite_output_dir=true", "epochs=1").returncode == 0
+
+
+def test_early_stopping(make_checkpoint, many_rows, tmp_path):
+    run = arguments(make_checkpoint(), many_rows, tmp_path / "out", "epochs=30", "max_steps_per_epoch=1")
+    result = tune_run(*run, "optimizer.lr=3.0", "clip_grad_norm=null", "val_fraction=0.2", "early_stopping_patience=2")
+    assert result.returncode == 0, result.stderr
+    validations = [record["val_loss"] for record in outcome(tmp_path / "out")[0] if "val_loss" in record]
+    best = validations.index(min(validations))
+    assert len(validations) == best + 3 < 30
+
+
+def test_L12_the_base_is_proven_unchanged(make_checkpoint, many_rows, tmp_path):
+    run = arguments(make_checkpoint(), many_rows, tmp_path / "out", "verify_base=true", "max_steps_per_epoch=2")
+    assert tune_run(*run).returncode == 0
