@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from custom_components.quiet_bitsandbytes import import_bitsandbytes
+
 
 def component(dotted_path: str) -> Callable[..., Any]:
     """The callable at `package.module.name`.
@@ -12,6 +14,8 @@ def component(dotted_path: str) -> Callable[..., Any]:
         ImportError, AttributeError: if there is none.
     """
     module_name, _, name = dotted_path.rpartition(".")
+    if module_name.partition(".")[0] == "bitsandbytes":
+        import_bitsandbytes()
     return getattr(importlib.import_module(module_name), name)
 
 

@@ -3,11 +3,13 @@
 Dimensions: `T` tokens of all rows of a forward, `D` embed_dim.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 from torchtune.modules import TransformerDecoder
 
 from custom_components.batching import Batch
@@ -64,6 +66,30 @@ def validation_loss(
         total += loss_function(hidden_1TD, model.output, batch.labels_1T).item()
     model.train(was_training)
     return total / sum(batch.num_supervised_tokens for batch in batches)
+
+
+def clip_gradients(optimizer: Optimizer, scaler: GradScaler, clip_grad_norm: float | None) -> Tensor:
+    """Undo the scaler's scale and shorten the gradient of all parameters to `clip_grad_norm`; returns its norm."""
+    scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_grad_norm is None else clip_grad_norm)
+
+
+def update_adapters(
+    optimizer: Optimizer, scaler: GradScaler, loss: Tensor, grad_norm: Tensor, step: int, forwards: list[list[int]]
+) -> bool:
+    """Take the optimizer's step; returns whether the scaler left it out because fp16 gradients overflowed.
+
+    Raises:
+        UserError: loss or gradient are not finite, and no scaler can help.
+    """
+    is_skipped = scaler.is_enabled() and not bool(grad_norm.isfinite())
+    if not is_skipped:
+        stop_if_not_finite(loss, grad_norm, step, forwards)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return is_skipped
 
 
 def stop_if_not_finite(loss: Tensor, grad_norm: Tensor, step: int, forwards: list[list[int]]) -> None:

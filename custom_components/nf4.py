@@ -7,15 +7,14 @@ first), so that there is one format and several ways to read it.
 """
 
 import functools
-import logging
-import sys
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs
+
+from custom_components.quiet_bitsandbytes import import_bitsandbytes
 
 BLOCK_SIZE = 64
 MAX_SCALER_BLOCK_SIZE = 256
@@ -130,24 +129,14 @@ def _pair_table(device: torch.device) -> Tensor:
 
 @functools.cache
 def _bitsandbytes_dequantizes(device_type: str) -> bool:
-    """Import bitsandbytes once, quietly, and tell whether its operator works on this kind of device."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # note: on processors with AVX512-bf16, importing bitsandbytes fetches a kernel from the hub and runs it where the
-    # package `kernels` is installed. None in sys.modules makes that package's import fail: nothing is fetched.
-    kernels_before = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import bitsandbytes  # noqa: F401
-        packed, scaler = torch.zeros(32, 1, dtype=torch.uint8, device=device_type), torch.ones(1, device=device_type)
-        torch.ops.bitsandbytes.dequantize_4bit(packed, scaler, BLOCK_SIZE, "nf4", (1, 64), torch.float32)
-    except (ImportError, OSError, RuntimeError, AttributeError):
+    """Whether bitsandbytes' operator is there and works on this kind of device."""
+    if import_bitsandbytes() is None:
         return False
-    finally:
-        del sys.modules["kernels"]
-        if kernels_before is not None:
-            sys.modules["kernels"] = kernels_before
+    packed, scaler = torch.zeros(32, 1, dtype=torch.uint8, device=device_type), torch.ones(1, device=device_type)
+    try:
+        torch.ops.bitsandbytes.dequantize_4bit(packed, scaler, BLOCK_SIZE, "nf4", (1, 64), torch.float32)
+    except (RuntimeError, AttributeError):
+        return False
     return True
 
 

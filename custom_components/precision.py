@@ -50,6 +50,16 @@ def resolved_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return PRECISION_STR_TO_DTYPE[name], name
 
 
+def refuse_paged_optimizer_on_cpu(component: str, device: torch.device) -> None:
+    """bitsandbytes' paged optimizers page between CUDA and host memory; on the CPU they would warn and not page.
+
+    Raises:
+        UserError: for such a component on the CPU.
+    """
+    if device.type == "cpu" and component.rpartition(".")[2].startswith("Paged"):
+        raise UserError(f"optimizer._component_: {component} needs CUDA; on the CPU use torch.optim.AdamW or AdamW8bit")
+
+
 def cpu_has_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

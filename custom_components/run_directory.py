@@ -26,6 +26,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
     def plot(self) -> Path:
         return self.path / "loss.png"
 
@@ -51,7 +55,10 @@ def run_directory(path: Path, *, overwrite: bool, resumes: bool) -> Iterator[Run
             written there.
     """
     directory = RunDirectory(path)
-    results = (directory.config, directory.metrics, directory.plot, directory.adapter, directory.checkpoints)
+    results = (
+        *(directory.config, directory.metrics, directory.samples, directory.plot),
+        *(directory.adapter, directory.checkpoints),
+    )
     try:
         path.mkdir(parents=True, exist_ok=True)
         with (path / ".lock").open("w") as lock:

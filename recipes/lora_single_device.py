@@ -6,9 +6,9 @@ tune run recipes/lora_single_device.py --config configs/llama2_7b_qlora.yaml lor
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
-from torch import Tensor
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
@@ -31,11 +31,12 @@ from custom_components.components import instantiate
 from custom_components.config import load_settings, write_yaml
 from custom_components.errors import run_recipe
 from custom_components.generation import Sampling, answer_messages
-from custom_components.gradients import accumulate_gradients, stop_if_not_finite, validation_loss
+from custom_components.gradients import accumulate_gradients, clip_gradients, update_adapters, validation_loss
 from custom_components.lora import adapter_parameter_groups
 from custom_components.memory import PeakMemory
 from custom_components.metrics import MetricsFile, keep_metrics_until, plot_losses
-from custom_components.precision import resolved_device, resolved_dtype
+from custom_components.out_of_memory import StepMemory
+from custom_components.precision import refuse_paged_optimizer_on_cpu, resolved_device, resolved_dtype
 from custom_components.run_directory import RunDirectory, run_directory
 from custom_components.settings import TrainingSettings
 from custom_components.stopping import stop_requests
@@ -56,6 +57,7 @@ def recipe_main() -> None:
     settings = load_settings(TrainingSettings, sys.argv[1:])
     device = resolved_device(settings.device)
     dtype, dtype_words = resolved_dtype(settings.dtype, device)
+    refuse_paged_optimizer_on_cpu(settings.optimizer["_component_"], device)
     memory = PeakMemory(device)
     torch.manual_seed(settings.seed)
 
@@ -87,7 +89,8 @@ def recipe_main() -> None:
         if resumed_from is not None:
             load_checkpoint(resumed_from, model, state)
             print(f"going on from {resumed_from}")
-        keep_metrics_until(directory.metrics, state.progress.num_steps)
+        for records in (directory.metrics, directory.samples):
+            keep_metrics_until(records, state.progress.num_steps)
         write_yaml(settings, directory.config)
         prompt_format = PromptFormat(settings.prompt_template, tokenizer.system_prompt, ["</s>"])
         train(model, state, dataset, dataset_val, tokenizer, settings, directory, prompt_format, device, memory)
@@ -137,6 +140,7 @@ def train(
     metrics = MetricsFile(directory.metrics)
     metric_logger = instantiate(settings.metric_logger) if settings.metric_logger else None
     base_model = base_model_name(settings.checkpoint_dir)
+    step_memory = StepMemory(device)
     progress = state.progress
 
     model.train()
@@ -152,17 +156,24 @@ def train(
             for group, peak_rate in zip(state.optimizer.param_groups, peak_rates, strict=True):
                 group["lr"] = peak_rate * rate_factor
 
-            loss = accumulate_gradients(
-                model,
-                batches,
-                loss_function,
-                state.scaler,
-                recompute_layers=settings.enable_activation_checkpointing,
-                neftune_noise_alpha=settings.neftune_noise_alpha,
-                device=device,
-            )
-            grad_norm = clip_gradients(state, settings.clip_grad_norm)
-            is_skipped = update_adapters(state, loss, grad_norm, step, forwards)
+            largest_forward_tokens = max(batch.num_tokens for batch in batches)
+            try:
+                loss = accumulate_gradients(
+                    model,
+                    batches,
+                    loss_function,
+                    state.scaler,
+                    recompute_layers=settings.enable_activation_checkpointing,
+                    neftune_noise_alpha=settings.neftune_noise_alpha,
+                    device=device,
+                )
+            except torch.OutOfMemoryError:
+                raise step_memory.error(
+                    step, largest_forward_tokens, settings.batch_size, tokenizer.max_seq_len
+                ) from None
+            step_memory.add_step(largest_forward_tokens)
+            grad_norm = clip_gradients(state.optimizer, state.scaler, settings.clip_grad_norm)
+            is_skipped = update_adapters(state.optimizer, state.scaler, loss, grad_norm, step, forwards)
 
             num_tokens, seconds = sum(batch.num_tokens for batch in batches), time.perf_counter() - step_start_seconds
             progress.add_step(num_tokens, seconds, is_skipped)
@@ -190,6 +201,7 @@ def train(
                 metrics.write({"step": step, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)})
                 if progress.add_validation(val_loss):
                     state.keep_best(model)
+                write_samples(directory.samples, step, model, tokenizer, settings)
             stops_early = progress.num_validations_since_best >= (settings.early_stopping_patience or math.inf)
             is_last = step == len(steps) or stops_early or stop_request.signal_number is not None
             saves_after_epoch = settings.save_every_n_steps is None and is_epoch_end
@@ -203,6 +215,18 @@ def train(
     metrics.close()
     if metric_logger is not None:
         metric_logger.close()
+
+
+def write_samples(
+    path: Path, step: int, model: TransformerDecoder, tokenizer: Llama2ChatTransform, settings: TrainingSettings
+) -> None:
+    """Append the model's answers to the sample prompts, one JSON object a line."""
+    dtype = model.tok_embeddings.weight.dtype
+    samples = MetricsFile(path)
+    answers = answer_sample_prompts(model, tokenizer, settings.sample_prompts, dtype)
+    for prompt, answer in zip(settings.sample_prompts, answers, strict=True):
+        samples.write({"step": step, "prompt": prompt, "answer": answer})
+    samples.close()
 
 
 def is_due(step: int, every_n_steps: int | None) -> bool:
@@ -220,26 +244,6 @@ def validation_batches(dataset_val: ChatDataset | None, batch_size: int) -> list
         return []
     plan = BatchPlan(batch_size, 1, shuffle=False, seed=0)
     return [collate([dataset_val[row] for row in rows]) for [rows] in plan.steps(dataset_val.lengths, epoch=0)]
-
-
-def clip_gradients(state: TrainingState, clip_grad_norm: float | None) -> Tensor:
-    """Shorten the gradient of all parameters to `clip_grad_norm`; returns its norm before."""
-    state.scaler.unscale_(state.optimizer)
-    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_grad_norm is None else clip_grad_norm)
-
-
-def update_adapters(
-    state: TrainingState, loss: Tensor, grad_norm: Tensor, step: int, forwards: list[list[int]]
-) -> bool:
-    """Take the optimizer's step; returns whether the gradient scaler left it out because fp16 gradients overflowed."""
-    is_skipped = state.scaler.is_enabled() and not bool(grad_norm.isfinite())
-    if not is_skipped:
-        stop_if_not_finite(loss, grad_norm, step, forwards)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    return is_skipped
 
 
 def answer_sample_prompts(

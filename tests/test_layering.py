@@ -8,7 +8,16 @@ from tests.conftest import PROJECT
 
 # A component may import those of its own row and of the rows above.
 LAYERS = [
-    ["errors", "components", "atomic_files", "memory", "stopping", "tune_startup"],
+    [
+        "errors",
+        "components",
+        "atomic_files",
+        "memory",
+        "stopping",
+        "quiet_bitsandbytes",
+        "out_of_memory",
+        "tune_startup",
+    ],
     ["settings", "config", "config_checks", "config_overrides", "precision", "run_directory", "metrics", "schedules"],
     [
         "prompts",

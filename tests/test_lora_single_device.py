@@ -74,7 +74,9 @@ def test_a_run_writes_what_it_says(finished_run):
         *("adapter_config.json", "adapter_model.safetensors", "prompt_format.yaml"),
     ]
     assert json.loads((output_dir / "adapter/adapter_config.json").read_text())["r"] == 32
-    assert sorted(path.name for path in output_dir.iterdir()) == ["adapter", "config.yaml", "loss.png", "metrics.jsonl"]
+    assert sorted(path.name for path in output_dir.iterdir() if not path.name.startswith(".")) == [
+        *("adapter", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "samples.jsonl"),
+    ]
     for words in (
         "1200 rows, 1200 kept",
         "trained parameters in fp32 over a base in NF4",

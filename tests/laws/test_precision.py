@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from custom_components.errors import UserError
+from custom_components.gradients import clip_gradients, update_adapters
 from custom_components.precision import resolved_device, resolved_dtype
-from custom_components.training_state import TrainingState
-from recipes.lora_single_device import update_adapters
 from tests.conftest import CPU, TINY_LLAMA
 from tests.test_lora_single_device import tune_run
 
@@ -54,15 +53,15 @@ def test_auto_device_is_never_mps(monkeypatch):
 
 def test_L13_an_overflow_backs_the_scaler_off_and_is_counted():
     parameter = torch.nn.Parameter(torch.ones(3))
-    state = TrainingState(torch.optim.SGD([parameter], lr=1.0), torch.amp.GradScaler("cpu", init_scale=8.0), "")
-    state.scaler.scale(parameter.sum() * math.inf).backward()
-    state.scaler.unscale_(state.optimizer)
-    assert update_adapters(state, torch.tensor(1.0), torch.tensor(math.inf), 1, [[0]])
+    optimizer, scaler = torch.optim.SGD([parameter], lr=1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(parameter.sum() * math.inf).backward()
+    grad_norm = clip_gradients(optimizer, scaler, clip_grad_norm=None)
+    assert update_adapters(optimizer, scaler, torch.tensor(1.0), grad_norm, 1, [[0]])
     assert torch.equal(parameter, torch.ones(3)) and parameter.grad is None
-    assert state.scaler.get_scale() == 4.0
-    state.scaler.scale(parameter.sum()).backward()
-    state.scaler.unscale_(state.optimizer)
-    assert not update_adapters(state, torch.tensor(1.0), torch.tensor(1.0), 2, [[0]])
+    assert scaler.get_scale() == 4.0
+    scaler.scale(parameter.sum()).backward()
+    grad_norm = clip_gradients(optimizer, scaler, clip_grad_norm=None)
+    assert not update_adapters(optimizer, scaler, torch.tensor(1.0), grad_norm, 2, [[0]])
     assert torch.equal(parameter, torch.zeros(3))
 
 
