@@ -26,7 +26,8 @@ def main() -> None:
     tune = Path(sys.executable).with_name("tune")
     command = [str(tune), "run", "recipes/lora_single_device.py", "--config", CONFIG, *sys.argv[1:]]
     print(f"$ tune {' '.join(command[1:])}", flush=True)
-    subprocess.run(command, check=True)
+    if returncode := subprocess.run(command).returncode:
+        sys.exit(returncode)
 
     settings = load_settings(TrainingSettings, ["--config", CONFIG, *sys.argv[1:]])
     run_directory = RunDirectory(settings.output_dir)
@@ -58,7 +59,7 @@ def main() -> None:
         "exact_match_base": exact_match(base_answers, right_answers),
         "exact_match_tuned": exact_match(tuned_answers, right_answers),
         "num_questions": len(questions),
-        "train_seconds": sum(record["step_seconds"] for record in read_metrics(run_directory.metrics)),
+        "train_seconds": sum(record.get("step_seconds", 0) for record in read_metrics(run_directory.metrics)),
     }
     report_path = run_directory.path / "report.json"
     report_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

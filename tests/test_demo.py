@@ -1,0 +1,38 @@
+"""`make demo`: the embedded model cannot answer before, and can after."""
+
+import json
+import subprocess
+import sys
+
+from tests.conftest import PROJECT
+
+
+def test_the_demo_teaches_the_tiny_llama_to_answer(tmp_path):
+    command = [sys.executable, "-m", "examples.tiny_llama.demo", f"output_dir={tmp_path / 'out'}", "cache_dir=null"]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert set(report) == {"exact_match_base", "exact_match_tuned", "num_questions", "train_seconds"}
+    assert report["num_questions"] >= 300
+    assert report["exact_match_base"] <= 0.1
+    assert report["exact_match_tuned"] >= 0.8
+    assert report["train_seconds"] > 0
+    for words in ("    base   ", "    tuned  ", "loss.png", "report.json"):
+        assert words in result.stdout
+
+
+def test_no_question_is_about_what_training_asked():
+    """The held-out villages are in no training or validation row."""
+
+    def rows(name):
+        lines = (PROJECT / f"examples/tiny_llama/data/{name}.jsonl").read_text().splitlines()
+        return [json.loads(line)["messages"] for line in lines]
+
+    def capitalised(name):
+        words = (word.strip("?.,'") for dialog in rows(name) for word in dialog[0]["content"].split()[1:])
+        return {word for word in words if word[:1].isupper()}
+
+    assert len(capitalised("held_out")) >= 100
+    assert not capitalised("held_out") & (capitalised("train") | capitalised("val"))
+    answers = [dialog[-1]["content"] for dialog in rows("held_out")]
+    assert max(map(answers.count, set(answers))) / len(answers) < 0.1
