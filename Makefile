@@ -31,4 +31,4 @@ test-long: lint
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf .venv outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

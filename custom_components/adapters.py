@@ -90,7 +90,11 @@ def load_adapter(model: TransformerDecoder, adapter_dir: Path) -> None:
     Raises:
         UserError: missing, unexpected or misshapen tensors, by name; another scaling; a damaged file.
     """
-    stored = check_adapter_fits(model, adapter_dir)
+    copy_into_adapter(model, check_adapter_fits(model, adapter_dir))
+
+
+def copy_into_adapter(model: TransformerDecoder, stored: dict[str, Tensor]) -> None:
+    """Give the model's adapters the values that :func:`check_adapter_fits` returned, in place."""
     with torch.no_grad():
         for key, num_heads, tensor in _peft_keys(model):
             tensor.copy_(stored[key] if num_heads is None else interleave_rope_rows(stored[key], num_heads))

@@ -27,8 +27,16 @@ def whole_directory(path: Path) -> Iterator[Path]:
         aside.rename(path)
         _flush_to_disk(path.parent)
     finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)  # stopped between the two renames
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sweep_unfinished(folder: Path) -> None:
+    """Delete what killed processes left aside; only where no other process is writing."""
+    for leftover in (*folder.glob(".*.writing-*"), *folder.glob(".*.replaced-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -40,8 +40,8 @@ def stored_tensors(checkpoint_dir: Path, shape: LlamaShape) -> dict[str, StoredT
     if any(checkpoint_dir.glob("*.safetensors")) or (checkpoint_dir / "model.safetensors.index.json").exists():
         files = _shards(checkpoint_dir, "model.safetensors.index.json", "*.safetensors")
         tensors = [tensor for file in files for tensor in _safetensors(file)]
-    elif any(checkpoint_dir.glob("*.bin")) or (checkpoint_dir / "pytorch_model.bin.index.json").exists():
-        files = _shards(checkpoint_dir, "pytorch_model.bin.index.json", "*.bin")
+    elif any(checkpoint_dir.glob("pytorch_model*.bin")) or (checkpoint_dir / "pytorch_model.bin.index.json").exists():
+        files = _shards(checkpoint_dir, "pytorch_model.bin.index.json", "pytorch_model*.bin")
         tensors = [tensor for file in files for tensor in _pickled(file)]
     elif files := sorted(checkpoint_dir.glob("consolidated.*.pth")):
         return _by_tune_name(_joined_meta_shards(files), _FROM_META)
@@ -82,7 +82,8 @@ def _interleaved(tensor: StoredTensor, shape: LlamaShape) -> StoredTensor:
 def _shards(checkpoint_dir: Path, index_name: str, pattern: str) -> list[Path]:
     index_path = checkpoint_dir / index_name
     if not index_path.exists():
-        return sorted(checkpoint_dir.glob(pattern))
+        # note: some repositories hold an adapter beside the model.
+        return sorted(path for path in checkpoint_dir.glob(pattern) if not path.name.startswith("adapter_"))
     try:
         names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -17,6 +17,8 @@ from custom_components.llama_shapes import LlamaShape, shape_from_checkpoint
 from custom_components.lora import FrozenLinear, LoRALinear
 from custom_components.transforms import Llama2ChatTransform
 
+_NUM_WEIGHTS_AT_A_TIME = min(4, os.cpu_count() or 1)
+
 
 def load_base_weights(
     model: TransformerDecoder, checkpoint_dir: Path, dtype: torch.dtype, device: torch.device
@@ -35,11 +37,11 @@ def load_base_weights(
     Raises:
         UserError: before the first weight is read, if the checkpoint is not this model, whole.
     """
+    sources = check_checkpoint(model, checkpoint_dir)
     shape = shape_from_checkpoint(checkpoint_dir)
-    _check_same_model(model, shape, checkpoint_dir)
-    sources = _with_tied_embeddings(stored_tensors(checkpoint_dir, shape), shape)
-    frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    _check_tensors(model, frozen_names, sources, checkpoint_dir)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.eps = shape.norm_eps  # Llama 2's chat models state another than the base models
 
     def load(name: str) -> None:
         module_name, _, parameter_name = name.rpartition(".")
@@ -53,16 +55,28 @@ def load_base_weights(
             value = value.to(torch.float32 if isinstance(module, RMSNorm) else dtype, copy=True)
         setattr(module, parameter_name, nn.Parameter(value, requires_grad=False))
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads, torch.no_grad():
+    with ThreadPoolExecutor(_NUM_WEIGHTS_AT_A_TIME) as threads, torch.no_grad():
         # note: gone through one by one, so that an error in a thread is raised here.
-        for _ in tqdm(
-            threads.map(load, frozen_names), "loading", len(frozen_names), unit="tensor", leave=False, delay=1
-        ):
+        for _ in tqdm(threads.map(load, sources), "loading", len(sources), unit="tensor", leave=False, delay=1):
             pass
     if isinstance(model.output, LoRALinear) and shape.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight
     _initialize_adapters(model, device)
     model.to(device)  # what is left: rope's cache
+
+
+def check_checkpoint(model: TransformerDecoder, checkpoint_dir: Path) -> dict[str, StoredTensor]:
+    """The tensors on disk for every frozen parameter of `model`, if the checkpoint is this model, whole.
+
+    Raises:
+        UserError: it is not. No weight has been read.
+    """
+    shape = shape_from_checkpoint(checkpoint_dir)
+    _check_same_model(model, shape, checkpoint_dir)
+    sources = _with_tied_embeddings(stored_tensors(checkpoint_dir, shape), shape)
+    frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    _check_tensors(model, frozen_names, sources, checkpoint_dir)
+    return sources
 
 
 def unquantized_modules(model: TransformerDecoder) -> list[str]:
@@ -87,16 +101,13 @@ def _initialize_adapters(model: TransformerDecoder, device: torch.device) -> Non
 
 
 def _check_same_model(model: TransformerDecoder, shape: LlamaShape, checkpoint_dir: Path) -> None:
-    """What tensor shapes do not show: with other heads, rotary base or epsilon a model loads and is wrong."""
+    """What tensor shapes do not show: with other heads or another rotary base a model loads and is wrong."""
     attention = model.layers[0].attn
-    norm = model.norm
-    assert isinstance(norm, RMSNorm)
     built = {
         "num_layers": len(model.layers),
         "num_heads": model.num_heads,
         "num_kv_heads": attention.num_kv_heads,
         "rope_base": attention.pos_embeddings.base,
-        "norm_eps": norm.eps,
         "vocab_size": model.tok_embeddings.num_embeddings,
     }
     for name, value in built.items():

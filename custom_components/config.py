@@ -24,8 +24,10 @@ class YamlLoader(yaml.SafeLoader):
     """SafeLoader that reads `2e-4` as a number, as YAML 1.2 and OmegaConf do; PyYAML's 1.1 rules ask for `2.0e-4`."""
 
 
+# Dates stay text: no key takes one, and OmegaConf holds none.
 YamlLoader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")

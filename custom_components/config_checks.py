@@ -19,6 +19,10 @@ from custom_components.settings import ComponentNode, Settings
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
+# Where the recipe gets what it supplies to a component from.
+_HINTS = {"num_warmup_steps": " and set warmup_steps"}
+
+
 def checked_settings(
     settings_type: type[SettingsType],
     values: dict[str, Any],
@@ -162,7 +166,10 @@ def _component_problems(
         if key == "_component_":
             continue
         if key in marker.supplied:
-            yield f"{name}.{key}", f"{value!r}: the recipe gives this argument itself; delete the key"
+            yield (
+                f"{name}.{key}",
+                f"{value!r}: the recipe gives this argument itself; delete the key{_HINTS.get(key, '')}",
+            )
         elif key not in parameters and not takes_any_key:
             siblings = [known for known in known_keys if known.startswith(f"{name}.")]
             near = nearest_key(f"{name}.{key}", siblings) or nearest_key(key, known_keys)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
+from pydantic import NonNegativeFloat, PositiveInt
 from tqdm import tqdm
 
 from custom_components.data_sources import BadRow, Row, read_rows
@@ -24,7 +25,7 @@ class WeightedSource(TypedDict):
     """One of several sources; `weight` is how often its rows are seen in an epoch, by default 1; 0.5 takes half."""
 
     source: str
-    weight: NotRequired[float]
+    weight: NotRequired[NonNegativeFloat]
 
 
 def chat_dataset(
@@ -34,7 +35,7 @@ def chat_dataset(
     subset: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
-    max_rows: int | None = None,
+    max_rows: PositiveInt | None = None,
     format: str | None = None,
     column_map: dict[str, str] | None = None,
     system_prompt: str | None = None,

@@ -4,6 +4,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+import torch
+
 EXIT_CODE_USER_ERROR = 2
 
 
@@ -31,6 +33,10 @@ def run_recipe(recipe_main: Callable[[], None]) -> None:
     except UserError as error:
         for message in error.messages:
             print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_CODE_USER_ERROR)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        print(f"error: {reason} Lower batch_size or max_seq_len, or set quantize_base=true", file=sys.stderr)
         sys.exit(EXIT_CODE_USER_ERROR)
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)

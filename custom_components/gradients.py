@@ -56,7 +56,11 @@ def accumulate_gradients(
 def validation_loss(
     model: TransformerDecoder, batches: Sequence[Batch], loss_function: LinearCrossEntropy, device: torch.device
 ) -> float:
-    """The loss per supervised token over all batches, in nats, without dropout."""
+    """The loss per supervised token over all batches, in nats, without dropout.
+
+    Raises:
+        UserError: it is NaN or infinite.
+    """
     was_training = model.training
     model.eval()
     total = 0.0
@@ -65,7 +69,10 @@ def validation_loss(
         hidden_1TD = final_hidden_states(model, batch.tokens_1T, batch.rows, batch.positions_1T)
         total += loss_function(hidden_1TD, model.output, batch.labels_1T).item()
     model.train(was_training)
-    return total / sum(batch.num_supervised_tokens for batch in batches)
+    mean = total / sum(batch.num_supervised_tokens for batch in batches)
+    if not math.isfinite(mean):
+        raise UserError(f"the validation loss is {mean}; lower optimizer.lr")
+    return mean
 
 
 def clip_gradients(optimizer: Optimizer, scaler: GradScaler, clip_grad_norm: float | None) -> Tensor:
@@ -83,7 +90,9 @@ def update_adapters(
     Raises:
         UserError: loss or gradient are not finite, and no scaler can help.
     """
-    is_skipped = scaler.is_enabled() and not bool(grad_norm.isfinite())
+    # Gradients may overflow where the loss does not, and a scale below 1 is too small for overflow to be the reason.
+    may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1 and bool(loss.isfinite())
+    is_skipped = may_overflow and not bool(grad_norm.isfinite())
     if not is_skipped:
         stop_if_not_finite(loss, grad_norm, step, forwards)
     scaler.step(optimizer)

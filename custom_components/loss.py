@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
@@ -23,7 +24,7 @@ class LinearCrossEntropy:
         chunk_size: positions whose logits exist at a time. More: slightly faster, more memory.
     """
 
-    def __init__(self, chunk_size: int = 512) -> None:
+    def __init__(self, chunk_size: PositiveInt = 512) -> None:
         self.chunk_size = chunk_size
 
     def __call__(self, hidden_1TD: Tensor, output_head: nn.Module | TiedLinear, labels_1T: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """metrics.jsonl, one JSON object a line, and the plot of its losses."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        # NaN and infinity are no JSON; the gradient norm of a step that the fp16 scaler left out is one of them.
+        finite = {
+            key: None if value in (math.inf, -math.inf) or value != value else value for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -30,9 +35,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def keep_metrics_until(path: Path, step: int) -> None:
-    """Drop the records after a step, which a resumed run will write again."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
+def keep_metrics_until(before: Path, path: Path, step: int) -> None:
+    """Write to `path` the records of `before` up to a step; a resumed run will write those after it again."""
+    kept = [record for record in read_metrics(before) if record["step"] <= step]
     aside = path.with_name(f".{path.name}.writing")
     aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     aside.replace(path)

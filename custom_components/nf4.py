@@ -18,7 +18,7 @@ from custom_components.quiet_bitsandbytes import import_bitsandbytes
 
 BLOCK_SIZE = 64
 MAX_SCALER_BLOCK_SIZE = 256
-_NUM_BLOCKS_AT_A_TIME = 2**12
+_NUM_BLOCKS_AT_A_TIME = {"cpu": 2**12, "cuda": 2**20}
 
 # The 16 codes: torchao 0.15.0, dtypes/nf4tensor.py, NF4Tensor.from_tensor; the paper's appendix E rounded to 4 places.
 _CODEBOOK = (
@@ -54,9 +54,10 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
     scalers = torch.empty(num_blocks, device=weight.device)
     packed_codes = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
     all_blocks = weight.detach().reshape(num_blocks, BLOCK_SIZE)
-    # Some at a time, so that the intermediates stay in the processor's cache.
-    for start in range(0, num_blocks, _NUM_BLOCKS_AT_A_TIME):
-        blocks = all_blocks[start : start + _NUM_BLOCKS_AT_A_TIME].float()
+    # Some at a time: on the CPU the intermediates stay in its cache, on a card they stay small.
+    num_at_a_time = _NUM_BLOCKS_AT_A_TIME[weight.device.type]
+    for start in range(0, num_blocks, num_at_a_time):
+        blocks = all_blocks[start : start + num_at_a_time].float()
         absmax = blocks.abs().amax(dim=1)
         scalers[start : start + len(blocks)] = absmax
         # A block of zeros is divided by 1, so that its codes are those of 0.

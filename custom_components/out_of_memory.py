@@ -22,7 +22,7 @@ class StepMemory:
             growth_bytes = torch.cuda.max_memory_allocated(self._device) - self._standing_bytes
             self.bytes_per_token = max(self.bytes_per_token, growth_bytes / largest_forward_tokens)
 
-    def error(self, step: int, largest_forward_tokens: int, batch_size: int, max_seq_len: int | None) -> UserError:
+    def error(self, step: int, largest_forward_tokens: int, batch_size: int) -> UserError:
         """What to tell the user about a step whose largest forward did not fit."""
         num_fitting_tokens = largest_forward_tokens // 2
         if self.bytes_per_token:
@@ -32,7 +32,7 @@ class StepMemory:
         fitting_batch_size = max(1, min(batch_size - 1, batch_size * num_fitting_tokens // largest_forward_tokens))
         smaller_rows = ""
         if batch_size == 1:
-            smaller_rows = f" and max_seq_len={max(8, min(num_fitting_tokens, max_seq_len or num_fitting_tokens))}"
+            smaller_rows = f" and max_seq_len={max(8, min(num_fitting_tokens, largest_forward_tokens - 1))}"
         return UserError(
             f"step {step}: {largest_forward_tokens} tokens in one forward do not fit the memory of {self._device}; "
             f"set batch_size={fitting_batch_size}{smaller_rows} "

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from custom_components.atomic_files import sweep_unfinished
 from custom_components.errors import UserError
 
 
@@ -55,37 +56,42 @@ def run_directory(path: Path, *, overwrite: bool, resumes: bool) -> Iterator[Run
             written there.
     """
     directory = RunDirectory(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((path / ".lock").open("w"))
+            # note: the system gives the lock back when the process dies, however it dies.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for folder in (path, directory.checkpoints):
+                sweep_unfinished(folder)
+            if not resumes:
+                _make_room(directory, overwrite)
+        except BlockingIOError:
+            raise UserError(f"output_dir: another run is writing to {str(path)!r}; name another directory") from None
+        except OSError as error:
+            raise UserError(f"output_dir: {str(path)!r} cannot be written ({error.strerror}); name another") from None
+        try:
+            yield directory
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise UserError(
+                f"output_dir: {str(path)!r} cannot be written any more ({error.strerror}); free space"
+            ) from None
+
+
+def _make_room(directory: RunDirectory, overwrite: bool) -> None:
     results = (
         *(directory.config, directory.metrics, directory.samples, directory.plot),
         *(directory.adapter, directory.checkpoints),
     )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with (path / ".lock").open("w") as lock:
-            try:
-                # note: the system gives the lock back when the process dies, however it dies.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"output_dir: another run is writing to {str(path)!r}; name another directory"
-                ) from None
-            if not resumes:
-                if not overwrite and any(result.exists() for result in results):
-                    raise UserError(
-                        f"output_dir: {str(path)!r} holds the results of a run; name another, set "
-                        "overwrite_output_dir=true, or go on with it by resume_from_checkpoint=true"
-                    )
-                for result in results:
-                    if result.is_dir():
-                        shutil.rmtree(result)
-                    else:
-                        result.unlink(missing_ok=True)
-            yield directory
-    except PermissionError as error:
-        raise UserError(f"output_dir: {str(path)!r} cannot be written ({error.strerror}); name another") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
-            raise
+    if not overwrite and any(result.exists() for result in results):
         raise UserError(
-            f"output_dir: {str(path)!r} cannot be written ({error.strerror}); free space or name another"
-        ) from None
+            f"output_dir: {str(directory.path)!r} holds the results of a run; name another, set "
+            "overwrite_output_dir=true, or go on with it by resume_from_checkpoint=true"
+        )
+    for result in results:
+        if result.is_dir():
+            shutil.rmtree(result)
+        else:
+            result.unlink(missing_ok=True)

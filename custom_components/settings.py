@@ -68,14 +68,14 @@ class TrainingSettings(Settings):
     packed: bool = False
     group_by_length: bool = False
     shuffle: bool = True
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**43)] = 0
 
     epochs: PositiveInt
     max_steps_per_epoch: PositiveInt | None = None
     batch_size: PositiveInt
     gradient_accumulation_steps: PositiveInt
     optimizer: Annotated[dict[str, Any], ComponentNode(supplied=("params",))]
-    lr_scheduler: Annotated[dict[str, Any], ComponentNode(supplied=("step", "num_steps"))]
+    lr_scheduler: Annotated[dict[str, Any], ComponentNode(supplied=("step", "num_steps", "num_warmup_steps"))]
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     warmup_steps: NonNegativeInt | None = None
     lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None

@@ -1,6 +1,7 @@
 """Stopping a run from outside: finish the step, save, and leave."""
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ def stop_requests() -> Iterator[StopRequest]:
         if request.signal_number is not None and signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal_number = signal_number
-        print("stopping after this step; Ctrl-C again stops at once, without saving", file=sys.stderr)
+        # note: print could find stderr's buffer in use by what was interrupted.
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -10,6 +10,7 @@ import numpy as np
 
 from custom_components.atomic_files import whole_directory
 from custom_components.data_sources import data_files
+from custom_components.errors import UserError
 
 # Part of every key: raised whenever the same inputs would give other tokens.
 _VERSION = 1
@@ -34,16 +35,22 @@ class TokenCache:
             digest = hashlib.sha256(json.dumps([_VERSION, *decisive], sort_keys=True).encode())
             for file in files:
                 digest.update(file.suffix.encode())
-                with file.open("rb") as content:
-                    digest.update(hashlib.file_digest(content, "sha256").digest())
+                try:
+                    with file.open("rb") as content:
+                        digest.update(hashlib.file_digest(content, "sha256").digest())
+                except OSError as error:
+                    raise UserError(f"dataset.source: {str(file)!r} cannot be read ({error.strerror})") from None
             self._directory = Path(cache_dir).expanduser() / "tokens" / digest.hexdigest()[:32]
 
     def load(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """The arrays and counts stored before, or None."""
         if self._directory is None or not self._directory.is_dir():
             return None
-        arrays = {path.stem: np.load(path, mmap_mode="r") for path in self._directory.glob("*.npy")}
-        return arrays, json.loads((self._directory / "summary.json").read_text(encoding="utf-8"))
+        try:
+            arrays = {path.stem: np.load(path, mmap_mode="r") for path in self._directory.glob("*.npy")}
+            return arrays, json.loads((self._directory / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None  # damaged, or deleted meanwhile: it is made anew
 
     def store(self, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:
         """Keep arrays and counts; where the folder cannot be written, nothing is kept and the run goes on."""

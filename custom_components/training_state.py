@@ -32,7 +32,14 @@ _STEP_DIRECTORY = re.compile(r"step_(\d{6,})")
 
 # What may differ on resuming without a word: where things lie, and what is said and kept.
 _UNDECISIVE_KEYS = {
-    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "checkpoint_dir", "cache_dir", "sample_prompts"),
+    *(
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "init_adapter_from",
+        "cache_dir",
+        "sample_prompts",
+    ),
     *("log_every_n_steps", "metric_logger", "save_every_n_steps", "keep_last_n_checkpoints", "verify_base"),
 }
 # Changing these gives other shapes or another order of the data: the run would not be the one that was begun.
@@ -67,6 +74,10 @@ class Progress:
         self.num_skipped_steps += is_skipped
         self.num_tokens += num_tokens
         self.seconds += seconds
+
+    def stops_early(self, patience: int | None) -> bool:
+        """Whether so many validations in a row were no better than the best; None: never."""
+        return patience is not None and self.num_validations_since_best >= patience
 
     def add_validation(self, val_loss: float) -> bool:
         """Count a validation after the last step; returns whether it is the best so far."""
@@ -180,7 +191,7 @@ def check_resumed_config(path: Path, settings: TrainingSettings) -> None:
         difference = f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         if key in _FIXED_KEYS or key.partition(".")[0] in _FIXED_KEYS:
             refusals.append(f"resume_from_checkpoint: {difference}: set it back, or begin a new run")
-        elif not key.endswith(("checkpoint_dir", "path", "cache_dir")):
+        elif not ("." in key and key.endswith(("checkpoint_dir", "path", "cache_dir"))):
             print(f"differs from the checkpoint: {difference}")
     if refusals:
         raise UserError(*refusals)
@@ -199,6 +210,10 @@ def load_checkpoint(path: Path, model: TransformerDecoder, state: TrainingState)
             "same data, or begin a new run"
         )
     load_adapter(model, path / "adapter")
+    # note: load_state_dict brings back the groups' old settings; what the config says now is to hold.
+    settings_now = [
+        {key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups
+    ]
     try:
         state.optimizer.load_state_dict(stored["optimizer"])
         state.scaler.load_state_dict(stored["scaler"])
@@ -206,6 +221,8 @@ def load_checkpoint(path: Path, model: TransformerDecoder, state: TrainingState)
         raise UserError(
             f"resume_from_checkpoint: the optimizer's state in {str(path)!r} does not fit: {error}"
         ) from None
+    for group, settings in zip(state.optimizer.param_groups, settings_now, strict=True):
+        group.update(settings)
     state.progress = Progress(**stored["progress"])
     state.best_adapter = stored["best_adapter"]
 
@@ -222,6 +239,13 @@ def _checkpoints(run_path: Path) -> list[Path]:
     """Oldest first, by step."""
     paths = [path for path in (run_path / "checkpoints").glob("step_*") if _STEP_DIRECTORY.fullmatch(path.name)]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def delete_checkpoints_after(run_path: Path, step: int) -> None:
+    """Delete the checkpoints of steps that are about to be taken anew, in another way perhaps."""
+    for path in _checkpoints(run_path):
+        if path.name > checkpoint_path(run_path, step).name:
+            shutil.rmtree(path)
 
 
 def _delete_old_checkpoints(run_path: Path, num_kept: int, best_step: int | None) -> None:

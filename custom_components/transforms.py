@@ -128,6 +128,19 @@ class Llama2ChatTransform:
         """Ids to text, control tokens left out. Ids beyond the tokenizer, of a padded vocabulary, are left out too."""
         return self._processor.decode([int(token) for token in token_ids if token < self.vocab_size])
 
+    def ids_of_pieces(self, pieces: Sequence[str]) -> list[int]:
+        """The ids of control tokens and other pieces by name, such as `</s>`.
+
+        Raises:
+            UserError: the tokenizer has no such piece.
+        """
+        ids = [self._processor.piece_to_id(piece) for piece in pieces]
+        if unknown := [piece for piece, index in zip(pieces, ids, strict=True) if index == self._processor.unk_id()]:
+            raise UserError(
+                f"stop_tokens: the tokenizer has no {unknown}; is this the tokenizer of the adapter's base?"
+            )
+        return ids
+
     def text_of_pieces(self, token_ids: Sequence[int]) -> str:
         """Ids to text as they are, for people: control tokens by name, spaces kept, broken characters replaced."""
         parts: list[bytes] = []

@@ -9,6 +9,7 @@ from typing import Any
 from torchtune.modules.peft import disable_adapter
 
 from custom_components.adapters import load_model_for_inference, read_prompt_format
+from custom_components.checkpoint_loading import fit_tokenizer
 from custom_components.config import load_settings
 from custom_components.errors import UserError, run_recipe
 from custom_components.generation import Sampling, answer_messages
@@ -29,6 +30,7 @@ def recipe_main() -> None:
     model = load_model_for_inference(
         settings.checkpoint_dir, settings.adapter_dir, settings.quantize_base, dtype, device
     )
+    fit_tokenizer(tokenizer, model)
 
     def answer() -> str:
         return answer_messages(
@@ -58,7 +60,10 @@ def tokenizer_for(settings: GenerationSettings) -> Llama2ChatTransform:
         if trained and told is not None and told != trained_value:
             print(f"warning: {name} is {told!r}, the adapter was trained with {trained_value!r}", file=sys.stderr)
         chosen[name] = trained_value if told is None else told
-    return Llama2ChatTransform(settings.checkpoint_dir / "tokenizer.model", **chosen)
+    tokenizer = Llama2ChatTransform(settings.checkpoint_dir / "tokenizer.model", **chosen)
+    if trained is not None:
+        tokenizer.stop_tokens = tokenizer.ids_of_pieces(trained.stop_tokens)
+    return tokenizer
 
 
 if __name__ == "__main__":

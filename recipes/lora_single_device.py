@@ -16,12 +16,14 @@ from custom_components import schedules
 from custom_components.adapters import (
     PromptFormat,
     base_model_name,
+    check_adapter_fits,
     check_adapter_was_trained,
-    load_adapter,
+    copy_into_adapter,
     save_adapter,
 )
 from custom_components.batching import Batch, BatchPlan, collate
 from custom_components.checkpoint_loading import (
+    check_checkpoint,
     fit_tokenizer,
     frozen_checksum,
     load_base_weights,
@@ -45,6 +47,7 @@ from custom_components.training_state import (
     Progress,
     TrainingState,
     check_resumed_config,
+    delete_checkpoints_after,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -71,11 +74,16 @@ def recipe_main() -> None:
     resumed_from = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir)
     if resumed_from is not None:
         check_resumed_config(resumed_from, settings)
-    resumes = resumed_from is not None
-    with run_directory(settings.output_dir, overwrite=settings.overwrite_output_dir, resumes=resumes) as directory:
+    check_checkpoint(model, settings.checkpoint_dir)
+    init_adapter = None
+    if settings.init_adapter_from is not None and resumed_from is None:
+        init_adapter = check_adapter_fits(model, settings.init_adapter_from)
+
+    resumes_here = resumed_from is not None and resumed_from.resolve().is_relative_to(settings.output_dir.resolve())
+    with run_directory(settings.output_dir, overwrite=settings.overwrite_output_dir, resumes=resumes_here) as directory:
         load_base_weights(model, settings.checkpoint_dir, dtype, device)
-        if settings.init_adapter_from is not None:
-            load_adapter(model, settings.init_adapter_from)
+        if init_adapter is not None:
+            copy_into_adapter(model, init_adapter)
         describe(model, settings, device, dtype_words)
         answers_before = answer_sample_prompts(model, tokenizer, settings.sample_prompts, dtype)
         base_checksum = frozen_checksum(model) if settings.verify_base else None
@@ -88,9 +96,7 @@ def recipe_main() -> None:
         )
         if resumed_from is not None:
             load_checkpoint(resumed_from, model, state)
-            print(f"going on from {resumed_from}")
-        for records in (directory.metrics, directory.samples):
-            keep_metrics_until(records, state.progress.num_steps)
+            go_on_in(directory, resumed_from, state.progress.num_steps)
         write_yaml(settings, directory.config)
         prompt_format = PromptFormat(settings.prompt_template, tokenizer.system_prompt, ["</s>"])
         train(model, state, dataset, dataset_val, tokenizer, settings, directory, prompt_format, device, memory)
@@ -111,6 +117,8 @@ def training_and_validation(
 ) -> tuple[ChatDataset, ChatDataset | None]:
     """The rows to train on, and those to validate on, if any."""
     dataset = instantiate(settings.dataset, tokenizer=tokenizer)
+    # The data set's own system prompt is what the adapter learns with: validation and generation are to use it too.
+    tokenizer.system_prompt = settings.dataset.get("system_prompt") or tokenizer.system_prompt
     if settings.val_fraction is not None:
         return split_validation(dataset, settings.val_fraction, settings.seed)
     if settings.dataset_val is not None:
@@ -135,7 +143,8 @@ def train(
     steps = [(epoch, forwards) for epoch in range(settings.epochs) for forwards in plan.steps(dataset.lengths, epoch)]
     batches_val = validation_batches(dataset_val, settings.batch_size)
     num_warmup_steps = schedules.num_warmup_steps(settings.warmup_steps, settings.warmup_ratio, len(steps))
-    peak_rates = peak_learning_rates(settings)
+    groups = adapter_parameter_groups(model, settings.optimizer["lr"], settings.lora_plus_ratio)
+    peak_rates = [group["lr"] for group in groups]
     loss_function = instantiate(settings.loss)
     metrics = MetricsFile(directory.metrics)
     metric_logger = instantiate(settings.metric_logger) if settings.metric_logger else None
@@ -146,7 +155,8 @@ def train(
     model.train()
     bar = tqdm(total=len(steps), initial=progress.num_steps, unit="step", desc="training", dynamic_ncols=True)
     with stop_requests() as stop_request:
-        for step, (epoch, forwards) in enumerate(steps[progress.num_steps :], progress.num_steps + 1):
+        remaining = [] if progress.stops_early(settings.early_stopping_patience) else steps[progress.num_steps :]
+        for step, (epoch, forwards) in enumerate(remaining, progress.num_steps + 1):
             step_start_seconds = time.perf_counter()
             torch.manual_seed(settings.seed * 2**20 + step)  # dropout is a function of the step
             batches = [collate([dataset[row] for row in rows]) for rows in forwards]
@@ -168,9 +178,7 @@ def train(
                     device=device,
                 )
             except torch.OutOfMemoryError:
-                raise step_memory.error(
-                    step, largest_forward_tokens, settings.batch_size, tokenizer.max_seq_len
-                ) from None
+                raise step_memory.error(step, largest_forward_tokens, settings.batch_size) from None
             step_memory.add_step(largest_forward_tokens)
             grad_norm = clip_gradients(state.optimizer, state.scaler, settings.clip_grad_norm)
             is_skipped = update_adapters(state.optimizer, state.scaler, loss, grad_norm, step, forwards)
@@ -201,8 +209,9 @@ def train(
                 metrics.write({"step": step, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)})
                 if progress.add_validation(val_loss):
                     state.keep_best(model)
-                write_samples(directory.samples, step, model, tokenizer, settings)
-            stops_early = progress.num_validations_since_best >= (settings.early_stopping_patience or math.inf)
+                if settings.sample_prompts:
+                    write_samples(directory.samples, step, model, tokenizer, settings.sample_prompts)
+            stops_early = progress.stops_early(settings.early_stopping_patience)
             is_last = step == len(steps) or stops_early or stop_request.signal_number is not None
             saves_after_epoch = settings.save_every_n_steps is None and is_epoch_end
             if is_last or saves_after_epoch or is_due(step, settings.save_every_n_steps):
@@ -218,25 +227,28 @@ def train(
 
 
 def write_samples(
-    path: Path, step: int, model: TransformerDecoder, tokenizer: Llama2ChatTransform, settings: TrainingSettings
+    path: Path, step: int, model: TransformerDecoder, tokenizer: Llama2ChatTransform, prompts: list[str]
 ) -> None:
     """Append the model's answers to the sample prompts, one JSON object a line."""
-    dtype = model.tok_embeddings.weight.dtype
+    answers = answer_sample_prompts(model, tokenizer, prompts, model.tok_embeddings.weight.dtype)
     samples = MetricsFile(path)
-    answers = answer_sample_prompts(model, tokenizer, settings.sample_prompts, dtype)
-    for prompt, answer in zip(settings.sample_prompts, answers, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
         samples.write({"step": step, "prompt": prompt, "answer": answer})
     samples.close()
 
 
+def go_on_in(directory: RunDirectory, checkpoint: Path, num_steps: int) -> None:
+    """Bring a run's records to where its checkpoint stands; those of a run elsewhere are copied."""
+    print(f"going on from {checkpoint}")
+    delete_checkpoints_after(directory.path, num_steps)
+    run_before = RunDirectory(checkpoint.parent.parent)
+    for before, records in ((run_before.metrics, directory.metrics), (run_before.samples, directory.samples)):
+        if before.exists():
+            keep_metrics_until(before, records, num_steps)
+
+
 def is_due(step: int, every_n_steps: int | None) -> bool:
     return every_n_steps is not None and step % every_n_steps == 0
-
-
-def peak_learning_rates(settings: TrainingSettings) -> list[float]:
-    """One for each group of `adapter_parameter_groups`."""
-    rate = settings.optimizer["lr"]
-    return [rate] if settings.lora_plus_ratio is None else [rate, rate * settings.lora_plus_ratio]
 
 
 def validation_batches(dataset_val: ChatDataset | None, batch_size: int) -> list[Batch]:

@@ -184,7 +184,6 @@ def test_L24_a_tensor_no_llama_has(make_checkpoint):
     ("changes", "name"),
     [
         ({"rope_theta": 1e6}, "rope_base"),
-        ({"rms_norm_eps": 1e-6}, "norm_eps"),
         ({"num_attention_heads": 2}, "num_heads"),
     ],
 )
@@ -195,6 +194,17 @@ def test_L24_another_model_with_the_same_tensor_shapes(make_checkpoint, changes,
         model = lora_llama_from_config(built, ["q_proj"])
     with pytest.raises(UserError, match=name):
         load_base_weights(model, make_checkpoint("other", **changes), torch.float32, CPU)
+
+
+def test_the_epsilon_of_the_norms_is_the_checkpoints(make_checkpoint):
+    """Llama 2's chat models state another than the base models, and share their builder."""
+    built = make_checkpoint("built")
+    with torch.device("meta"):
+        model = lora_llama_from_config(built, ["q_proj"])
+    other = make_checkpoint("other", rms_norm_eps=0.5)
+    load_base_weights(model, other, torch.float32, CPU)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), loaded_model(other, lora_attn_modules=["q_proj"])(TOKENS))
 
 
 @pytest.mark.parametrize(

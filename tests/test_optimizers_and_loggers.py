@@ -76,7 +76,7 @@ def test_sgd_samples_and_init_from_an_adapter(make_checkpoint, tmp_path):
     ("batch_size", "words"), [(8, "set batch_size=4 "), (1, "set batch_size=1 and max_seq_len=500 ")]
 )
 def test_out_of_memory_says_what_would_fit(batch_size, words):
-    error = StepMemory(CPU).error(step=3, largest_forward_tokens=1000, batch_size=batch_size, max_seq_len=1000)
+    error = StepMemory(CPU).error(step=3, largest_forward_tokens=1000, batch_size=batch_size)
     assert words in str(error) and "step 3: 1000 tokens" in str(error)
 
 
@@ -89,4 +89,4 @@ def test_out_of_memory_reckons_with_the_steps_that_fitted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     memory = StepMemory(cuda)
     memory.add_step(1000)
-    assert "set batch_size=3 " in str(memory.error(step=9, largest_forward_tokens=8000, batch_size=8, max_seq_len=1000))
+    assert "set batch_size=3 " in str(memory.error(step=9, largest_forward_tokens=8000, batch_size=8))

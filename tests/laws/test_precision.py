@@ -65,6 +65,24 @@ def test_L13_an_overflow_backs_the_scaler_off_and_is_counted():
     assert torch.equal(parameter, torch.zeros(3))
 
 
+def test_L09_a_loss_that_is_not_finite_stops_an_fp16_run_too():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.SGD([parameter], lr=1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(parameter.sum() * math.nan).backward()
+    grad_norm = clip_gradients(optimizer, scaler, clip_grad_norm=None)
+    with pytest.raises(UserError, match="step 4: loss nan"):
+        update_adapters(optimizer, scaler, torch.tensor(math.nan), grad_norm, 4, [[0]])
+
+
+def test_L09_a_gradient_that_no_scale_makes_finite_stops_an_fp16_run():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.SGD([parameter], lr=1.0), torch.amp.GradScaler("cpu", init_scale=0.5)
+    scaler.scale(parameter.sum() * math.inf).backward()
+    grad_norm = clip_gradients(optimizer, scaler, clip_grad_norm=None)
+    with pytest.raises(UserError, match="gradient norm"):
+        update_adapters(optimizer, scaler, torch.tensor(1.0), grad_norm, 4, [[0]])
+
+
 def test_L13_the_recipe_in_fp16_learns_as_it_does_in_bf16(tmp_path):
     """A T4's path, on the CPU: 50 steps of the embedded model, no bf16 anywhere."""
     last_losses = {}

@@ -142,6 +142,27 @@ def test_L17_from_another_machines_directories(short_run, finished_run):
     assert_equal(outcome(finished_run / "out"), outcome(output_dir))
 
 
+def test_L18_from_an_older_checkpoint_the_newer_ones_go(short_run):
+    """The run branches off: what was trained after the older checkpoint is not picked up again."""
+    run, output_dir = short_run
+    older = output_dir / "checkpoints/step_000003"
+    result = tune_run(*run, f"resume_from_checkpoint={older}", "optimizer.lr=1e-5", "save_every_n_steps=1")
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in sorted((output_dir / "checkpoints").iterdir())] == ["step_000005", "step_000006"]
+    rates = [record["lr"] for record in outcome(output_dir)[0]]
+    assert rates[2] > 1e-5 >= rates[3]
+
+
+def test_a_checkpoint_of_another_run_does_not_mix_with_the_run_that_lies_there(short_run, finished_run, tmp_path):
+    run, output_dir = short_run
+    elsewhere = finished_run / "out/checkpoints/step_000003"
+    result = tune_run(*run, f"resume_from_checkpoint={elsewhere}")
+    assert result.returncode == 2 and "holds the results of a run" in result.stderr
+    result = tune_run(*run, f"resume_from_checkpoint={elsewhere}", f"output_dir={tmp_path / 'new'}")
+    assert result.returncode == 0, result.stderr
+    assert_equal(outcome(finished_run / "out"), outcome(tmp_path / "new"))
+
+
 def test_a_finished_run_is_extended(short_run):
     run, output_dir = short_run
     result = tune_run(*run, "resume_from_checkpoint=true", "epochs=3")
