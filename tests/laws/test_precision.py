@@ -89,7 +89,15 @@ def test_L13_the_recipe_in_fp16_learns_as_it_does_in_bf16(tmp_path):
     for dtype in ("fp16", "bf16"):
         result = tune_run(
             *("--config", "configs/tiny_qlora.yaml", f"dtype={dtype}", f"output_dir={tmp_path / dtype}"),
-            *("max_steps_per_epoch=50", "epochs=1", "cache_dir=null", "optimizer.lr=1e-4", "seed=1"),
+            *(
+                "max_steps_per_epoch=50",
+                "epochs=1",
+                "cache_dir=null",
+                "optimizer.lr=1e-4",
+                "batch_size=4",
+                "dataset_val=null",
+                "run_val_every_n_steps=null",
+            ),
             f"checkpoint_dir={TINY_LLAMA / 'checkpoint'}",
         )
         assert result.returncode == 0, result.stderr
