@@ -1,5 +1,6 @@
 """L16 to L20, L30: a run that was stopped anywhere goes on as if it had not been."""
 
+import errno
 import json
 import os
 import random
@@ -12,11 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from custom_components.adapters import PromptFormat
 from custom_components.config import load_settings
 from custom_components.errors import UserError
 from custom_components.settings import TrainingSettings
-from custom_components.training_state import check_resumed_config, find_checkpoint
-from tests.conftest import PROJECT, write_checkpoint
+from custom_components.training_state import (
+    Progress,
+    TrainingState,
+    check_resumed_config,
+    find_checkpoint,
+    save_checkpoint,
+)
+from tests.conftest import PROJECT, loaded_model, with_random_adapters, write_checkpoint
 from tests.test_lora_single_device import TUNE, arguments, rows, tune_run  # noqa: F401 - rows is a fixture
 
 TIMING = {"step_seconds", "tokens_per_second", "peak_memory_gib"}
@@ -239,6 +247,25 @@ def test_L30_a_signal_saves_and_the_run_goes_on_from_there(finished_run, tmp_pat
     num_done = num_records(tmp_path / "out")
     assert num_done < 600
     assert find_checkpoint(True, tmp_path / "out").name == f"step_{num_done:06}"
+
+
+def test_L30_a_full_disk_destroys_no_checkpoint(short_run, monkeypatch):
+    run, output_dir = short_run
+    monkeypatch.chdir(PROJECT)
+    settings = load_settings(TrainingSettings, run)
+    model = with_random_adapters(loaded_model(output_dir.parent / "base", lora_rank=16, lora_alpha=32))
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    state = TrainingState(optimizer, torch.amp.GradScaler("cpu", enabled=False), "", Progress(num_steps=9))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="step_000009.*could not be written.*No space left"):
+        save_checkpoint(output_dir, model, state, settings, "base", PromptFormat("llama2", None, ["</s>"]))
+    assert sorted(path.name for path in (output_dir / "checkpoints").iterdir()) == before
+    assert find_checkpoint(True, output_dir).name == "step_000006"
 
 
 def test_two_runs_in_one_directory(make_checkpoint, many_rows, tmp_path):

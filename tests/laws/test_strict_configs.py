@@ -35,7 +35,7 @@ def load(config, *overrides):
 
 @FUZZ
 @given(st.dictionaries(st.sampled_from(KNOWN_KEYS) | names, values, max_size=4))
-def test_any_values_of_any_keys(tmp_path, changes):
+def test_L26_any_values_of_any_keys(tmp_path, changes):
     """Known and unknown keys with random values, in the file."""
     config = dict(VALUES)
     for key, value in changes.items():
@@ -56,7 +56,7 @@ def test_any_values_of_any_keys(tmp_path, changes):
 
 @FUZZ
 @given(st.lists(st.text(max_size=20) | st.builds("{}={}".format, st.sampled_from(KNOWN_KEYS), st.text(max_size=12))))
-def test_any_overrides(overrides):
+def test_L26_any_overrides(overrides):
     try:
         load(TINY, *overrides)
     except UserError:
@@ -69,7 +69,7 @@ def test_any_overrides(overrides):
 
 @FUZZ
 @given(st.binary(max_size=60))
-def test_any_bytes_as_a_file(tmp_path, content):
+def test_L26_any_bytes_as_a_file(tmp_path, content):
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(UserError):
         load(tmp_path / "config.yaml")
@@ -79,7 +79,7 @@ def test_any_bytes_as_a_file(tmp_path, content):
 @given(
     names.filter(lambda name: name not in TrainingSettings.model_fields), st.sampled_from(["", "model.", "optimizer."])
 )
-def test_an_unknown_key_at_any_depth_is_an_error(name, prefix):
+def test_L26_an_unknown_key_at_any_depth_is_an_error(name, prefix):
     if f"{prefix}{name}" in KNOWN_KEYS or name == "_component_":
         return
     with pytest.raises(UserError) as error:
@@ -89,6 +89,6 @@ def test_an_unknown_key_at_any_depth_is_an_error(name, prefix):
 
 @FUZZ
 @given(st.text())
-def test_any_text_is_a_prompt(text):
+def test_L26_any_text_is_a_prompt(text):
     arguments = ["--config", "configs/generate.yaml", f"prompt={text}"]
     assert load_settings(GenerationSettings, arguments).prompt == text
