@@ -1,5 +1,7 @@
 """Which device and which number format a run uses."""
 
+from collections.abc import Mapping
+
 import torch
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
@@ -61,5 +63,6 @@ def refuse_paged_optimizer_on_cpu(component: str, device: torch.device) -> None:
 
 
 def cpu_has_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
+    # note: not in every torch of the supported range; where it cannot be asked, fp32 is the safe answer.
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
