@@ -20,7 +20,7 @@ from custom_components.builders import final_hidden_states, lora_llama_from_conf
 from custom_components.errors import UserError
 from custom_components.lora import LoRALinear, adapter_parameter_groups
 from tests.conftest import CPU, loaded_model, with_random_adapters
-from tests.test_adapters import TOKENS, dequantized_in_hugging_face_order, saved_adapter
+from tests.laws.test_adapters import TOKENS, dequantized_in_hugging_face_order, saved_adapter
 
 
 def with_random_variants(model):
