@@ -3,10 +3,11 @@
     python -m benchmarks.make_checkpoint --shape LLAMA2_7B --output-dir checkpoints/random-7b
 
 For measuring time and memory where the real weights are not at hand. The tokenizer is the embedded tiny one, smaller
-than the embedding, unless --tokenizer names another.
+than the embedding, unless --tokenizer names another. --num-layers makes a shorter model of the same widths.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,16 +21,21 @@ from custom_components import llama_shapes
 from custom_components.llama_shapes import LlamaShape
 
 NUM_SHARDS = 2
+SHAPES = {name: value for name, value in vars(llama_shapes).items() if isinstance(value, LlamaShape)}
 TINY_TOKENIZER = Path(__file__).parent.parent / "examples/tiny_llama/checkpoint/tokenizer.model"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="LLAMA2_7B", help="a name in custom_components/llama_shapes.py")
+    parser.add_argument("--shape", default="LLAMA2_7B", choices=SHAPES)
+    parser.add_argument("--num-layers", type=int, help="instead of the shape's own")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, default=TINY_TOKENIZER)
     arguments = parser.parse_args()
-    write_random_checkpoint(getattr(llama_shapes, arguments.shape), arguments.output_dir, arguments.tokenizer)
+    shape = SHAPES[arguments.shape]
+    if arguments.num_layers:
+        shape = dataclasses.replace(shape, num_layers=arguments.num_layers)
+    write_random_checkpoint(shape, arguments.output_dir, arguments.tokenizer)
 
 
 def write_random_checkpoint(shape: LlamaShape, output_dir: Path, tokenizer: Path) -> None:
@@ -37,13 +43,15 @@ def write_random_checkpoint(shape: LlamaShape, output_dir: Path, tokenizer: Path
     output_dir.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     names = list(tensor_shapes(shape))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(NUM_SHARDS):
         file_name = f"model-{shard + 1:05}-of-{NUM_SHARDS:05}.safetensors"
         part = names[shard * len(names) // NUM_SHARDS : (shard + 1) * len(names) // NUM_SHARDS]
-        save_file({name: random_tensor(size, generator) for name, size in part}, output_dir / file_name)
+        tensors = {name: random_tensor(size, generator) for name, size in part}
+        save_file(tensors, output_dir / file_name, metadata={"format": "pt"})
         weight_map |= {name: file_name for name, _ in part}
-    (output_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (output_dir / "model.safetensors.index.json").write_text(json.dumps(index))
     (output_dir / "config.json").write_text(json.dumps(hugging_face_config(shape), indent=2))
     shutil.copyfile(tokenizer, output_dir / "tokenizer.model")
 

@@ -1,0 +1,76 @@
+"""The rows and the adapter that every compared tool is given."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.training_job import LORA_ALPHA, LORA_RANK
+from custom_components.adapters import PromptFormat, adapter_modules, save_adapter
+from custom_components.builders import ATTENTION_MODULES, lora_llama_from_config
+from custom_components.datasets import chat_dataset
+from custom_components.transforms import Llama2ChatTransform
+
+Row = dict[str, list[int]]
+
+
+class ForwardSize(NamedTuple):
+    """Tokens of one forward, without padding."""
+
+    num_tokens: int
+    num_supervised_tokens: int
+
+
+def tokenized_rows(checkpoint_dir: Path, source: str, num_rows: int, max_seq_len: int) -> list[Row]:
+    """Tokens and labels (not shifted) of the first rows of a source, in any format that `chat_dataset` reads."""
+    tokenizer = Llama2ChatTransform(checkpoint_dir / "tokenizer.model", max_seq_len=max_seq_len)
+    dataset = chat_dataset(tokenizer, source, max_rows=num_rows)
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def num_supervised_tokens(row: Row) -> int:
+    """The first token is never predicted."""
+    return sum(label >= 0 for label in row["labels"][1:])
+
+
+def forward_sizes(rows: list[Row], batch_size: int, gradient_accumulation_steps: int) -> list[list[ForwardSize]]:
+    """The sizes of the forwards of every whole optimizer step."""
+    rows_per_step = batch_size * gradient_accumulation_steps
+    steps = [rows[start : start + rows_per_step] for start in range(0, len(rows) - rows_per_step + 1, rows_per_step)]
+    return [
+        [_forward_size(step[start : start + batch_size]) for start in range(0, rows_per_step, batch_size)]
+        for step in steps
+    ]
+
+
+def _forward_size(rows: list[Row]) -> ForwardSize:
+    return ForwardSize(sum(len(row["tokens"]) for row in rows), sum(num_supervised_tokens(row) for row in rows))
+
+
+def write_adapter(checkpoint_dir: Path, adapter_dir: Path, b_std: float = 0.0) -> Path:
+    """Write a random adapter on all linear layers, in PEFT's format.
+
+    Args:
+        b_std: standard deviation of B; 0: B is zero, as at the start of training.
+
+    Returns:
+        The same adapter in torchtune's parameter names, a safetensors file beside the directory.
+    """
+    with torch.device("meta"):
+        model = lora_llama_from_config(
+            checkpoint_dir, ATTENTION_MODULES, apply_lora_to_mlp=True, lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA
+        )
+    torch.manual_seed(0)
+    parameters: dict[str, torch.Tensor] = {}
+    for name, module in adapter_modules(model).items():
+        module.lora_a.to_empty(device="cpu")
+        module.lora_b.to_empty(device="cpu")
+        module.initialize_parameters()
+        with torch.no_grad():
+            module.lora_b.weight.normal_(0, b_std)
+        parameters |= {f"{name}.lora_a.weight": module.lora_a.weight, f"{name}.lora_b.weight": module.lora_b.weight}
+    save_adapter(model, adapter_dir, str(checkpoint_dir), PromptFormat("llama2", None, ["</s>"]))
+    torchtune_path = adapter_dir.with_suffix(".safetensors")
+    save_file({name: parameter.detach() for name, parameter in parameters.items()}, torchtune_path)
+    return torchtune_path
