@@ -3,7 +3,7 @@
 The rows of a forward are laid end to end in one sequence, without padding. The order of the rows is a pure function of
 seed and epoch, so that resuming has nothing to remember.
 
-Dimensions: `T` tokens of all rows of a forward.
+Dimensions: `T` tokens of all rows of a forward, `P` supervised positions.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,15 @@ class Batch:
         tokens_1T: ids.
         labels_1T: the id that each position has to predict, or torchtune's ignore index: shifted, row by row.
         positions_1T: position in the row.
+        supervised_P: which of the T positions have a label. Found on the CPU: on a card a sum or a selection by a
+            boolean mask would make the host wait for it.
         rows: the rows' lengths, which stand for the attention mask.
     """
 
     tokens_1T: Tensor
     labels_1T: Tensor
     positions_1T: Tensor
+    supervised_P: Tensor
     rows: RowLengths
 
     @property
@@ -41,10 +44,16 @@ class Batch:
 
     @property
     def num_supervised_tokens(self) -> int:
-        return int((self.labels_1T != CROSS_ENTROPY_IGNORE_IDX).sum())
+        return self.supervised_P.numel()
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.tokens_1T.to(device), self.labels_1T.to(device), self.positions_1T.to(device), self.rows)
+        return Batch(
+            self.tokens_1T.to(device),
+            self.labels_1T.to(device),
+            self.positions_1T.to(device),
+            self.supervised_P.to(device),
+            self.rows.to(device),
+        )
 
 
 def collate(rows: Sequence[dict[str, list[int]]]) -> Batch:
@@ -56,10 +65,12 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> Batch:
     tokens = [token for row in rows for token in row["tokens"]]
     labels = [label for row in rows for label in (*row["labels"][1:], CROSS_ENTROPY_IGNORE_IDX)]
     positions = [position for row in rows for position in range(len(row["tokens"]))]
+    labels_1T = torch.tensor([labels])
     return Batch(
         torch.tensor([tokens]),
-        torch.tensor([labels]),
+        labels_1T,
         torch.tensor([positions]),
+        (labels_1T[0] != CROSS_ENTROPY_IGNORE_IDX).nonzero().squeeze(1),
         RowLengths(tuple(len(row["tokens"]) for row in rows)),
     )
 
@@ -88,7 +99,8 @@ class BatchPlan:
 
     @classmethod
     def of(cls, settings: TrainingSettings, max_seq_len: int | None) -> "BatchPlan":
-        """The plan of a training config; packs hold `max_seq_len` tokens."""
+        """The plan of a training config whose `batch_size` is a number; packs hold `max_seq_len` tokens."""
+        assert settings.batch_size != "auto"
         return cls(
             settings.batch_size,
             settings.gradient_accumulation_steps,

@@ -180,7 +180,7 @@ def final_hidden_states(
     mask: Tensor | RowLengths | None,
     positions: Tensor,
     *,
-    recompute_layers: bool = False,
+    num_recomputed_layers: int = 0,
     neftune_noise_alpha: float | None = None,
 ) -> Tensor:
     """What `model` gives its output head: normalized hidden states, (B, S, embed_dim), for (B, S) tokens.
@@ -190,14 +190,15 @@ def final_hidden_states(
 
     Args:
         mask, positions: see :class:`SelfAttention`.
-        recompute_layers: keep only each layer's input for the backward and compute the rest again there.
+        num_recomputed_layers: of so many layers, the first, keep only the input for the backward and compute the rest
+            again there.
         neftune_noise_alpha: noise on the embeddings while the model trains, see :func:`neftune_noise`.
     """
     hidden = model.tok_embeddings(tokens)
     if neftune_noise_alpha is not None and model.training:
         hidden = hidden + neftune_noise(hidden, mask, neftune_noise_alpha)
-    for layer in model.layers:
-        if recompute_layers:
+    for index, layer in enumerate(model.layers):
+        if index < num_recomputed_layers:
             hidden = checkpoint(layer, hidden, mask=mask, input_pos=positions, use_reentrant=False)
         else:
             hidden = layer(hidden, mask=mask, input_pos=positions)

@@ -15,13 +15,18 @@ from custom_components.checkpoint_files import StoredTensor, stored_tensors
 from custom_components.errors import UserError
 from custom_components.llama_shapes import LlamaShape, shape_from_checkpoint
 from custom_components.lora import FrozenLinear, LoRALinear
+from custom_components.quantized_cache import QuantizedCache
 from custom_components.transforms import Llama2ChatTransform
 
-_NUM_WEIGHTS_AT_A_TIME = min(4, os.cpu_count() or 1)
+NUM_LOADING_THREADS = min(4, os.cpu_count() or 1)
 
 
 def load_base_weights(
-    model: TransformerDecoder, checkpoint_dir: Path, dtype: torch.dtype, device: torch.device
+    model: TransformerDecoder,
+    checkpoint_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantized_cache_dir: Path | None = None,
 ) -> None:
     """Give a model on the meta device its frozen weights, and its adapters their initial values, in place.
 
@@ -33,6 +38,7 @@ def load_base_weights(
         model: of `lora_llama` or a named builder, built under `torch.device("meta")`.
         checkpoint_dir: a Hugging Face or Meta directory.
         dtype: of everything that is not NF4, and of the products with what is.
+        quantized_cache_dir: where NF4 weights are kept for the next start, see :class:`QuantizedCache`; None: nowhere.
 
     Raises:
         UserError: before the first weight is read, if the checkpoint is not this model, whole.
@@ -43,22 +49,37 @@ def load_base_weights(
         if isinstance(module, RMSNorm):
             module.eps = shape.norm_eps  # Llama 2's chat models state another than the base models
 
+    quantized = {
+        f"{name}.weight": module.weight.shape
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenLinear) and module.quantize_base
+    }
+    cache = cached = None
+    if quantized_cache_dir is not None and quantized:
+        cache = QuantizedCache(quantized_cache_dir, {source.file for source in sources.values()})
+        cached = cache.weights(quantized, dtype, device)
+
     def load(name: str) -> None:
         module_name, _, parameter_name = name.rpartition(".")
         module = model.get_submodule(module_name)
-        value = sources[name].read().to(device)
-        if isinstance(module, FrozenLinear) and module.quantize_base:
-            value = nf4.quantize(value, dtype)
+        if name in quantized:
+            if cached is not None:
+                value = cached.read(name, quantized[name])
+            else:
+                value = nf4.quantize(sources[name].read().to(device), dtype)
         else:
             # Norms stay in fp32, which is what they compute in.
             # note: copy, or the parameter is a view of the file's memory map and changes with the file.
-            value = value.to(torch.float32 if isinstance(module, RMSNorm) else dtype, copy=True)
+            stored_dtype = torch.float32 if isinstance(module, RMSNorm) else dtype
+            value = sources[name].read().to(device, stored_dtype, copy=True)
         setattr(module, parameter_name, nn.Parameter(value, requires_grad=False))
 
-    with ThreadPoolExecutor(_NUM_WEIGHTS_AT_A_TIME) as threads, torch.no_grad():
+    with ThreadPoolExecutor(NUM_LOADING_THREADS) as threads, torch.no_grad():
         # note: gone through one by one, so that an error in a thread is raised here.
         for _ in tqdm(threads.map(load, sources), "loading", len(sources), unit="tensor", leave=False, delay=1):
             pass
+    if cache is not None and cached is None:
+        cache.store({name: model.get_parameter(name).data for name in quantized})
     if isinstance(model.output, LoRALinear) and shape.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight
     _initialize_adapters(model, device)

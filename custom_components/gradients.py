@@ -5,6 +5,7 @@ Dimensions: `T` tokens of all rows of a forward, `D` embed_dim.
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from custom_components.builders import final_hidden_states
 from custom_components.errors import UserError
 from custom_components.loss import LinearCrossEntropy
 
+NOWHERE_ELSE: AbstractContextManager = nullcontext()
+
 
 def accumulate_gradients(
     model: TransformerDecoder,
@@ -24,8 +27,9 @@ def accumulate_gradients(
     loss_function: LinearCrossEntropy,
     scaler: GradScaler,
     *,
-    recompute_layers: bool = False,
+    num_recomputed_layers: int = 0,
     neftune_noise_alpha: float | None = None,
+    activations_kept: AbstractContextManager = NOWHERE_ELSE,
     device: torch.device,
 ) -> Tensor:
     """Forward and backward over the batches of one optimizer step; returns the loss per supervised token, in nats.
@@ -33,23 +37,36 @@ def accumulate_gradients(
     The sum over all batches is divided by the supervised tokens of all of them, so that N forwards of 1 row and 1 of N
     rows are the same step. It is divided before the backward, so that fp16 gradients do not overflow. `scaler`, enabled
     for fp16, leaves the gradients scaled.
+
+    Args:
+        num_recomputed_layers, neftune_noise_alpha: see :func:`final_hidden_states`.
+        activations_kept: entered during the forward, as torchtune's `OffloadActivations`.
     """
     num_supervised_tokens = sum(batch.num_supervised_tokens for batch in batches)
     total = torch.zeros((), device=device)
     for batch in batches:
         batch = batch.to(device)
-        hidden_1TD = final_hidden_states(
-            model,
-            batch.tokens_1T,
-            batch.rows,
-            batch.positions_1T,
-            recompute_layers=recompute_layers,
-            neftune_noise_alpha=neftune_noise_alpha,
-        )
-        loss = loss_function(hidden_1TD, model.output, batch.labels_1T) / num_supervised_tokens
+        with activations_kept:
+            hidden_1TD = final_hidden_states(
+                model,
+                batch.tokens_1T,
+                batch.rows,
+                batch.positions_1T,
+                num_recomputed_layers=num_recomputed_layers,
+                neftune_noise_alpha=neftune_noise_alpha,
+            )
+        loss = supervised_loss(model, hidden_1TD, batch, loss_function) / num_supervised_tokens
         scaler.scale(loss).backward()
         total += loss.detach()
     return total
+
+
+def supervised_loss(
+    model: TransformerDecoder, hidden_1TD: Tensor, batch: Batch, loss_function: LinearCrossEntropy
+) -> Tensor:
+    """The summed loss of a batch's supervised positions, in nats."""
+    hidden_PD = hidden_1TD[0].index_select(0, batch.supervised_P)
+    return loss_function(hidden_PD, model.output, batch.labels_1T[0].index_select(0, batch.supervised_P))
 
 
 @torch.no_grad()
@@ -67,7 +84,7 @@ def validation_loss(
     for batch in batches:
         batch = batch.to(device)
         hidden_1TD = final_hidden_states(model, batch.tokens_1T, batch.rows, batch.positions_1T)
-        total += loss_function(hidden_1TD, model.output, batch.labels_1T).item()
+        total += supervised_loss(model, hidden_1TD, batch, loss_function).item()
     model.train(was_training)
     mean = total / sum(batch.num_supervised_tokens for batch in batches)
     if not math.isfinite(mean):
@@ -83,7 +100,7 @@ def clip_gradients(optimizer: Optimizer, scaler: GradScaler, clip_grad_norm: flo
 
 
 def update_adapters(
-    optimizer: Optimizer, scaler: GradScaler, loss: Tensor, grad_norm: Tensor, step: int, forwards: list[list[int]]
+    optimizer: Optimizer, scaler: GradScaler, loss: float, grad_norm: float, step: int, forwards: list[list[int]]
 ) -> bool:
     """Take the optimizer's step; returns whether the scaler left it out because fp16 gradients overflowed.
 
@@ -91,8 +108,8 @@ def update_adapters(
         UserError: loss or gradient are not finite, and no scaler can help.
     """
     # Gradients may overflow where the loss does not, and a scale below 1 is too small for overflow to be the reason.
-    may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1 and bool(loss.isfinite())
-    is_skipped = may_overflow and not bool(grad_norm.isfinite())
+    may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1 and math.isfinite(loss)
+    is_skipped = may_overflow and not math.isfinite(grad_norm)
     if not is_skipped:
         stop_if_not_finite(loss, grad_norm, step, forwards)
     scaler.step(optimizer)
@@ -101,14 +118,14 @@ def update_adapters(
     return is_skipped
 
 
-def stop_if_not_finite(loss: Tensor, grad_norm: Tensor, step: int, forwards: list[list[int]]) -> None:
+def stop_if_not_finite(loss: float, grad_norm: float, step: int, forwards: list[list[int]]) -> None:
     """Refuse to go on from a step whose loss or gradient is NaN or infinite.
 
     Raises:
         UserError: with the step and its rows.
     """
-    if not (loss.isfinite() and grad_norm.isfinite()):
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise UserError(
-            f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}; the rows of the step are {forwards}, "
+            f"step {step}: loss {loss}, gradient norm {grad_norm}; the rows of the step are {forwards}, "
             "counted from 0. Look at them with recipes/preview.py, or lower optimizer.lr"
         )

@@ -1,6 +1,6 @@
 """Cross-entropy of the supervised positions, without ever holding the logits of a whole batch.
 
-Dimensions: `T` positions, `P` supervised positions, `C` positions of a chunk, `D` embed_dim, `V` vocab_size.
+Dimensions: `P` supervised positions, `C` positions of a chunk, `D` embed_dim, `V` vocab_size.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TiedLinear
 
 from custom_components.lora import LoRALinear
@@ -27,17 +26,14 @@ class LinearCrossEntropy:
     def __init__(self, chunk_size: PositiveInt = 512) -> None:
         self.chunk_size = chunk_size
 
-    def __call__(self, hidden_1TD: Tensor, output_head: nn.Module | TiedLinear, labels_1T: Tensor) -> Tensor:
+    def __call__(self, hidden_PD: Tensor, output_head: nn.Module | TiedLinear, labels_P: Tensor) -> Tensor:
         """The summed loss in fp32, a scalar; its gradient reaches the hidden states (and the head's adapter).
 
         Args:
-            hidden_1TD: normalized hidden states, before the output head.
+            hidden_PD: normalized hidden states, before the output head.
             output_head: the model's `output`: a frozen linear layer, tied or not, with or without an adapter.
-            labels_1T: the id to predict at each position, or the ignore index.
+            labels_P: the id to predict at each position.
         """
-        is_supervised_T = labels_1T.flatten() != CROSS_ENTROPY_IGNORE_IDX
-        hidden_PD = hidden_1TD.flatten(0, 1)[is_supervised_T]
-        labels_P = labels_1T.flatten()[is_supervised_T]
         if not isinstance(output_head, LoRALinear):
             weight_VD = (output_head.tied_module if isinstance(output_head, TiedLinear) else output_head).weight
             return _FrozenHeadCrossEntropy.apply(hidden_PD, weight_VD, labels_P, self.chunk_size)

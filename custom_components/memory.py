@@ -7,6 +7,11 @@ import torch
 
 _SAMPLING_INTERVAL_SECONDS = 0.02
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
+# What the kernel allows a container, cgroup version 2.
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# A tenth is left for what the allocator cannot use and for other programs.
+_USABLE_SHARE = 0.9
 
 
 class PeakMemory:
@@ -41,8 +46,22 @@ class PeakMemory:
             self._peak_bytes = max(self._peak_bytes, _anonymous_bytes())
 
 
+def usable_bytes(device: torch.device) -> int | None:
+    """How much more memory a run may take on a device, with something to spare; None where the system does not say."""
+    if device.type == "cuda":
+        return int(_USABLE_SHARE * torch.cuda.mem_get_info(device)[0])
+    if not _MEMINFO.exists():
+        return None
+    available_bytes = _line_bytes(_MEMINFO, "MemAvailable:")
+    if _CONTAINER_LIMIT.exists() and (limit := _CONTAINER_LIMIT.read_text().strip()) != "max":
+        available_bytes = min(available_bytes, int(limit) - _anonymous_bytes())
+    return int(_USABLE_SHARE * available_bytes)
+
+
 def _anonymous_bytes() -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return _line_bytes(_STATUS, "RssAnon:")
+
+
+def _line_bytes(path: Path, name: str) -> int:
+    """The value of a line of a file in /proc, which counts in kB."""
+    return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(name))

@@ -7,6 +7,8 @@ first), so that there is one format and several ways to read it.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from custom_components.quiet_bitsandbytes import import_bitsandbytes
 
 BLOCK_SIZE = 64
 MAX_SCALER_BLOCK_SIZE = 256
-_NUM_BLOCKS_AT_A_TIME = {"cpu": 2**12, "cuda": 2**20}
+_NUM_BLOCKS_AT_A_TIME = {"cpu": 2**12, "cuda": 2**16}
 
 # The 16 codes: torchao 0.15.0, dtypes/nf4tensor.py, NF4Tensor.from_tensor; the paper's appendix E rounded to 4 places.
 _CODEBOOK = (
@@ -49,8 +51,8 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
     assert can_quantize(weight.shape), weight.shape
     dtype = dtype or weight.dtype
     num_blocks = weight.numel() // BLOCK_SIZE
-    codebook = torch.tensor(_CODEBOOK, device=weight.device)
-    midpoints = (codebook[1:] + codebook[:-1]) / 2
+    levels = codebook(weight.device)
+    midpoints = (levels[1:] + levels[:-1]) / 2
     scalers = torch.empty(num_blocks, device=weight.device)
     packed_codes = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
     all_blocks = weight.detach().reshape(num_blocks, BLOCK_SIZE)
@@ -64,32 +66,23 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
         blocks = blocks / torch.where(absmax == 0, 1.0, absmax).unsqueeze(1)
         codes = torch.bucketize(blocks, midpoints, out_int32=True).to(torch.uint8).view(-1, 2)
         packed_codes[start * BLOCK_SIZE // 2 :][: len(codes)] = codes[:, 0] << 4 | codes[:, 1]
-    quantized_scalers, quantization_factor, scaler_mean, scaler_block_size = _quantized_scalers(scalers)
-    meta = SubclassTensorArgs(weight.shape, (weight.shape[1], 1), 0, dtype, weight.device, False)
-    return NF4Tensor(
-        meta,
-        BLOCK_SIZE,
-        num_blocks,
-        scaler_block_size,
-        quantized_scalers,
-        quantization_factor,
-        scaler_mean,
-        packed_codes,
-        codebook.to(dtype),
-    )
+    return from_stored_tensors([packed_codes, *_quantized_scalers(scalers)], weight.shape, dtype)
 
 
-def _quantized_scalers(scalers: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Double quantization: int8 scalers, a factor per scaler block, the mean, and the scaler block's size."""
-    scaler_block_size = MAX_SCALER_BLOCK_SIZE
-    while scalers.numel() % scaler_block_size:
-        scaler_block_size //= 2
+def _scaler_block_size(num_blocks: int) -> int:
+    """The largest that divides the blocks."""
+    return math.gcd(num_blocks, MAX_SCALER_BLOCK_SIZE)
+
+
+def _quantized_scalers(scalers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantization: int8 scalers, a factor per scaler block, the mean."""
+    scaler_block_size = _scaler_block_size(scalers.numel())
     mean = scalers.mean()
     centred = (scalers - mean).view(-1, scaler_block_size)
     absmax = centred.abs().amax(dim=1)
     factor = 128 / torch.where(absmax == 0, 1.0, absmax)
     quantized = (centred * factor.unsqueeze(1)).round().clamp(-128, 127).to(torch.int8)
-    return quantized.flatten(), factor, mean, scaler_block_size
+    return quantized.flatten(), factor, mean
 
 
 def stored_tensors(weight: Tensor) -> list[Tensor]:
@@ -97,6 +90,35 @@ def stored_tensors(weight: Tensor) -> list[Tensor]:
     if not isinstance(weight, NF4Tensor):
         return [weight]
     return [weight.quantized_data, weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean]
+
+
+def from_stored_tensors(tensors: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> NF4Tensor:
+    """The weight of this shape that :func:`stored_tensors` were taken from; torchao dequantizes it to `dtype`."""
+    packed_codes, quantized_scalers, quantization_factor, scaler_mean = tensors
+    device = packed_codes.device
+    return NF4Tensor(
+        SubclassTensorArgs(shape, (shape[1], 1), 0, dtype, device, False),
+        BLOCK_SIZE,
+        shape.numel() // BLOCK_SIZE,
+        quantized_scalers.numel() // quantization_factor.numel(),
+        quantized_scalers,
+        quantization_factor,
+        scaler_mean,
+        packed_codes,
+        codebook(device).to(dtype),
+    )
+
+
+def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None) -> NF4Tensor:
+    """A weight of this shape without values, as `torch.empty`."""
+    num_blocks = shape.numel() // BLOCK_SIZE
+    tensors = [
+        torch.empty(shape.numel() // 2, dtype=torch.uint8, device=device),
+        torch.empty(num_blocks, dtype=torch.int8, device=device),
+        torch.empty(num_blocks // _scaler_block_size(num_blocks), device=device),
+        torch.empty((), device=device),
+    ]
+    return from_stored_tensors(tensors, shape, dtype)
 
 
 def block_scalers(weight: NF4Tensor) -> Tensor:
@@ -121,16 +143,25 @@ def dequantize_with_table(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
     return blocks.to(dtype).view(weight.shape)
 
 
+def codebook(device: torch.device) -> Tensor:
+    """The fp32 value of each of the 16 codes."""
+    return torch.tensor(_CODEBOOK, device=device)
+
+
 @functools.cache
 def _pair_table(device: torch.device) -> Tensor:
-    codebook = torch.tensor(_CODEBOOK, device=device)
     byte = torch.arange(256, device=device)
-    return torch.stack([codebook[byte >> 4], codebook[byte & 15]], dim=1)
+    return torch.stack([codebook(device)[byte >> 4], codebook(device)[byte & 15]], dim=1)
+
+
+@torch.compiler.assume_constant_result
+def _bitsandbytes_dequantizes(device_type: str) -> bool:
+    """Whether bitsandbytes' operator is there and works on this kind of device."""
+    return _bitsandbytes_works(device_type)
 
 
 @functools.cache
-def _bitsandbytes_dequantizes(device_type: str) -> bool:
-    """Whether bitsandbytes' operator is there and works on this kind of device."""
+def _bitsandbytes_works(device_type: str) -> bool:
     if import_bitsandbytes() is None:
         return False
     packed, scaler = torch.zeros(32, 1, dtype=torch.uint8, device=device_type), torch.ones(1, device=device_type)

@@ -6,6 +6,7 @@ import torch
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
 from custom_components.errors import UserError
+from custom_components.settings import TrainingSettings
 
 # bf16 in hardware from compute capability 8.0 (Ampere) on: CUDA C++ Programming Guide, table of compute capabilities.
 BF16_COMPUTE_CAPABILITY = (8, 0)
@@ -52,14 +53,20 @@ def resolved_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return PRECISION_STR_TO_DTYPE[name], name
 
 
-def refuse_paged_optimizer_on_cpu(component: str, device: torch.device) -> None:
-    """bitsandbytes' paged optimizers page between CUDA and host memory; on the CPU they would warn and not page.
+def refuse_cuda_only_settings(settings: TrainingSettings, device: torch.device) -> None:
+    """What does nothing on the CPU is refused there.
+
+    bitsandbytes' paged optimizers page between CUDA and host memory, and on the CPU would warn and not page;
+    offloading moves activations to the host's memory.
 
     Raises:
-        UserError: for such a component on the CPU.
+        UserError: for such a setting on the CPU.
     """
+    component = settings.optimizer["_component_"]
     if device.type == "cpu" and component.rpartition(".")[2].startswith("Paged"):
         raise UserError(f"optimizer._component_: {component} needs CUDA; on the CPU use torch.optim.AdamW or AdamW8bit")
+    if device.type == "cpu" and settings.enable_activation_offloading:
+        raise UserError("enable_activation_offloading: true needs CUDA; on the CPU set it to false")
 
 
 def cpu_has_bf16() -> bool:

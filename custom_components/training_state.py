@@ -38,6 +38,7 @@ _UNDECISIVE_KEYS = {
         "resume_from_checkpoint",
         "init_adapter_from",
         "cache_dir",
+        "quantized_cache",
         "sample_prompts",
     ),
     *("log_every_n_steps", "metric_logger", "save_every_n_steps", "keep_last_n_checkpoints", "verify_base"),
@@ -179,10 +180,7 @@ def check_resumed_config(path: Path, settings: TrainingSettings) -> None:
     Raises:
         UserError: for differences that change shapes or the order of the data, all at once.
     """
-    try:
-        before = _flat(yaml.safe_load((path / CONFIG_NAME).read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"resume_from_checkpoint: {str(path / CONFIG_NAME)!r} cannot be read ({error})") from None
+    before = _config_of(path)
     now = _flat(settings.model_dump(mode="json"))
     refusals = []
     for key in sorted(before.keys() | now.keys()):
@@ -195,6 +193,21 @@ def check_resumed_config(path: Path, settings: TrainingSettings) -> None:
             print(f"differs from the checkpoint: {difference}")
     if refusals:
         raise UserError(*refusals)
+
+
+def with_batches_of(path: Path, settings: TrainingSettings) -> TrainingSettings:
+    """A config whose `batch_size: auto` is what it came to when the checkpoint's run began."""
+    if settings.batch_size != "auto":
+        return settings
+    before = _config_of(path)
+    return settings.model_copy(update={key: before[key] for key in ("batch_size", "gradient_accumulation_steps")})
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    try:
+        return _flat(yaml.safe_load((path / CONFIG_NAME).read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"resume_from_checkpoint: {str(path / CONFIG_NAME)!r} cannot be read ({error})") from None
 
 
 def load_checkpoint(path: Path, model: TransformerDecoder, state: TrainingState) -> None:

@@ -16,3 +16,9 @@ sys.path.insert(0, str(Path.cwd()))
 # operations of a step then lasts as long as the scheduler's time slice: on 2 cores with one of them busy, a step of the
 # tiny model took 20 times as long with the default than with this short spin. Large models do not notice either.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# oneDNN makes machine code for every matrix product of a shape it has not seen, and every batch has another number of
+# tokens. Kept for 1024 shapes, the default of both caches, that code grew the tiny model's process by 20 MB a step. A
+# forward needs some fifty.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "128")

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
+from custom_components.config import load_settings
 from custom_components.errors import UserError
 from custom_components.out_of_memory import StepMemory
-from custom_components.precision import refuse_paged_optimizer_on_cpu
-from tests.conftest import CPU
+from custom_components.precision import refuse_cuda_only_settings
+from custom_components.settings import TrainingSettings
+from tests.conftest import CPU, PROJECT
 from tests.test_lora_single_device import tune_run
 
 
@@ -38,11 +40,19 @@ def test_8_bit_adam_learns_as_adam_does_and_a_logger_logs(tmp_path):
     assert eight_bit == pytest.approx(adam, rel=0.01)
 
 
-def test_a_paged_optimizer_is_refused_on_the_cpu():
-    with pytest.raises(UserError, match=r"PagedAdamW needs CUDA"):
-        refuse_paged_optimizer_on_cpu("bitsandbytes.optim.PagedAdamW", CPU)
-    refuse_paged_optimizer_on_cpu("bitsandbytes.optim.PagedAdamW", torch.device("cuda"))
-    refuse_paged_optimizer_on_cpu("bitsandbytes.optim.AdamW8bit", CPU)
+def test_what_needs_cuda_is_refused_on_the_cpu(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+
+    def settings(*overrides):
+        return load_settings(TrainingSettings, ["--config", "configs/tiny_qlora.yaml", *overrides])
+
+    paged = settings("optimizer._component_=bitsandbytes.optim.PagedAdamW", "~optimizer.fused")
+    offloading = settings("enable_activation_offloading=true")
+    for refused, reason in ((paged, "PagedAdamW needs CUDA"), (offloading, "enable_activation_offloading")):
+        with pytest.raises(UserError, match=reason):
+            refuse_cuda_only_settings(refused, CPU)
+        refuse_cuda_only_settings(refused, torch.device("cuda"))
+    refuse_cuda_only_settings(settings("optimizer._component_=bitsandbytes.optim.AdamW8bit", "~optimizer.fused"), CPU)
 
 
 def test_sgd_samples_and_init_from_an_adapter(make_checkpoint, tmp_path):

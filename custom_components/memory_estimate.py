@@ -1,0 +1,123 @@
+"""What a training run will need, by kind of memory, before anything is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torchtune.modules import RMSNorm, TransformerDecoder
+
+from custom_components import nf4
+from custom_components.checkpoint_loading import NUM_LOADING_THREADS
+from custom_components.components import instantiate
+from custom_components.lora import FrozenLinear
+from custom_components.settings import TrainingSettings
+from custom_components.simulated_step import StepMemory, simulated_step
+
+# What is no tensor of ours, measured above the imports: on the CPU oneDNN's and OpenMP's own, the tokenized rows, the
+# plot; on CUDA the context is not torch's allocation and the libraries' workspaces are.
+_OVERHEAD_BYTES = {"cpu": 120 * 2**20, "cuda": 64 * 2**20}
+# AdamW8bit and its like leave small tensors in 32 bits; this many parameters are enough to see the ratio.
+_OPTIMIZER_PROBE_SIZE = 2**16
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by kind, and the peak they come to.
+
+    Attributes:
+        num_parameters: of the base in NF4, of the base otherwise, and trained.
+        base_bytes: the frozen weights.
+        adapter_bytes: the trained parameters, in fp32.
+        gradient_bytes: theirs.
+        optimizer_bytes: the optimizer's state.
+        loading_bytes: what the weights that are being read take while the base is loaded.
+        step: what a forward and backward take.
+        num_layers: of the model.
+        overhead_bytes: what is no tensor.
+    """
+
+    num_parameters: dict[str, int]
+    base_bytes: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    loading_bytes: int
+    step: StepMemory
+    num_layers: int
+    overhead_bytes: int
+
+    def peak_bytes(self, num_recomputed_layers: int) -> int:
+        """The most that is needed at one time, with so many layers recomputed."""
+        standing = self.base_bytes + self.adapter_bytes + self.overhead_bytes
+        # At the step's peak the gradients of a layer or two stand, when the first layers are recomputed all of them.
+        recomputing = self.step.recomputing_bytes if num_recomputed_layers else 0
+        activations = max(
+            self.step.peak_bytes(self.num_layers, num_recomputed_layers), self.gradient_bytes + recomputing
+        )
+        return max(standing + self.loading_bytes, standing + self.optimizer_bytes + activations)
+
+    def num_recomputed_layers(self, available_bytes: int) -> int | None:
+        """The fewest layers to recompute so that the peak fits; None if it does not with all of them."""
+        fitting = (k for k in range(self.num_layers + 1) if self.peak_bytes(k) <= available_bytes)
+        return next(fitting, None)
+
+
+def estimate_memory(
+    model: TransformerDecoder,
+    settings: TrainingSettings,
+    dtype: torch.dtype,
+    device_type: str,
+    row_lengths: Sequence[int],
+) -> MemoryEstimate:
+    """The memory of a run whose largest forward has rows of these lengths.
+
+    Args:
+        model: on the meta device.
+        dtype: of the computation.
+        device_type: "cpu" or "cuda".
+        row_lengths: in tokens.
+    """
+    # Shared parameters, as those of tied embeddings, are named once.
+    frozen = [
+        (model.get_submodule(name.rpartition(".")[0]), parameter)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    ]
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    num_quantized = sum(
+        parameter.numel() for module, parameter in frozen if isinstance(module, FrozenLinear) and module.quantize_base
+    )
+    return MemoryEstimate(
+        num_parameters={
+            "NF4": num_quantized,
+            "other frozen": sum(parameter.numel() for _, parameter in frozen) - num_quantized,
+            "trained": num_trained,
+        },
+        base_bytes=sum(_frozen_bytes(module, parameter, dtype) for module, parameter in frozen),
+        adapter_bytes=4 * num_trained,
+        gradient_bytes=4 * num_trained,
+        optimizer_bytes=round(num_trained * optimizer_bytes_per_parameter(settings)),
+        loading_bytes=NUM_LOADING_THREADS * dtype.itemsize * max(parameter.numel() for _, parameter in frozen),
+        step=simulated_step(model, dtype, tuple(row_lengths), instantiate(settings.loss), settings.neftune_noise_alpha),
+        num_layers=len(model.layers),
+        overhead_bytes=_OVERHEAD_BYTES[device_type],
+    )
+
+
+def optimizer_bytes_per_parameter(settings: TrainingSettings) -> float:
+    """What the config's optimizer keeps for every parameter, found by letting it take a step."""
+    parameter = nn.Parameter(torch.zeros(_OPTIMIZER_PROBE_SIZE))
+    optimizer = instantiate(settings.optimizer, [parameter])
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = optimizer.state[parameter].values()
+    num_bytes = sum(value.nbytes for value in state if isinstance(value, torch.Tensor) and value.numel() > 1)
+    return num_bytes / _OPTIMIZER_PROBE_SIZE
+
+
+def _frozen_bytes(module: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> int:
+    if isinstance(module, FrozenLinear) and module.quantize_base:
+        weight = nf4.empty(parameter.shape, dtype, torch.device("meta"))
+        return sum(tensor.nbytes for tensor in nf4.stored_tensors(weight))
+    return parameter.numel() * (4 if isinstance(module, RMSNorm) else dtype.itemsize)

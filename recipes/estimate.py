@@ -1,0 +1,38 @@
+"""Predict the memory of a training run before anything is downloaded or loaded, and the cards that it fits.
+
+tune run recipes/estimate.py --config configs/llama2_7b_qlora.yaml batch_size=4 max_seq_len=2048
+"""
+
+import sys
+
+import torch
+
+from custom_components.components import instantiate
+from custom_components.config import load_settings
+from custom_components.errors import run_recipe
+from custom_components.memory_estimate import estimate_memory
+from custom_components.memory_report import card_table, memory_table
+from custom_components.precision import resolved_device, resolved_dtype
+from custom_components.settings import TrainingSettings
+
+
+def recipe_main() -> None:
+    settings = load_settings(TrainingSettings, sys.argv[1:])
+    device = resolved_device(settings.device)
+    dtype, dtype_words = resolved_dtype(settings.dtype, device)
+    with torch.device("meta"):
+        model = instantiate(settings.model)
+    row_tokens = min(settings.max_seq_len or model.max_seq_len, model.max_seq_len)
+    batch_size = 1 if settings.batch_size == "auto" else settings.batch_size
+    rows = "packs" if settings.packed else "rows"
+    print(f"{batch_size} {rows} of {row_tokens} tokens a forward, every token supervised; dtype {dtype_words}")
+
+    estimate = estimate_memory(model, settings, dtype, device.type, [row_tokens] * batch_size)
+    one_row = estimate_memory(model, settings, dtype, "cuda", [row_tokens])
+    half_a_row = estimate_memory(model, settings, dtype, "cuda", [row_tokens // 2])
+    print(memory_table(estimate, device.type, settings.enable_activation_checkpointing))
+    print(card_table(half_a_row, one_row, row_tokens, batch_size, settings.enable_activation_checkpointing))
+
+
+if __name__ == "__main__":
+    run_recipe(recipe_main)
