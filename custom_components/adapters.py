@@ -1,41 +1,31 @@
-"""Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors.
+"""Adapters on disk: written in PEFT's format, read in PEFT's and torchtune's.
 
-Format: huggingface/peft, src/peft/utils/save_and_load.py (key names) and src/peft/tuners/lora/config.py (config). What
-PEFT's config has no place for, the prompt format the adapter was trained with, is in a file of its own.
+What PEFT's config has no place for, the prompt format the adapter was trained with, is in a file of its own.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchtune.models.convert_weights import _FROM_HF
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import TiedLinear, TransformerDecoder
 
+from custom_components.adapter_files import WEIGHTS_NAME, StoredAdapter, rope_heads, stored_adapter
 from custom_components.atomic_files import whole_directory
 from custom_components.builders import ATTENTION_MODULES, lora_llama_from_config
-from custom_components.checkpoint_files import halve_rope_rows, interleave_rope_rows
-from custom_components.checkpoint_loading import load_base_weights
+from custom_components.checkpoint_files import halve_rope_rows
+from custom_components.checkpoint_loading import check_checkpoint, load_base_weights
 from custom_components.errors import UserError
-from custom_components.lora import LoRALinear
+from custom_components.lora import FrozenLinear, LoRALinear
+from custom_components.peft_format import BASE_WEIGHTS, CONFIG_NAME, TARGETS, VARIANTS, hugging_face_module, peft_key
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 PROMPT_FORMAT_NAME = "prompt_format.yaml"
-
-_HF_NAMES = {tune: hf for hf, tune in _FROM_HF.items() if tune is not None}
-_PEFT_TARGETS = {
-    **{"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"},
-    **{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "lm_head": "output"},
-}
-
-
-_VARIANTS = ("use_rslora", "use_dora")  # named alike by PEFT, the builders and LoRALinear
+CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)
@@ -52,17 +42,22 @@ def adapter_modules(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def save_adapter(model: TransformerDecoder, adapter_dir: Path, base_model: str, prompt_format: PromptFormat) -> None:
+def save_adapter(
+    model: TransformerDecoder,
+    adapter_dir: Path,
+    base_model: str,
+    prompt_format: PromptFormat,
+    card: str | None = None,
+) -> None:
     """Write the model's adapter, whole or not at all.
 
     Args:
         adapter_dir: replaced if it exists.
         base_model: what PEFT's users load the adapter on: a name on the hub, or a directory.
+        card: the text of its README.md; None: it gets none.
     """
     modules = adapter_modules(model)
     first = next(iter(modules.values()))
-    targets = sorted({name.rpartition(".")[2] for name in modules})
-    peft_names = {tune: peft for peft, tune in _PEFT_TARGETS.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -70,99 +65,123 @@ def save_adapter(model: TransformerDecoder, adapter_dir: Path, base_model: str, 
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
-        "target_modules": [peft_names[target] for target in targets],
+        "target_modules": _target_names(modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        **{key: True for key in _VARIANTS if getattr(first, key)},
+        **{key: True for key in VARIANTS if getattr(first, key)},
     }
+    num_kv_heads = model.layers[0].attn.num_kv_heads
+    tensors = {}
+    for module_name, module in modules.items():
+        for parameter in module.adapter_params():
+            name = f"{module_name}.{parameter}"
+            tensor, num_heads = module.get_parameter(parameter), rope_heads(name, model.num_heads, num_kv_heads)
+            rows = tensor if num_heads is None else halve_rope_rows(tensor, num_heads)
+            tensors[peft_key(name)] = rows.detach().cpu().contiguous()
     with whole_directory(adapter_dir) as directory:
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(_peft_tensors(model), directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
         (directory / PROMPT_FORMAT_NAME).write_text(
             yaml.safe_dump(vars(prompt_format), sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
+        if card is not None:
+            (directory / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def load_adapter(model: TransformerDecoder, adapter_dir: Path) -> None:
-    """Give the model's adapters the values of a PEFT directory, in place.
+    """Give the model's adapters the values of an adapter's directory, PEFT's or torchtune's, in place.
 
     Raises:
-        UserError: missing, unexpected or misshapen tensors, by name; another scaling; a damaged file.
+        UserError: see :func:`check_adapter_fits` and :func:`copy_into_adapter`.
     """
     copy_into_adapter(model, check_adapter_fits(model, adapter_dir))
 
 
 def copy_into_adapter(model: TransformerDecoder, stored: dict[str, Tensor]) -> None:
-    """Give the model's adapters the values that :func:`check_adapter_fits` returned, in place."""
+    """Give the model's adapters the values that :func:`check_adapter_fits` returned, in place.
+
+    Args:
+        model: with its frozen weights loaded, or of :func:`model_for_adapter`.
+
+    Raises:
+        UserError: the adapter brings embeddings or an output head other than the model's.
+    """
+    for name in BASE_WEIGHTS:
+        if name in stored and not (base_weight := _base_weight(model, name)).is_meta:
+            _check_same_base(name, stored[name], base_weight)
     with torch.no_grad():
-        for key, num_heads, tensor in _peft_keys(model):
-            tensor.copy_(stored[key] if num_heads is None else interleave_rope_rows(stored[key], num_heads))
+        for name, tensor in stored.items():
+            if name not in BASE_WEIGHTS:
+                model.get_parameter(name).copy_(tensor)
 
 
 def check_adapter_fits(model: TransformerDecoder, adapter_dir: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's file, if they are those that `model`, which may be on the meta device, has.
+    """An adapter's tensors by the names of the model's parameters, if they are those of `model`.
 
     The config is held against the model as well: with another scaling the same tensors are another adapter.
 
+    Args:
+        model: may be on the meta device.
+
     Raises:
-        UserError: see :func:`load_adapter`.
+        UserError: no adapter there, another rank, scaling or targets; missing, unexpected or misshapen tensors, by
+            name; a damaged file.
     """
-    settings = lora_settings(adapter_dir)
-    path = adapter_dir / WEIGHTS_NAME
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-    expected = {key: tensor.shape for key, _, tensor in _peft_keys(model)}
-    built = next(iter(adapter_modules(model).values()), None)
-    stated = {"lora_alpha": built.alpha, **{key: getattr(built, key) for key in _VARIANTS}} if built else {}
-    problems = [
-        f"{key} is {settings[key]}, the model's {value}" for key, value in stated.items() if settings[key] != value
-    ]
-    problems += [f"{key} is missing" for key in expected if key not in stored]
-    problems += [f"{key} has no place in the model" for key in stored if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(stored[key].shape)}, the model {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in stored and stored[key].shape != shape
-    ]
+    stored = stored_adapter(adapter_dir)
+    problems = _problems_of_settings(model, stored) or _problems_of_tensors(model, stored)
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"adapter_dir: {str(adapter_dir)!r} does not fit this model: {'; '.join(problems[:5])}{more}")
-    return stored
+        raise UserError(f"the adapter {str(adapter_dir)!r} does not fit this model: {'; '.join(problems[:5])}{more}")
+    num_kv_heads = model.layers[0].attn.num_kv_heads
+    return {name: stored.read(name, model.num_heads, num_kv_heads) for name in stored.tensors}
 
 
 def lora_settings(adapter_dir: Path) -> dict[str, Any]:
-    """The builder's arguments that an adapter was made with, of its adapter_config.json.
+    """The builder's arguments that an adapter was made with, of its adapter_config.json and the names of its tensors.
+
+    An adapter on some of the layers only, or on some of a feed-forward's three, is built by :func:`model_for_adapter`.
 
     Raises:
         UserError: no adapter there, or one of a kind that is not built here.
     """
-    path = adapter_dir / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        targets, rank, alpha = set(config["target_modules"]), config["r"], config["lora_alpha"]
-    except FileNotFoundError:
-        raise UserError(f"adapter_dir: {str(adapter_dir)!r} has no {CONFIG_NAME}; name the adapter/ of a run") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a LoRA adapter's config ({type(error).__name__}: {error})") from None
-    unsupported = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
-    mlp_targets = targets & {"gate_proj", "up_proj", "down_proj"}
-    if len(mlp_targets) not in (0, 3):
-        unsupported.append(f"target_modules with {sorted(mlp_targets)} but not all three of the feed-forward")
-    if unknown := targets - set(_PEFT_TARGETS):
-        unsupported.append(f"target_modules {sorted(unknown)}")
-    if unsupported:
-        raise UserError(f"{path}: {'; '.join(unsupported)} cannot be built here")
+    stored = stored_adapter(adapter_dir)
+    targets = {TARGETS[target] for target in _target_names(stored.modules)}
     return {
-        "lora_attn_modules": [name for name in ATTENTION_MODULES if name in {_PEFT_TARGETS[t] for t in targets}],
-        "apply_lora_to_mlp": bool(mlp_targets),
-        "apply_lora_to_output": "lm_head" in targets,
-        "lora_rank": rank,
-        "lora_alpha": alpha,
-        **{key: bool(config.get(key)) for key in _VARIANTS},
+        "lora_attn_modules": [name for name in ATTENTION_MODULES if name in targets],
+        "apply_lora_to_mlp": bool(targets & {"w1", "w2", "w3"}),
+        "apply_lora_to_output": "output" in targets,
+        "lora_rank": stored.config.rank,
+        "lora_alpha": stored.config.alpha,
+        "use_rslora": stored.config.use_rslora,
+        "use_dora": stored.use_dora,
     }
+
+
+def model_for_adapter(checkpoint_dir: Path, adapter_dir: Path | None, quantize_base: bool) -> TransformerDecoder:
+    """A checkpoint's model on the meta device, with adapters where the directory's adapter has them, if one is named.
+
+    Raises:
+        UserError: no Llama's config, no adapter there, or one of a kind that is not built here, or that brings
+            embeddings or an output head other than the checkpoint's.
+    """
+    lora = {"lora_attn_modules": []} if adapter_dir is None else lora_settings(adapter_dir)
+    with torch.device("meta"):
+        model = lora_llama_from_config(checkpoint_dir, quantize_base=quantize_base, **lora)
+        if adapter_dir is None:
+            return model
+        stored = stored_adapter(adapter_dir)
+        for name, layer in adapter_modules(model).items():
+            if name not in stored.modules:
+                parent, _, child = name.rpartition(".")
+                frozen = FrozenLinear(layer.in_dim, layer.out_dim, quantize_base=layer.quantize_base)
+                setattr(model.get_submodule(parent), child, frozen)
+    if brought := [name for name in BASE_WEIGHTS if name in stored.tensors]:
+        sources = check_checkpoint(model, checkpoint_dir)
+        for name in brought:
+            source = sources.get(name, sources["tok_embeddings.weight"])  # tied: one weight
+            _check_same_base(name, stored.tensors[name].read(), source.read())
+    return model
 
 
 def load_model_for_inference(
@@ -173,14 +192,10 @@ def load_model_for_inference(
     Raises:
         UserError: a checkpoint or adapter that is not there, not whole, or not of each other.
     """
-    lora = lora_settings(adapter_dir) if adapter_dir else {"lora_attn_modules": []}
-    with torch.device("meta"):
-        model = lora_llama_from_config(checkpoint_dir, quantize_base=quantize_base, **lora)
-    if adapter_dir:
-        check_adapter_fits(model, adapter_dir)
+    model = model_for_adapter(checkpoint_dir, adapter_dir, quantize_base)
+    adapter = check_adapter_fits(model, adapter_dir) if adapter_dir else {}
     load_base_weights(model, checkpoint_dir, dtype, device)
-    if adapter_dir:
-        load_adapter(model, adapter_dir)
+    copy_into_adapter(model, adapter)
     return model.eval()
 
 
@@ -223,25 +238,64 @@ def check_adapter_was_trained(model: nn.Module) -> None:
         raise UserError(f"optimizer.lr: the adapter of {broken[0]} is not finite; lower the learning rate")
 
 
-def _peft_keys(model: TransformerDecoder) -> list[tuple[str, int | None, Tensor]]:
-    """PEFT's key, the heads whose rows are to be permuted (or None), and the parameter, for every adapter tensor."""
-    num_kv_heads = model.layers[0].attn.num_kv_heads
-    keys: list[tuple[str, int | None, Tensor]] = []
-    for name, module in adapter_modules(model).items():
-        layer = name.split(".")[1] if name.startswith("layers.") else ""
-        pattern = name.replace(f".{layer}.", ".{}.", 1) if layer else name
-        hf_module = _HF_NAMES[f"{pattern}.weight"].format(layer).removesuffix(".weight")
-        # B is permuted, and the magnitude: their rows are those of q and k, A's columns are the hidden state's.
-        num_heads = {"q_proj": model.num_heads, "k_proj": num_kv_heads}.get(name.rpartition(".")[2])
-        keys.append((f"base_model.model.{hf_module}.lora_A.weight", None, module.lora_a.weight))
-        keys.append((f"base_model.model.{hf_module}.lora_B.weight", num_heads, module.lora_b.weight))
-        if module.use_dora:
-            keys.append((f"base_model.model.{hf_module}.lora_magnitude_vector", num_heads, module.magnitude))
-    return keys
-
-
-def _peft_tensors(model: TransformerDecoder) -> dict[str, Tensor]:
-    return {
-        key: (tensor if num_heads is None else halve_rope_rows(tensor, num_heads)).detach().cpu().contiguous()
-        for key, num_heads, tensor in _peft_keys(model)
+def _problems_of_settings(model: TransformerDecoder, stored: StoredAdapter) -> list[str]:
+    """Another rank, scaling or targets: what the many tensors that do not fit have in common."""
+    modules = adapter_modules(model)
+    if not modules:
+        return ["the model has no adapters"]
+    built, config = next(iter(modules.values())), stored.config
+    settings = {
+        "lora_rank": (config.rank, built.rank),
+        "lora_alpha": (config.alpha, built.alpha),
+        "use_rslora": (config.use_rslora, built.use_rslora),
+        "use_dora": (stored.use_dora, built.use_dora),
+        "target_modules": (_target_names(stored.modules), _target_names(modules)),
     }
+    return [f"{key} is {theirs}, the model's {ours}" for key, (theirs, ours) in settings.items() if theirs != ours]
+
+
+def _problems_of_tensors(model: TransformerDecoder, stored: StoredAdapter) -> list[str]:
+    expected = {
+        f"{name}.{parameter}": tuple(module.get_parameter(parameter).shape)
+        for name, module in adapter_modules(model).items()
+        for parameter in module.adapter_params()
+    }
+    brought = {name: tuple(_base_weight(model, name).shape) for name in BASE_WEIGHTS if name in stored.tensors}
+    problems = [f"{stored.key(name)} is missing" for name in expected if name not in stored.tensors]
+    for name, tensor in stored.tensors.items():
+        shape = (expected | brought).get(name)
+        if shape is None:
+            problems.append(f"{tensor.stored_name} has no place in the model")
+        elif tensor.shape != shape:
+            problems.append(f"{tensor.stored_name} has shape {tensor.shape}, the model {shape}")
+    linears = [name for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
+    targeted = {name for name in linears if stored.config.targets(hugging_face_module(name))}
+    problems += [
+        f"{hugging_face_module(name)} is " + ("one of" if name in targeted else "none of") + " its target_modules and "
+        f"has {'no' if name in targeted else 'a'} tensor"
+        for name in linears
+        if (name in targeted) != (name in stored.modules)
+    ]
+    return problems
+
+
+def _check_same_base(name: str, of_adapter: Tensor, of_model: Tensor) -> None:
+    # note: equal up to a rounding to bfloat16 on either side. Anything else is another base model.
+    if of_adapter.shape != of_model.shape or not torch.allclose(
+        of_model.cpu().float(), of_adapter.float(), rtol=2**-8, atol=1e-6
+    ):
+        raise UserError(
+            f"the adapter holds the {name} of its base model, and it is not checkpoint_dir's: it was trained on "
+            "another model, or with changed embeddings; name that model"
+        )
+
+
+def _base_weight(model: TransformerDecoder, name: str) -> Tensor:
+    is_embedding = name == "tok_embeddings.weight" or isinstance(model.output, TiedLinear)
+    return model.tok_embeddings.weight if is_embedding else model.output.weight
+
+
+def _target_names(modules: Iterable[str]) -> list[str]:
+    """PEFT's target_modules for the names of modules."""
+    names = {name.rpartition(".")[2] for name in modules}
+    return sorted(target for target, name in TARGETS.items() if name in names)

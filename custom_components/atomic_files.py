@@ -1,4 +1,4 @@
-"""Directories that are whole or absent, whatever stops the program."""
+"""Files and directories that are whole or absent, whatever stops the program."""
 
 import contextlib
 import os
@@ -31,6 +31,24 @@ def whole_directory(path: Path) -> Iterator[Path]:
             replaced.rename(path)  # stopped between the two renames
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a file aside and rename it to `path` when the block ends well; what was at `path` is replaced.
+
+    Yields the path to write to. If the block raises, nothing of it is left and `path` is as before.
+    """
+    # note: without the process id in its name, what a killed process left is overwritten by the next.
+    aside = path.with_name(f".{path.name}.writing")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield aside
+        _flush_to_disk(aside)
+        aside.replace(path)
+        _flush_to_disk(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def sweep_unfinished(folder: Path) -> None:

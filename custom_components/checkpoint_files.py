@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,10 +38,10 @@ def stored_tensors(checkpoint_dir: Path, shape: LlamaShape) -> dict[str, StoredT
     """
     if any(checkpoint_dir.glob("*.safetensors")) or (checkpoint_dir / "model.safetensors.index.json").exists():
         files = _shards(checkpoint_dir, "model.safetensors.index.json", "*.safetensors")
-        tensors = [tensor for file in files for tensor in _safetensors(file)]
+        tensors = [tensor for file in files for tensor in tensors_of_file(file)]
     elif any(checkpoint_dir.glob("pytorch_model*.bin")) or (checkpoint_dir / "pytorch_model.bin.index.json").exists():
         files = _shards(checkpoint_dir, "pytorch_model.bin.index.json", "pytorch_model*.bin")
-        tensors = [tensor for file in files for tensor in _pickled(file)]
+        tensors = [tensor for file in files for tensor in tensors_of_file(file)]
     elif files := sorted(checkpoint_dir.glob("consolidated.*.pth")):
         return _by_tune_name(_joined_meta_shards(files), _FROM_META)
     else:
@@ -51,6 +50,15 @@ def stored_tensors(checkpoint_dir: Path, shape: LlamaShape) -> dict[str, StoredT
         name: _interleaved(tensor, shape) if name.endswith(("q_proj.weight", "k_proj.weight")) else tensor
         for name, tensor in _by_tune_name(tensors, _FROM_HF).items()
     }
+
+
+def tensors_of_file(file: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file, or of a pickle of named tensors.
+
+    Raises:
+        UserError: a damaged file, or a pickle of anything else.
+    """
+    return _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
 
 
 def interleave_rope_rows(weight: Tensor, num_heads: int) -> Tensor:
@@ -86,8 +94,12 @@ def _shards(checkpoint_dir: Path, index_name: str, pattern: str) -> list[Path]:
         return sorted(path for path in checkpoint_dir.glob(pattern) if not path.name.startswith("adapter_"))
     try:
         names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
+        # Only what lies in the directory that was named: ../ and absolute paths are some other file.
+        outside = [name for name in names if Path(name).name != name]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index_path}: not an index with a weight_map; download the file again") from None
+    if outside:
+        raise UserError(f"{index_path}: names the shard {outside[0]!r}, which is not in its own directory")
     missing = [name for name in names if not (checkpoint_dir / name).is_file()]
     if missing:
         raise UserError(
@@ -109,13 +121,18 @@ def _safetensors(file: Path) -> list[StoredTensor]:
         raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
 
 
-def _load_pickle(file: Path) -> dict[str, Any]:
+def _load_pickle(file: Path) -> dict[str, Tensor]:
     try:
         # note: weights_only, or a downloaded file could run code; mmap, or the whole shard is copied into memory.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file}: not a whole file of plain tensors ({reason}); download it again") from None
+    if not isinstance(stored, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in stored.items()
+    ):
+        raise UserError(f"{file}: holds other things than named tensors; name the file of a state dict")
+    return stored
 
 
 def _pickled(file: Path) -> list[StoredTensor]:

@@ -1,48 +1,43 @@
-"""Answering prompts: decoding with a key/value cache, greedy or sampled.
+"""Answering prompts: one forward over the prompts, then one a token.
 
-Dimensions: `B` prompts, `P` tokens of the longest prompt, `L` tokens so far, `V` vocab_size.
+Dimensions: `B` prompts, `P` tokens of the longest prompt, `S` new tokens, `L` tokens so far, `V` vocab_size.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
-from torch import Tensor
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.common_utils import local_kv_cache
 
-from custom_components.builders import final_hidden_states
 from custom_components.errors import UserError
+from custom_components.incremental import IncrementalLlama, KeyValueCache
+from custom_components.prompts import chat_messages
+from custom_components.sampling import Sampling, draw
+from custom_components.text_stream import TextStream
 from custom_components.transforms import Llama2ChatTransform
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. Temperature 0 takes the likeliest; top_k keeps only that many to draw from."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    seed: int = 0
-
-
 def generate(
-    model: TransformerDecoder,
+    model: TransformerDecoder | IncrementalLlama,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     stop_tokens: Sequence[int],
     sampling: Sampling,
-    dtype: torch.dtype,
 ) -> list[list[int]]:
     """The answers to prompts of any lengths, decoded together, without the stop token that ended them.
 
-    An answer ends at a stop token, after `max_new_tokens`, or where prompt and answer fill the model's context.
+    An answer ends at a stop token, after `max_new_tokens`, or where it and its prompt fill the model's context. It does
+    not depend on the other prompts; every one draws with a generator of its own.
     """
+    if not isinstance(model, IncrementalLlama):
+        model = IncrementalLlama(model)
     answers: list[list[int]] = [[] for _ in prompts]
     is_open = [True] * len(prompts)
-    for next_tokens in decode_steps(model, prompts, max_new_tokens, sampling, dtype):
+    rooms = [model.max_seq_len - len(prompt) for prompt in prompts]
+    for next_tokens in decode_steps(model, prompts, max_new_tokens, sampling):
         for index, token in enumerate(next_tokens):
-            is_open[index] = is_open[index] and token not in stop_tokens
+            has_room = len(answers[index]) < rooms[index]
+            is_open[index] = is_open[index] and has_room and token not in stop_tokens
             if is_open[index]:
                 answers[index].append(token)
         if not any(is_open):
@@ -51,13 +46,12 @@ def generate(
 
 
 def answer_messages(
-    model: TransformerDecoder,
+    model: TransformerDecoder | IncrementalLlama,
     tokenizer: Llama2ChatTransform,
-    dialogs: Sequence[list[dict[str, str]]],
+    dialogs: Sequence[Sequence[dict[str, str]]],
     *,
     max_new_tokens: int,
     sampling: Sampling,
-    dtype: torch.dtype,
 ) -> list[str]:
     """The model's answers, as text, to dialogs that end with the user's message.
 
@@ -66,10 +60,7 @@ def answer_messages(
     """
     if not dialogs:
         return []
-    prompts = [tokenizer({"messages": dialog}, inference=True)["tokens"] for dialog in dialogs]
-    longest = max(len(prompt) for prompt in prompts)
-    if longest >= model.max_seq_len:
-        raise UserError(f"prompt: {longest} tokens leave no room for an answer in a context of {model.max_seq_len}")
+    prompts = [prompt_tokens(tokenizer, dialog, model.max_seq_len) for dialog in dialogs]
     was_training = model.training
     model.eval()
     answers = generate(
@@ -78,58 +69,103 @@ def answer_messages(
         max_new_tokens=max_new_tokens,
         stop_tokens=tokenizer.stop_tokens,
         sampling=sampling,
-        dtype=dtype,
     )
     model.train(was_training)
     return [tokenizer.decode(answer).strip() for answer in answers]
 
 
+def streamed_answer(
+    model: IncrementalLlama,
+    tokenizer: Llama2ChatTransform,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    cache: KeyValueCache | None = None,
+    answer_tokens: list[int] | None = None,
+) -> Generator[str]:
+    """The answer to one prompt in pieces of text, as they come; joined they are the stripped answer.
+
+    Args:
+        cache: see :func:`decode_steps`.
+        answer_tokens: a list to which the answer's tokens are added as they come.
+    """
+    stream = TextStream(tokenizer)
+    for [token] in decode_steps(model, [prompt], max_new_tokens, sampling, cache):
+        if token in tokenizer.stop_tokens:
+            break
+        if answer_tokens is not None:
+            answer_tokens.append(token)
+        yield stream.text_of(token)
+    yield stream.rest()
+
+
+def prompt_tokens(tokenizer: Llama2ChatTransform, dialog: Sequence[dict[str, str]], max_seq_len: int) -> list[int]:
+    """A dialog that ends with the user's message as tokens, its last turn left open.
+
+    Raises:
+        UserError: it leaves no room for an answer in the context.
+        ValueError: it is no dialog, or a message contains one of the template's own marks.
+    """
+    # Not by the transform's call, which cuts at `tokenizer.max_seq_len`: that is for rows to train on.
+    [(tokens, _)] = tokenizer.encode_dialogs([chat_messages(dialog)])
+    if len(tokens) >= max_seq_len:
+        raise UserError(f"prompt: {len(tokens)} tokens leave no room for an answer in a context of {max_seq_len}")
+    return tokens
+
+
 @torch.inference_mode()
 def decode_steps(
-    model: TransformerDecoder,
+    model: IncrementalLlama,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
-    dtype: torch.dtype,
+    cache: KeyValueCache | None = None,
 ) -> Iterator[list[int]]:
-    """The next token of every prompt, step by step: one forward over the prompts, then one a token.
+    """The next token of every prompt, step by step.
 
     Shorter prompts are padded on the left; the padding is masked, and positions count from each prompt's own start.
+
+    Args:
+        cache: of the first tokens of a single prompt, which are not read again. It is left with all but the last token
+            yielded.
 
     Raises:
         AssertionError: for an empty prompt, or one that leaves no room in the context.
     """
-    device = model.tok_embeddings.weight.device
+    device = model.device
     num_prompt_tokens = max(len(prompt) for prompt in prompts)
-    num_new_tokens = min(max_new_tokens, model.max_seq_len - num_prompt_tokens)
-    assert num_new_tokens > 0 and all(prompts)
-    num_padding_B1 = torch.tensor([[num_prompt_tokens - len(prompt)] for prompt in prompts], device=device)
-    tokens_BS = torch.tensor([[0] * (num_prompt_tokens - len(prompt)) + [*prompt] for prompt in prompts], device=device)
+    num_new_tokens = min(max_new_tokens, model.max_seq_len - min(len(prompt) for prompt in prompts))
+    assert num_prompt_tokens < model.max_seq_len and all(prompts)
+    assert cache is None or len(prompts) == 1 and cache.num_tokens < num_prompt_tokens
+    cache = cache or KeyValueCache()
+    num_padding = [num_prompt_tokens - len(prompt) for prompt in prompts]
+    num_padding_B1 = torch.tensor(num_padding, device=device).unsqueeze(1)
+    tokens_BP = torch.tensor(
+        [[0] * padding + [*prompt] for padding, prompt in zip(num_padding, prompts, strict=True)], device=device
+    )
     columns_L = torch.arange(num_prompt_tokens + num_new_tokens, device=device)
-    is_filled_BL = columns_L >= num_padding_B1
-    # note: padding attends to itself, because a position that attends to nothing gives NaN.
-    is_seen_PP = torch.ones(num_prompt_tokens, num_prompt_tokens, dtype=torch.bool, device=device).tril()
-    diagonal_PP = torch.eye(num_prompt_tokens, dtype=torch.bool, device=device)
-    mask_BSL = is_seen_PP & is_filled_BL[:, None, :num_prompt_tokens] | diagonal_PP
-    positions_BS = (columns_L[:num_prompt_tokens] - num_padding_B1).clamp(min=0)
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    max_cache_len = num_prompt_tokens + num_new_tokens
-    with local_kv_cache(model, batch_size=len(prompts), device=device, dtype=dtype, decoder_max_seq_len=max_cache_len):
-        for num_tokens in range(num_prompt_tokens, max_cache_len):
-            hidden_BSD = final_hidden_states(model, tokens_BS, mask_BSL, positions_BS)
-            tokens_B = draw(model.output(hidden_BSD[:, -1]).float(), sampling, generator)
-            yield tokens_B.tolist()
-            tokens_BS = tokens_B.unsqueeze(1)
-            mask_BSL = is_filled_BL[:, None, : num_tokens + 1]
-            positions_BS = num_tokens - num_padding_B1
+    is_filled_BL = columns_L >= num_padding_B1 if any(num_padding) else None
+    mask_BSL = None
+    if is_filled_BL is not None:
+        # note: padding attends to itself, because a position that attends to nothing gives NaN.
+        is_seen_PP = torch.ones(num_prompt_tokens, num_prompt_tokens, dtype=torch.bool, device=device).tril()
+        diagonal_PP = torch.eye(num_prompt_tokens, dtype=torch.bool, device=device)
+        mask_BSL = is_seen_PP & is_filled_BL[:, None, :num_prompt_tokens] | diagonal_PP
+    is_seen_BV = None
+    if sampling.repetition_penalty != 1.0:
+        is_seen_BV = torch.zeros(len(prompts), model.vocab_size, dtype=torch.bool, device=device)
+        for row_V, prompt in zip(is_seen_BV, prompts, strict=True):
+            row_V[torch.tensor(prompt, device=device)] = True
+    generators = [torch.Generator(device).manual_seed(sampling.seed) for _ in prompts]
 
-
-def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token of each row of logits."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    if sampling.top_k is not None:
-        kth_B1 = logits_BV.topk(min(sampling.top_k, logits_BV.shape[-1])).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
-    probabilities_BV = torch.softmax(logits_BV / sampling.temperature, dim=-1)
-    return torch.multinomial(probabilities_BV, 1, generator=generator).squeeze(1)
+    tokens_BS = tokens_BP[:, cache.num_tokens :]
+    positions_BS = (columns_L[cache.num_tokens : num_prompt_tokens] - num_padding_B1).clamp(min=0)
+    for num_tokens in range(num_prompt_tokens, num_prompt_tokens + num_new_tokens):
+        tokens_B = draw(model(tokens_BS, cache, positions_BS, mask_BSL), is_seen_BV, sampling, generators)
+        yield tokens_B.tolist()
+        tokens_BS = tokens_B.unsqueeze(1)
+        if is_seen_BV is not None:
+            is_seen_BV.scatter_(1, tokens_BS, True)
+        mask_BSL = None if is_filled_BL is None else is_filled_BL[:, None, : num_tokens + 1]
+        # A longer prompt's answer may have filled the context already; what comes behind is not looked at.
+        positions_BS = (num_tokens - num_padding_B1).clamp(max=model.max_seq_len - 1)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,11 @@ def keep_metrics_until(before: Path, path: Path, step: int) -> None:
 
 def plot_losses(metrics_path: Path, plot_path: Path) -> None:
     """Draw training and validation loss over the optimizer steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    # note: matplotlib keeps its list of fonts in the home directory, unless it is told of another before its import.
+    with tempfile.TemporaryDirectory() as font_list_dir:
+        os.environ.setdefault("MPLCONFIGDIR", font_list_dir)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     records = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
 from custom_components.atomic_files import whole_directory
 from custom_components.data_sources import data_files
@@ -47,7 +48,10 @@ class TokenCache:
         if self._directory is None or not self._directory.is_dir():
             return None
         try:
-            arrays = {path.stem: np.load(path, mmap_mode="r") for path in self._directory.glob("*.npy")}
+            # note: not np.load, which takes zip files as well.
+            arrays: dict[str, np.ndarray] = {
+                path.stem: open_memmap(path, mode="r") for path in self._directory.glob("*.npy")
+            }
             return arrays, json.loads((self._directory / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None  # damaged, or deleted meanwhile: it is made anew

@@ -1,69 +1,141 @@
-"""Answer a prompt with a base model or with an adapter on it.
+"""Answer a prompt, a file of prompts or a person with a base model or with an adapter on it.
 
 tune run recipes/generate.py --config configs/generate.yaml checkpoint_dir=... adapter_dir=... prompt="..."
+tune run recipes/generate.py --config configs/generate.yaml ... prompts_file=questions.jsonl output_file=answers.jsonl
+tune run recipes/generate.py --config configs/generate.yaml ... chat=true
 """
 
+import contextlib
 import sys
-from typing import Any
 
 from torchtune.modules.peft import disable_adapter
+from tqdm import tqdm
 
-from custom_components.adapters import load_model_for_inference, read_prompt_format
+from custom_components.adapters import load_model_for_inference
+from custom_components.chat import Conversation, chat
 from custom_components.checkpoint_loading import fit_tokenizer
 from custom_components.config import load_settings
 from custom_components.errors import UserError, run_recipe
-from custom_components.generation import Sampling, answer_messages
+from custom_components.generation import generate, streamed_answer
+from custom_components.incremental import IncrementalLlama, made_for_inference
+from custom_components.llama_shapes import shape_from_checkpoint
 from custom_components.precision import resolved_device, resolved_dtype
+from custom_components.prompt_files import (
+    ANSWER,
+    BASE_ANSWER,
+    FilePrompt,
+    check_output_file,
+    one_prompt,
+    read_prompts,
+    write_answers,
+)
+from custom_components.prompt_formats import tokenizer_of_adapter
+from custom_components.sampling import Sampling
 from custom_components.settings import GenerationSettings
 from custom_components.transforms import Llama2ChatTransform
 
 
 def recipe_main() -> None:
     settings = load_settings(GenerationSettings, sys.argv[1:])
+    check_that_something_is_asked(settings)
+    # Answers have stdout for themselves.
+    with contextlib.redirect_stdout(sys.stderr):
+        tokenizer = tokenizer_of_adapter(
+            settings.checkpoint_dir,
+            settings.adapter_dir,
+            prompt_template=settings.prompt_template,
+            system_prompt=settings.system_prompt,
+        )
+        # Read before the model is loaded: what is wrong with them is said at once.
+        prompts = tokenized_prompts(settings, tokenizer)
+        model = load_model(settings, tokenizer)
+
+    if settings.chat:
+        conversation = Conversation(model, tokenizer, settings.max_new_tokens, sampling(settings))
+        chat(conversation, sys.stdin, is_interactive=sys.stdin.isatty())
+    elif settings.output_file is not None:
+        answer_file(model, tokenizer, prompts, settings)
+    else:
+        answer_one(model, tokenizer, prompts[0].tokens, settings)
+
+
+def check_that_something_is_asked(settings: GenerationSettings) -> None:
+    if settings.prompts_file is None and not settings.chat and not settings.prompt.strip():
+        raise UserError('prompt: is empty; give prompt="...", prompts_file=questions.jsonl or chat=true')
+    if settings.output_file is not None:
+        check_output_file(settings.output_file)
+    if settings.temperature == 0 and (settings.top_k is not None or settings.top_p is not None):
+        print("warning: top_k and top_p have no effect at temperature 0", file=sys.stderr)
+
+
+def tokenized_prompts(settings: GenerationSettings, tokenizer: Llama2ChatTransform) -> list[FilePrompt]:
+    """The prompts of the file, or the one of the command line; none for a chat."""
+    max_seq_len = shape_from_checkpoint(settings.checkpoint_dir).max_seq_len
+    if settings.prompts_file is not None:
+        columns = [ANSWER, BASE_ANSWER] if settings.compare else [ANSWER]
+        return read_prompts(settings.prompts_file, tokenizer, max_seq_len, columns)
+    return [] if settings.chat else [one_prompt(settings.prompt, tokenizer, max_seq_len)]
+
+
+def load_model(settings: GenerationSettings, tokenizer: Llama2ChatTransform) -> IncrementalLlama:
     device = resolved_device(settings.device)
     dtype, _ = resolved_dtype(settings.dtype, device)
-    if not settings.prompt.strip():
-        raise UserError('prompt: is empty; give it as prompt="..."')
-
-    tokenizer = tokenizer_for(settings)
-    dialog = [{"role": "user", "content": settings.prompt}]
     model = load_model_for_inference(
         settings.checkpoint_dir, settings.adapter_dir, settings.quantize_base, dtype, device
     )
     fit_tokenizer(tokenizer, model)
+    return made_for_inference(model, fold_adapter=settings.fold_adapter)
 
-    def answer() -> str:
-        return answer_messages(
+
+def sampling(settings: GenerationSettings) -> Sampling:
+    return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.repetition_penalty, settings.seed)
+
+
+def answer_one(
+    model: IncrementalLlama, tokenizer: Llama2ChatTransform, prompt: list[int], settings: GenerationSettings
+) -> None:
+    """Print the answer, as it comes where somebody watches; with `compare` the base's before it."""
+
+    def print_answer(label: str = "") -> None:
+        print(label, end="", flush=True)
+        for piece in streamed_answer(model, tokenizer, prompt, settings.max_new_tokens, sampling(settings)):
+            print(piece, end="", flush=sys.stdout.isatty())
+        print(flush=True)
+
+    if not settings.compare:
+        return print_answer()
+    with disable_adapter(model):
+        print_answer("base   ")
+    return print_answer("tuned  ")
+
+
+def answer_file(
+    model: IncrementalLlama, tokenizer: Llama2ChatTransform, prompts: list[FilePrompt], settings: GenerationSettings
+) -> None:
+    """Write the answers beside their rows; with `compare` the base's as well."""
+
+    def answers(tokens: list[list[int]]) -> list[str]:
+        answer_tokens = generate(
             model,
-            tokenizer,
-            [dialog],
+            tokens,
             max_new_tokens=settings.max_new_tokens,
-            sampling=Sampling(settings.temperature, settings.top_k, settings.seed),
-            dtype=dtype,
-        )[0]
+            stop_tokens=tokenizer.stop_tokens,
+            sampling=sampling(settings),
+        )
+        return [tokenizer.decode(answer).strip() for answer in answer_tokens]
 
-    if settings.compare:
+    def answer_batch(tokens: list[list[int]]) -> dict[str, list[str]]:
+        if not settings.compare:
+            return {ANSWER: answers(tokens)}
         with disable_adapter(model):
-            print(f"base   {answer()}")
-        print(f"tuned  {answer()}")
-    else:
-        print(answer())
+            base_answers = answers(tokens)
+        return {ANSWER: answers(tokens), BASE_ANSWER: base_answers}
 
-
-def tokenizer_for(settings: GenerationSettings) -> Llama2ChatTransform:
-    """The prompt format that the adapter was trained with, unless the config says otherwise: then it warns."""
-    trained = read_prompt_format(settings.adapter_dir) if settings.adapter_dir else None
-    chosen: dict[str, Any] = {}
-    for name, default in (("prompt_template", "llama2"), ("system_prompt", None)):
-        trained_value = getattr(trained, name) if trained else default
-        told = getattr(settings, name)
-        if trained and told is not None and told != trained_value:
-            print(f"warning: {name} is {told!r}, the adapter was trained with {trained_value!r}", file=sys.stderr)
-        chosen[name] = trained_value if told is None else told
-    tokenizer = Llama2ChatTransform(settings.checkpoint_dir / "tokenizer.model", **chosen)
-    if trained is not None:
-        tokenizer.stop_tokens = tokenizer.ids_of_pieces(trained.stop_tokens)
-    return tokenizer
+    assert settings.output_file is not None
+    with tqdm(total=len(prompts), unit="prompt") as progress:
+        for num_answered in write_answers(prompts, settings.output_file, settings.batch_size, answer_batch):
+            progress.update(num_answered)
+    print(f"{len(prompts)} answers in {settings.output_file}")
 
 
 if __name__ == "__main__":

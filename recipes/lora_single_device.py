@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torchtune.modules import TransformerDecoder
+from torchtune.training import OffloadActivations
 from tqdm import tqdm
 
 from custom_components import schedules
@@ -22,35 +23,40 @@ from custom_components.adapters import (
     save_adapter,
 )
 from custom_components.batching import Batch, BatchPlan, collate
-from custom_components.checkpoint_loading import (
-    check_checkpoint,
-    fit_tokenizer,
-    frozen_checksum,
-    load_base_weights,
-    unquantized_modules,
-)
+from custom_components.checkpoint_loading import check_checkpoint, fit_tokenizer, frozen_checksum, load_base_weights
+from custom_components.compiling import compile_layers, compiles_layers
 from custom_components.components import instantiate
 from custom_components.config import load_settings, write_yaml
 from custom_components.errors import run_recipe
-from custom_components.generation import Sampling, answer_messages
-from custom_components.gradients import accumulate_gradients, clip_gradients, update_adapters, validation_loss
+from custom_components.fitting import Fit, fit_to_device, largest_forward, tried_fit
+from custom_components.gradients import (
+    NOWHERE_ELSE,
+    accumulate_gradients,
+    clip_gradients,
+    update_adapters,
+    validation_loss,
+)
+from custom_components.host_allocator import keep_freed_memory, return_freed_memory
 from custom_components.lora import adapter_parameter_groups
 from custom_components.memory import PeakMemory
 from custom_components.metrics import MetricsFile, keep_metrics_until, plot_losses
+from custom_components.model_card import adapter_card
 from custom_components.out_of_memory import StepMemory
-from custom_components.precision import refuse_paged_optimizer_on_cpu, resolved_device, resolved_dtype
+from custom_components.precision import refuse_cuda_only_settings, resolved_device, resolved_dtype
 from custom_components.run_directory import RunDirectory, run_directory
+from custom_components.run_report import closing_summary, describe_fit, describe_model
+from custom_components.sample_answers import answer_sample_prompts, show_answers, write_samples
 from custom_components.settings import TrainingSettings
 from custom_components.stopping import stop_requests
 from custom_components.tokenized_rows import ChatDataset, split_validation
 from custom_components.training_state import (
-    Progress,
     TrainingState,
     check_resumed_config,
     delete_checkpoints_after,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    with_batches_of,
 )
 from custom_components.transforms import Llama2ChatTransform
 
@@ -60,8 +66,9 @@ def recipe_main() -> None:
     settings = load_settings(TrainingSettings, sys.argv[1:])
     device = resolved_device(settings.device)
     dtype, dtype_words = resolved_dtype(settings.dtype, device)
-    refuse_paged_optimizer_on_cpu(settings.optimizer["_component_"], device)
+    refuse_cuda_only_settings(settings, device)
     memory = PeakMemory(device)
+    keep_freed_memory()
     torch.manual_seed(settings.seed)
 
     with torch.device("meta"):
@@ -73,19 +80,27 @@ def recipe_main() -> None:
 
     resumed_from = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir)
     if resumed_from is not None:
+        settings = with_batches_of(resumed_from, settings)
         check_resumed_config(resumed_from, settings)
     check_checkpoint(model, settings.checkpoint_dir)
     init_adapter = None
     if settings.init_adapter_from is not None and resumed_from is None:
         init_adapter = check_adapter_fits(model, settings.init_adapter_from)
 
+    fit = fit_to_device(settings, model, dataset.lengths, tokenizer.max_seq_len, dtype, device)
     resumes_here = resumed_from is not None and resumed_from.resolve().is_relative_to(settings.output_dir.resolve())
     with run_directory(settings.output_dir, overwrite=settings.overwrite_output_dir, resumes=resumes_here) as directory:
-        load_base_weights(model, settings.checkpoint_dir, dtype, device)
+        quantized_cache_dir = settings.cache_dir if settings.quantized_cache else None
+        load_base_weights(model, settings.checkpoint_dir, dtype, device, quantized_cache_dir)
+        return_freed_memory()
         if init_adapter is not None:
             copy_into_adapter(model, init_adapter)
-        describe(model, settings, device, dtype_words)
-        answers_before = answer_sample_prompts(model, tokenizer, settings.sample_prompts, dtype)
+        describe_model(model, settings, device, dtype_words)
+        fit = try_largest_step(fit, model, dataset, tokenizer, settings, device)
+        describe_fit(fit, settings, len(model.layers))
+        cut = {"batch_size": fit.batch_size, "gradient_accumulation_steps": fit.gradient_accumulation_steps}
+        settings = settings.model_copy(update=cut)
+        answers_before = answer_sample_prompts(model, tokenizer, settings.sample_prompts)
         base_checksum = frozen_checksum(model) if settings.verify_base else None
 
         groups = adapter_parameter_groups(model, settings.optimizer["lr"], settings.lora_plus_ratio)
@@ -99,15 +114,17 @@ def recipe_main() -> None:
             go_on_in(directory, resumed_from, state.progress.num_steps)
         write_yaml(settings, directory.config)
         prompt_format = PromptFormat(settings.prompt_template, tokenizer.system_prompt, ["</s>"])
-        train(model, state, dataset, dataset_val, tokenizer, settings, directory, prompt_format, device, memory)
+        train(model, state, dataset, dataset_val, tokenizer, settings, fit, directory, prompt_format, device, memory)
 
         if base_checksum is not None and frozen_checksum(model) != base_checksum:
             raise AssertionError("verify_base: the frozen base has changed")
         model.load_state_dict(state.best_adapter, strict=False)
         check_adapter_was_trained(model)
-        save_adapter(model, directory.adapter, base_model_name(settings.checkpoint_dir), prompt_format)
+        system_prompt = tokenizer.system_prompt
+        card = adapter_card(settings, dataset, dataset_val, system_prompt, state.progress, directory.metrics)
+        save_adapter(model, directory.adapter, base_model_name(settings.checkpoint_dir), prompt_format, card)
         plot_losses(directory.metrics, directory.plot)
-        answers_after = answer_sample_prompts(model, tokenizer, settings.sample_prompts, dtype)
+        answers_after = answer_sample_prompts(model, tokenizer, settings.sample_prompts)
         show_answers(settings.sample_prompts, answers_before, answers_after)
         print(closing_summary(state.progress, time.perf_counter() - start_seconds, memory, directory))
 
@@ -126,6 +143,32 @@ def training_and_validation(
     return dataset, None
 
 
+def try_largest_step(
+    fit: Fit,
+    model: TransformerDecoder,
+    dataset: ChatDataset,
+    tokenizer: Llama2ChatTransform,
+    settings: TrainingSettings,
+    device: torch.device,
+) -> Fit:
+    """On CUDA, what `auto` came to is tried on the largest forward that may come, and made smaller until it fits."""
+    if device.type != "cuda" or not fit.words:
+        return fit
+
+    def try_step(fit: Fit) -> None:
+        lengths = largest_forward(dataset.lengths, tokenizer.max_seq_len, fit.batch_size, is_packed=settings.packed)
+        rows = [{"tokens": [0] * length, "labels": [0] * length} for length in lengths]
+        loss_function, scaler = instantiate(settings.loss), torch.amp.GradScaler(device.type, enabled=False)
+        recomputed = fit.num_recomputed_layers
+        accumulate_gradients(
+            model, [collate(rows)], loss_function, scaler, num_recomputed_layers=recomputed, device=device
+        )
+        model.zero_grad(set_to_none=True)
+
+    may_recompute, may_shrink = settings.enable_activation_checkpointing == "auto", settings.batch_size == "auto"
+    return tried_fit(fit, len(model.layers), may_recompute, may_shrink, try_step)
+
+
 def train(
     model: TransformerDecoder,
     state: TrainingState,
@@ -133,6 +176,7 @@ def train(
     dataset_val: ChatDataset | None,
     tokenizer: Llama2ChatTransform,
     settings: TrainingSettings,
+    fit: Fit,
     directory: RunDirectory,
     prompt_format: PromptFormat,
     device: torch.device,
@@ -141,7 +185,7 @@ def train(
     """Train the adapters of `model` and keep `state`, in place, from the state's step to the last or until stopped."""
     plan = BatchPlan.of(settings, tokenizer.max_seq_len)
     steps = [(epoch, forwards) for epoch in range(settings.epochs) for forwards in plan.steps(dataset.lengths, epoch)]
-    batches_val = validation_batches(dataset_val, settings.batch_size)
+    batches_val = validation_batches(dataset_val, fit.batch_size)
     num_warmup_steps = schedules.num_warmup_steps(settings.warmup_steps, settings.warmup_ratio, len(steps))
     groups = adapter_parameter_groups(model, settings.optimizer["lr"], settings.lora_plus_ratio)
     peak_rates = [group["lr"] for group in groups]
@@ -151,6 +195,9 @@ def train(
     base_model = base_model_name(settings.checkpoint_dir)
     step_memory = StepMemory(device)
     progress = state.progress
+    activations_kept = OffloadActivations() if settings.enable_activation_offloading else NOWHERE_ELSE
+    if compiles_layers(settings.compile, device):
+        compile_layers(model, is_optional=settings.compile == "auto")
 
     model.train()
     bar = tqdm(total=len(steps), initial=progress.num_steps, unit="step", desc="training", dynamic_ncols=True)
@@ -168,19 +215,21 @@ def train(
 
             largest_forward_tokens = max(batch.num_tokens for batch in batches)
             try:
-                loss = accumulate_gradients(
+                mean_loss = accumulate_gradients(
                     model,
                     batches,
                     loss_function,
                     state.scaler,
-                    recompute_layers=settings.enable_activation_checkpointing,
+                    num_recomputed_layers=fit.num_recomputed_layers,
                     neftune_noise_alpha=settings.neftune_noise_alpha,
+                    activations_kept=activations_kept,
                     device=device,
                 )
             except torch.OutOfMemoryError:
-                raise step_memory.error(step, largest_forward_tokens, settings.batch_size) from None
+                raise step_memory.error(step, largest_forward_tokens, fit.batch_size) from None
             step_memory.add_step(largest_forward_tokens)
-            grad_norm = clip_gradients(state.optimizer, state.scaler, settings.clip_grad_norm)
+            norm = clip_gradients(state.optimizer, state.scaler, settings.clip_grad_norm)
+            loss, grad_norm = torch.stack([mean_loss, norm]).tolist()  # note: the step's one CPU-GPU sync point
             is_skipped = update_adapters(state.optimizer, state.scaler, loss, grad_norm, step, forwards)
 
             num_tokens, seconds = sum(batch.num_tokens for batch in batches), time.perf_counter() - step_start_seconds
@@ -188,9 +237,9 @@ def train(
             record = {
                 "step": step,
                 "epoch": epoch,
-                "loss": loss.item(),
+                "loss": loss,
                 "lr": state.optimizer.param_groups[0]["lr"],
-                "grad_norm": grad_norm.item(),
+                "grad_norm": grad_norm,
                 "tokens": num_tokens,
                 "supervised_tokens": sum(batch.num_supervised_tokens for batch in batches),
                 "step_seconds": seconds,
@@ -226,17 +275,6 @@ def train(
         metric_logger.close()
 
 
-def write_samples(
-    path: Path, step: int, model: TransformerDecoder, tokenizer: Llama2ChatTransform, prompts: list[str]
-) -> None:
-    """Append the model's answers to the sample prompts, one JSON object a line."""
-    answers = answer_sample_prompts(model, tokenizer, prompts, model.tok_embeddings.weight.dtype)
-    samples = MetricsFile(path)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        samples.write({"step": step, "prompt": prompt, "answer": answer})
-    samples.close()
-
-
 def go_on_in(directory: RunDirectory, checkpoint: Path, num_steps: int) -> None:
     """Bring a run's records to where its checkpoint stands; those of a run elsewhere are copied."""
     print(f"going on from {checkpoint}")
@@ -256,42 +294,6 @@ def validation_batches(dataset_val: ChatDataset | None, batch_size: int) -> list
         return []
     plan = BatchPlan(batch_size, 1, shuffle=False, seed=0)
     return [collate([dataset_val[row] for row in rows]) for [rows] in plan.steps(dataset_val.lengths, epoch=0)]
-
-
-def answer_sample_prompts(
-    model: TransformerDecoder, tokenizer: Llama2ChatTransform, prompts: list[str], dtype: torch.dtype
-) -> list[str]:
-    dialogs = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return answer_messages(model, tokenizer, dialogs, max_new_tokens=100, sampling=Sampling(), dtype=dtype)
-
-
-def show_answers(prompts: list[str], answers_before: list[str], answers_after: list[str]) -> None:
-    for prompt, before, after in zip(prompts, answers_before, answers_after, strict=True):
-        print(f"\nprompt  {prompt}\nbefore  {before}\nafter   {after}")
-
-
-def describe(model: TransformerDecoder, settings: TrainingSettings, device: torch.device, dtype_words: str) -> None:
-    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    base = "NF4" if settings.quantize_base else dtype_words.split(",")[0]
-    print(f"device {device}, dtype {dtype_words}; {num_trained:,} trained parameters in fp32 over a base in {base}")
-    if settings.quantize_base and (names := unquantized_modules(model)):
-        print(f"not quantized, NF4 blocks do not divide them: {', '.join(names)}")
-
-
-def closing_summary(progress: Progress, seconds: float, memory: PeakMemory, directory: RunDirectory) -> str:
-    peak_gib = memory.gib()
-    which = "the last step's"
-    if progress.best_step is not None:
-        which = f"step {progress.best_step}'s, the best by validation loss ({progress.best_val_loss:.4f})"
-    return (
-        f"\n{progress.num_steps} steps"
-        + (f" ({progress.num_skipped_steps} skipped, fp16 overflowed)" if progress.num_skipped_steps else "")
-        + f", {progress.num_tokens} tokens in {progress.seconds:.1f} s of training "
-        f"({progress.num_tokens / progress.seconds:.0f} tokens/s), {seconds:.1f} s in all"
-        + (f", peak memory {peak_gib:.2f} GiB" if peak_gib is not None else "")
-        + f"\nadapter {directory.adapter}, {which}"
-        + f"\nplot    {directory.plot}\nmetrics {directory.metrics}"
-    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,13 @@ import yaml
 from custom_components.config import load_settings, write_yaml
 from custom_components.config_checks import component_nodes
 from custom_components.errors import UserError
-from custom_components.settings import GenerationSettings, PreviewSettings, TrainingSettings
+from custom_components.settings import (
+    EvaluationSettings,
+    GenerationSettings,
+    MergeSettings,
+    PreviewSettings,
+    TrainingSettings,
+)
 from tests.conftest import PROJECT
 
 TRAINING_CONFIGS = sorted(PROJECT.glob("configs/*qlora.yaml")) + [PROJECT / "configs/llama2_7b_lora.yaml"]
@@ -56,6 +62,14 @@ def test_generation_config_is_right_and_complete():
     assert set(yaml.safe_load((PROJECT / "configs/generate.yaml").read_text())) == set(GenerationSettings.model_fields)
 
 
+def test_evaluation_config_is_right_and_complete():
+    load_settings(EvaluationSettings, ["--config", "configs/evaluate.yaml"])
+    text = (PROJECT / "configs/evaluate.yaml").read_text()
+    assert set(yaml.safe_load(text)) == set(EvaluationSettings.model_fields)
+    for line in text[text.index("# ---- Where") :].splitlines():
+        assert "#" in line or not line.strip() or re.search(r"_component_|\$\{", line), line
+
+
 @pytest.mark.parametrize("config", sorted(PROJECT.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_tune_validate_passes(config):
     tune = Path(sys.executable).with_name("tune")
@@ -67,7 +81,7 @@ def test_every_key_is_read_and_every_key_read_is_a_setting():
     """A key that no code reads would be a promise without effect."""
     code = "\n".join(path.read_text() for path in PROJECT.glob("recipes/*.py"))
     code += "\n".join((PROJECT / "custom_components" / name).read_text() for name in READERS)
-    for settings_type in (TrainingSettings, PreviewSettings, GenerationSettings):
+    for settings_type in (TrainingSettings, PreviewSettings, GenerationSettings, EvaluationSettings, MergeSettings):
         for name in settings_type.model_fields:
             passed_on = f"{name}: ${{{name}}}" in TINY.read_text()
             assert passed_on or re.search(rf"(settings|self)\.{name}\b", code) or f'("{name}"' in code, name

@@ -71,7 +71,7 @@ def test_a_run_writes_what_it_says(finished_run):
     assert all(record["lr"] > 0 for record in metrics)
     assert (output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (output_dir / "adapter").iterdir()) == [
-        *("adapter_config.json", "adapter_model.safetensors", "prompt_format.yaml"),
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "prompt_format.yaml"),
     ]
     assert json.loads((output_dir / "adapter/adapter_config.json").read_text())["r"] == 32
     assert sorted(path.name for path in output_dir.iterdir() if not path.name.startswith(".")) == [

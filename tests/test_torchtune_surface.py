@@ -13,6 +13,7 @@ SURFACE = {
     "torchtune.data.Message": ["role", "content"],
     "torchtune.models.convert_weights._FROM_HF": None,
     "torchtune.models.convert_weights._FROM_META": None,
+    "torchtune.models.convert_weights.get_mapped_key": ["key", "mapping_dict"],
     "torchtune.modules.KVCache": ["batch_size", "max_seq_len", "num_kv_heads", "head_dim", "dtype"],
     "torchtune.modules.RMSNorm": ["dim", "eps"],
     "torchtune.modules.RotaryPositionalEmbeddings": ["dim", "max_seq_len", "base"],
@@ -21,13 +22,11 @@ SURFACE = {
         *("tok_embeddings", "layers", "max_seq_len", "num_heads", "head_dim", "norm", "output"),
     ],
     "torchtune.modules.TransformerSelfAttentionLayer": ["attn", "mlp", "sa_norm", "mlp_norm"],
-    "torchtune.modules.common_utils.local_kv_cache": [
-        *("model", "batch_size", "device", "dtype", "decoder_max_seq_len"),
-    ],
     "torchtune.modules.common_utils.reparametrize_as_dtype_state_dict_post_hook": ["model", "state_dict", "dtype"],
     "torchtune.modules.peft.disable_adapter": ["model"],
     "torchtune.modules.peft.get_adapter_params": ["model"],
     "torchtune.modules.peft.set_trainable_params": ["model", "adapter_params"],
+    "torchtune.training.OffloadActivations": ["use_pin_memory", "use_streams"],
     "torchtune.training.precision.PRECISION_STR_TO_DTYPE": None,
     "torchao.dtypes.nf4tensor.NF4Tensor": [
         *("tensor_meta", "block_size", "n_blocks", "scaler_block_size", "quantized_scalers"),

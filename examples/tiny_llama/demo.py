@@ -41,7 +41,7 @@ def main() -> None:
     )
 
     def answers() -> list[str]:
-        return answer_messages(model, tokenizer, questions, max_new_tokens=16, sampling=Sampling(), dtype=torch.float32)
+        return answer_messages(model, tokenizer, questions, max_new_tokens=16, sampling=Sampling())
 
     with disable_adapter(model):
         base_answers = answers()

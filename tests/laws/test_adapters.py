@@ -1,23 +1,21 @@
-"""Adapters in PEFT's format. L20, L21, L24."""
-
-import json
+"""Adapters in PEFT's format. L20, L21."""
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from custom_components import nf4
 from custom_components.adapters import (
     PromptFormat,
+    adapter_modules,
     base_model_name,
     check_adapter_was_trained,
-    load_adapter,
     load_model_for_inference,
-    lora_settings,
     read_prompt_format,
     save_adapter,
 )
+from custom_components.checkpoint_files import halve_rope_rows
 from custom_components.errors import UserError
+from custom_components.peft_format import hugging_face_module
 from tests.conftest import ALL_ATTENTION, CPU, loaded_model, with_random_adapters
 
 PROMPT_FORMAT = PromptFormat("llama2", "Be kind.", ["</s>"])
@@ -79,62 +77,14 @@ def test_L21_the_adapter_in_peft_gives_the_same_logits(make_checkpoint, test_dat
 
 
 def dequantized_in_hugging_face_order(model, parameter_name):
-    from custom_components.adapters import _HF_NAMES
-    from custom_components.checkpoint_files import halve_rope_rows
-
-    layer = parameter_name.split(".")[2]
-    tune_name = next(tune for tune, hf in _HF_NAMES.items() if hf.format(layer) == parameter_name).format(layer)
+    module_name = parameter_name.removesuffix(".weight")
+    [tune_name] = [f"{name}.weight" for name in adapter_modules(model) if hugging_face_module(name) == module_name]
     weight = nf4.dequantize(model.get_parameter(tune_name), torch.float32)
     if "q_proj" in tune_name:
         return halve_rope_rows(weight, model.num_heads)
     if "k_proj" in tune_name:
         return halve_rope_rows(weight, model.layers[0].attn.num_kv_heads)
     return weight
-
-
-def test_an_adapter_that_peft_wrote_loads(make_checkpoint, tmp_path, peft):
-    transformers = pytest.importorskip("transformers")
-    checkpoint = make_checkpoint()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    config = peft.LoraConfig(r=3, lora_alpha=9, target_modules=["q_proj", "k_proj", "o_proj"], init_lora_weights=False)
-    theirs = peft.get_peft_model(theirs, config)
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = load_model_for_inference(checkpoint, tmp_path / "theirs", False, torch.float32, CPU)
-    assert read_prompt_format(tmp_path / "theirs") is None
-    with torch.no_grad():
-        torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits, atol=1e-4, rtol=0)
-
-
-def test_L24_an_adapter_of_another_model_rank_or_targets(make_checkpoint, tmp_path):
-    adapter = saved_adapter(with_random_adapters(loaded_model(make_checkpoint("base"))), tmp_path / "adapter")
-    wider = make_checkpoint("wider", hidden_size=128)
-    with pytest.raises(UserError, match=r"lora_A\.weight has shape \(4, 64\), the model \(4, 128\)"):
-        load_model_for_inference(wider, adapter, False, torch.float32, CPU)
-    with pytest.raises(UserError, match=r"has shape \(4, 64\), the model \(2, 64\)"):
-        load_adapter(loaded_model(make_checkpoint("ranks"), lora_rank=2), adapter)
-    with pytest.raises(UserError, match=r"mlp\.down_proj\.lora_A\.weight has no place in the model"):
-        load_adapter(loaded_model(make_checkpoint("targets"), apply_lora_to_mlp=False), adapter)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    del tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.q_proj\.lora_B\.weight is missing"):
-        load_adapter(loaded_model(make_checkpoint("missing")), adapter)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"target_modules": ["gate_proj"]}, "not all three"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-    ],
-)
-def test_adapters_that_cannot_be_built_are_refused_by_name(tmp_path, changes, words):
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | changes
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=words):
-        lora_settings(tmp_path)
 
 
 def test_the_base_is_named_as_it_was_downloaded(tmp_path):

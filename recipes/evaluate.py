@@ -1,0 +1,182 @@
+"""How well a model, and an adapter on it, predict and answer the rows of a data set, and solve lm-eval's tasks.
+
+tune run recipes/evaluate.py --config configs/evaluate.yaml checkpoint_dir=... adapter_dir=... dataset.source=...
+"""
+
+import contextlib
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.peft import disable_adapter
+
+from custom_components.adapters import load_model_for_inference
+from custom_components.builders import lora_llama_from_config
+from custom_components.checkpoint_loading import fit_tokenizer
+from custom_components.components import instantiate
+from custom_components.config import load_settings
+from custom_components.errors import UserError, run_recipe
+from custom_components.evaluation import (
+    Question,
+    answer_measures,
+    generated_answers,
+    held_out_questions,
+    rouge_scorer,
+    scores_by_source,
+)
+from custom_components.evaluation_report import Measures, results_file, results_table
+from custom_components.precision import resolved_device, resolved_dtype
+from custom_components.prompt_formats import tokenizer_of_adapter
+from custom_components.settings import EvaluationSettings
+from custom_components.tokenized_rows import ChatDataset, split_validation
+from custom_components.transforms import Llama2ChatTransform
+
+if TYPE_CHECKING:  # lm-eval is an extra
+    from custom_components.lm_eval_model import LoadedTasks
+
+
+def recipe_main() -> None:
+    settings = load_settings(EvaluationSettings, sys.argv[1:])
+    device = resolved_device(settings.device)
+    dtype, dtype_words = resolved_dtype(settings.dtype, device)
+    with results_file(settings.output_file) as results:
+        tokenizer = fitted_tokenizer(settings)
+        dataset = rows_to_evaluate(settings, tokenizer)
+        questions = questions_to_answer(settings, dataset, tokenizer)
+        tasks = tasks_to_solve(settings)
+
+        model = load_model_for_inference(
+            settings.checkpoint_dir, settings.adapter_dir, settings.quantize_base, dtype, device
+        )
+        print(f"device {device}, dtype {dtype_words}{'; the base in NF4' if settings.quantize_base else ''}")
+        rows: dict[str, dict[str, Measures]] = {}
+        answers: dict[str, list[str]] = {}
+        solved: dict[str, Mapping[str, Measures]] = {}
+        for name, is_switched in models_to_compare(settings, model).items():
+            with is_switched:
+                if dataset is not None:
+                    scores = scores_by_source(model, dataset, settings.batch_size, device)
+                    rows[name] = {source: source_scores.measures for source, source_scores in scores.items()}
+                if questions:
+                    answers[name] = generated_answers(
+                        model,
+                        tokenizer,
+                        questions,
+                        batch_size=settings.batch_size,
+                        max_new_tokens=settings.max_new_tokens,
+                    )
+                if tasks is not None:
+                    solved[name] = solved_tasks(tasks, settings, model, tokenizer, device)
+
+        answered = {name: {"answers": answer_measures(texts, questions)} for name, texts in answers.items()}
+        subjects = by_subject(rows) | by_subject(answered) | by_subject(solved)
+        print(results_table(subjects))
+        results |= {
+            "checkpoint_dir": str(settings.checkpoint_dir),
+            "adapter_dir": str(settings.adapter_dir) if settings.adapter_dir else None,
+            "quantize_base": settings.quantize_base,
+            "dtype": str(dtype).removeprefix("torch."),
+            "results": subjects,
+            "answers": answer_records(tokenizer, questions, answers),
+        }
+    if settings.output_file is not None:
+        print(f"results {settings.output_file}")
+
+
+def fitted_tokenizer(settings: EvaluationSettings) -> Llama2ChatTransform:
+    """The tokenizer, with the prompt format that the adapter was trained with and the model's context."""
+    tokenizer = tokenizer_of_adapter(
+        settings.checkpoint_dir,
+        settings.adapter_dir,
+        prompt_template=settings.prompt_template,
+        system_prompt=settings.system_prompt,
+    )
+    tokenizer.max_seq_len = settings.max_seq_len
+    with torch.device("meta"):
+        fit_tokenizer(tokenizer, lora_llama_from_config(settings.checkpoint_dir, lora_attn_modules=[]))
+    return tokenizer
+
+
+def rows_to_evaluate(settings: EvaluationSettings, tokenizer: Llama2ChatTransform) -> ChatDataset | None:
+    if settings.dataset is None:
+        return None
+    dataset = instantiate(settings.dataset, tokenizer=tokenizer)
+    print("\n".join(map(str, dataset.summaries)))
+    if settings.val_fraction is None:
+        return dataset
+    _, dataset = split_validation(dataset, settings.val_fraction, settings.seed)
+    print(f"{len(dataset)} rows are those that training with val_fraction {settings.val_fraction} keeps for validation")
+    return dataset
+
+
+def questions_to_answer(
+    settings: EvaluationSettings, dataset: ChatDataset | None, tokenizer: Llama2ChatTransform
+) -> list[Question]:
+    if dataset is None or settings.generate_answers == 0:
+        return []
+    rouge_scorer()  # before the model is loaded: an extra that may not be installed
+    return held_out_questions(dataset, tokenizer, settings.generate_answers)
+
+
+def tasks_to_solve(settings: EvaluationSettings) -> "LoadedTasks | None":
+    if not settings.tasks:
+        return None
+    try:
+        from custom_components.lm_eval_model import LoadedTasks
+    except ImportError:
+        raise UserError("tasks: need the package lm-eval; pip install -e '.[eval]'") from None
+    return LoadedTasks(settings.tasks)
+
+
+def models_to_compare(
+    settings: EvaluationSettings, model: TransformerDecoder
+) -> dict[str, AbstractContextManager[Any]]:
+    """What to evaluate, by name, each with a context in which the model is that."""
+    if settings.adapter_dir is None:
+        return {"base": contextlib.nullcontext()}
+    tuned: dict[str, AbstractContextManager[Any]] = {"tuned": contextlib.nullcontext()}
+    return {"base": disable_adapter(model), **tuned} if settings.compare else tuned
+
+
+def solved_tasks(
+    tasks: "LoadedTasks",
+    settings: EvaluationSettings,
+    model: TransformerDecoder,
+    tokenizer: Llama2ChatTransform,
+    device: torch.device,
+) -> Mapping[str, Measures]:
+    from custom_components.lm_eval_model import LlamaLM, task_measures
+
+    return task_measures(
+        tasks,
+        LlamaLM(model, tokenizer, batch_size=settings.batch_size, device=device),
+        num_fewshot=settings.num_fewshot,
+        max_rows=settings.max_task_rows,
+    )
+
+
+def by_subject(measures: Mapping[str, Mapping[str, Measures]]) -> dict[str, dict[str, Measures]]:
+    """From model, then subject, to subject, then model: those that are compared come together."""
+    subjects: dict[str, dict[str, Measures]] = {}
+    for model, by_name in measures.items():
+        for subject, subject_measures in by_name.items():
+            subjects.setdefault(subject, {})[model] = subject_measures
+    return subjects
+
+
+def answer_records(
+    tokenizer: Llama2ChatTransform, questions: list[Question], answers: Mapping[str, list[str]]
+) -> list[dict[str, str]]:
+    """Every question as the model saw it, the row's answer and each model's."""
+    return [
+        {"prompt": tokenizer.text_of_pieces(question.prompt), "reference": question.reference}
+        | {model: texts[index] for model, texts in answers.items()}
+        for index, question in enumerate(questions)
+    ]
+
+
+if __name__ == "__main__":
+    run_recipe(recipe_main)

@@ -1,0 +1,172 @@
+"""Merge an adapter, or several, into their base model, write the result for other tools and prove that it is the same.
+
+tune run recipes/merge.py --config configs/merge.yaml checkpoint_dir=... adapter_dir=... output_dir=...
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchtune.training.precision import PRECISION_STR_TO_DTYPE
+from tqdm import tqdm
+
+from custom_components.adapters import CARD_NAME, read_prompt_format
+from custom_components.chat_template import chat_template, control_pieces_of
+from custom_components.checkpoint_loading import fit_tokenizer
+from custom_components.config import load_settings
+from custom_components.errors import UserError, run_recipe
+from custom_components.gguf_export import write_gguf
+from custom_components.gguf_weights import GgufWeights
+from custom_components.hugging_face_export import source_template, write_config, write_tokenizer, write_weights
+from custom_components.memory import PeakMemory
+from custom_components.merge_output import check_output_dir, check_space, merge_directory
+from custom_components.merge_proof import (
+    Weights,
+    check_same_logits,
+    compared,
+    logits_of_weights,
+    logits_with_adapters,
+)
+from custom_components.merge_record import check_not_merged_yet, write_record
+from custom_components.merging import BaseWeights, MergedAdapter, MergedWeights, read_adapter
+from custom_components.model_card import merged_card
+from custom_components.prompt_formats import tokenizer_of_adapter
+from custom_components.settings import MergeSettings
+from custom_components.training_origin import example_rows, trained_on_nf4
+from custom_components.transforms import Llama2ChatTransform
+
+# q8_0: blocks of 32 values in a byte each, with a scale in f16.
+BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "f16": 2, "q8_0": 34 / 32}
+
+
+def recipe_main() -> None:
+    settings = load_settings(MergeSettings, sys.argv[1:])
+    memory = PeakMemory(torch.device("cpu"))
+    adapter_dirs = [adapter.dir for adapter in settings.weighted_adapters]
+    inputs = [settings.checkpoint_dir, *adapter_dirs]
+    check_output_dir(settings.output_dir, inputs, overwrite=settings.overwrite_output_dir)
+
+    base = BaseWeights(settings.checkpoint_dir, dequantized=settings.base == "dequantized")
+    adapters = [read_adapter(settings.checkpoint_dir, a.dir, a.weight) for a in settings.weighted_adapters]
+    check_not_merged_yet(settings.checkpoint_dir, adapters, allow_merged_base=settings.allow_merged_base)
+    merged = MergedWeights(base, adapters)
+    tokenizer = tokenizer_of_adapter(settings.checkpoint_dir, adapter_dirs[0])
+    fit_tokenizer(tokenizer, base.model)
+    template = template_of(adapter_dirs, settings.checkpoint_dir)
+    storage = storage_of(settings, base)
+    num_bytes = round(merged.num_values * BYTES_PER_VALUE[storage])
+    check_space(settings.output_dir, num_bytes)
+
+    with merge_directory(settings.output_dir) as directory:
+        if settings.format == "gguf":
+            written: Weights = write_gguf_file(directory, merged, settings, template)
+        else:
+            written = write_hugging_face(directory, merged, settings, tokenizer, template, storage)
+        write_record(directory, settings.checkpoint_dir, settings.base, adapters)
+        if settings.prove:
+            prove(written, storage, base, settings.base, adapters, tokenizer)
+    peak_gib = memory.gib()
+    print(
+        f"merged {settings.output_dir}: {num_bytes / 1e9:.3g} GB in {storage}"
+        + (f", peak memory {peak_gib:.2f} GiB" if peak_gib is not None else "")
+    )
+
+
+def storage_of(settings: MergeSettings, base: BaseWeights) -> str:
+    """How the weights are stored, of `BYTES_PER_VALUE`."""
+    if settings.format == "gguf":
+        return settings.gguf_quantization
+    if settings.dtype != "auto":
+        return settings.dtype
+    names = {dtype: name for name, dtype in PRECISION_STR_TO_DTYPE.items() if name in BYTES_PER_VALUE}
+    if base.stored_dtype not in names:
+        raise UserError(f"dtype: the checkpoint stores {base.stored_dtype}; set dtype=bf16, fp16 or fp32 to write")
+    return names[base.stored_dtype]
+
+
+def write_hugging_face(
+    directory: Path,
+    merged: MergedWeights,
+    settings: MergeSettings,
+    tokenizer: Llama2ChatTransform,
+    template: str | None,
+    storage: str,
+) -> Weights:
+    """Write a Hugging Face directory; returns what it holds, read back."""
+    dtype = PRECISION_STR_TO_DTYPE[storage]
+    write_weights(directory, with_progress(merged), merged.shapes, merged.shape, dtype)
+    write_config(directory, settings.checkpoint_dir, merged.shape, tokenizer, dtype)
+    write_tokenizer(directory, settings.checkpoint_dir / "tokenizer.model", merged.shape.max_seq_len, template)
+    weights_by_directory = [(adapter.dir, adapter.weight) for adapter in settings.weighted_adapters]
+    card = merged_card(settings.checkpoint_dir, weights_by_directory, settings.base)
+    (directory / CARD_NAME).write_text(card, encoding="utf-8")
+    return BaseWeights(directory, dequantized=False)
+
+
+def write_gguf_file(directory: Path, merged: MergedWeights, settings: MergeSettings, template: str | None) -> Weights:
+    """Write one GGUF file; returns what it holds, read back."""
+    name = settings.output_dir.resolve().name
+    path = directory / f"{name}-{settings.gguf_quantization}.gguf"
+    write_gguf(
+        path,
+        merged.shape,
+        with_progress(merged),
+        tokenizer_model=settings.checkpoint_dir / "tokenizer.model",
+        quantization=settings.gguf_quantization,
+        chat_template=template,
+        name=name,
+    )
+    return GgufWeights(path, merged.shape)
+
+
+def with_progress(merged: MergedWeights) -> Iterable[tuple[str, Tensor]]:
+    return tqdm(merged.tensors(), "merging", len(merged.shapes), unit="tensor", leave=False, delay=1)
+
+
+def template_of(adapter_dirs: Sequence[Path], checkpoint_dir: Path) -> str | None:
+    """The chat template of the adapters' prompt format; the checkpoint's own, if any, where they state none."""
+    formats = [read_prompt_format(adapter_dir) for adapter_dir in adapter_dirs]
+    if any(other != formats[0] for other in formats):
+        print(f"warning: the adapters were trained with different prompt formats; taken is that of {adapter_dirs[0]}")
+    if formats[0] is None:
+        template = source_template(checkpoint_dir)
+        found = "the checkpoint's chat template is kept" if template else "no chat template is written"
+        print(f"{adapter_dirs[0]} states no prompt format: {found}")
+        return template
+    pieces = control_pieces_of(checkpoint_dir / "tokenizer.model")
+    return chat_template(formats[0].prompt_template, formats[0].system_prompt, pieces)
+
+
+def prove(
+    written: Weights,
+    storage: str,
+    base: BaseWeights,
+    base_name: str,
+    adapters: Sequence[MergedAdapter],
+    tokenizer: Llama2ChatTransform,
+) -> None:
+    """Compare the written model with base + adapter and print how far they are apart.
+
+    Raises:
+        UserError: further than rounding explains.
+    """
+    rows, kind = example_rows(adapters[0].directory, tokenizer)
+    print(f"compared in fp32 on {sum(map(len, rows))} tokens of {len(rows)} {kind}:")
+    logits_TV = logits_of_weights(written, rows)
+    proof = compared(logits_TV, logits_with_adapters(base, adapters, rows))
+    check_same_logits(proof, storage)
+    print(f"  merged against the {base_name} weights + adapter: {proof}")
+    alone = compared(logits_TV, logits_of_weights(base, rows))
+    print(f"  merged against the {base_name} weights alone: {alone}")
+    if proof.relative_difference > alone.relative_difference / 2:
+        print(f"warning: rounding to {storage} changes the logits about as much as the adapter does; write more bits")
+    if base_name == "original" and any(trained_on_nf4(adapter.directory) for adapter in adapters):
+        trained_on = BaseWeights(base.checkpoint_dir, dequantized=True)
+        trained = compared(logits_TV, logits_with_adapters(trained_on, adapters, rows))
+        print(f"  merged against the NF4 weights + adapter, as trained: {trained}")
+
+
+if __name__ == "__main__":
+    run_recipe(recipe_main)
