@@ -6,15 +6,23 @@ from typing import Literal
 import torch
 from torchtune.modules import TransformerDecoder
 
+# Compiling takes about a minute: as much as it saves over this many forwards.
+_MIN_FORWARDS = 200
 
-def compiles_layers(setting: bool | Literal["auto"], device: torch.device) -> bool:
-    """What the key `compile` comes to: "auto" is CUDA with Triton, which fuses a layer's many small operations.
 
-    On the CPU compiling a model takes longer than most runs that a CPU is used for.
+def compiles_layers(setting: bool | Literal["auto"], device: torch.device, num_forwards: int) -> bool:
+    """What the key `compile` comes to.
+
+    "auto" compiles on CUDA with Triton, which fuses a layer's many small operations, for runs long enough. On the CPU
+    compiling takes longer than most runs that a CPU is used for.
+
+    Args:
+        num_forwards: of the steps to come.
     """
     if setting != "auto":
         return setting
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    has_triton = importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and has_triton and num_forwards >= _MIN_FORWARDS
 
 
 def compile_layers(model: TransformerDecoder, *, is_optional: bool) -> None:

@@ -196,7 +196,8 @@ def train(
     step_memory = StepMemory(device)
     progress = state.progress
     activations_kept = OffloadActivations() if settings.enable_activation_offloading else NOWHERE_ELSE
-    if compiles_layers(settings.compile, device):
+    num_forwards = sum(len(forwards) for _, forwards in steps[progress.num_steps :])
+    if compiles_layers(settings.compile, device, num_forwards):
         compile_layers(model, is_optional=settings.compile == "auto")
 
     model.train()
