@@ -18,8 +18,8 @@ from torchtune.modules import KVCache
 from custom_components.lora import lora_linears
 
 # On the CPU, shorter rows attend in fp32: torch's bf16 kernel takes 2.6 times as long for the backward of 95 tokens,
-# 1.1 times for 305, and is faster from about 512 on (32 heads of 64, AVX512-bf16, torch 2.13).
-_MIN_LOW_PRECISION_ROW_TOKENS = 512
+# 1.1 times for 305 (32 heads of 64, AVX512-bf16, torch 2.13). Longer rows rather save the memory.
+_MIN_LOW_PRECISION_ROW_TOKENS = 256
 
 
 @dataclass(frozen=True)

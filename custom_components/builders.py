@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules import (
-    RMSNorm,
     RotaryPositionalEmbeddings,
     TiedLinear,
     TransformerDecoder,
@@ -23,6 +22,7 @@ from custom_components.attention import RowLengths, SelfAttention
 from custom_components.llama_shapes import LlamaShape
 from custom_components.lora import FrozenLinear, LoRALinear
 from custom_components.mlp import FeedForward
+from custom_components.rms_norm import RMSNorm
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 HUGGING_FACE_SPELLINGS = {"o_proj": "output_proj"}

@@ -33,7 +33,7 @@ LAYERS = [
         "row_preview",
         "text_stream",
     ],
-    ["nf4", "lora", "attention", "mlp", "llama_shapes", "builders", "nf4_gemv", "inference_linear"],
+    ["nf4", "lora", "attention", "mlp", "rms_norm", "llama_shapes", "builders", "nf4_gemv", "inference_linear"],
     ["packing", "batching", "loss", "gradients", "compiling", "simulated_step"],
     [
         "checkpoint_files",

@@ -1,0 +1,55 @@
+"""L31: the peak of memory is measured and reported, and the estimate made before the run is within a tenth of it."""
+
+import json
+
+import pytest
+import torch
+
+from custom_components.components import instantiate
+from custom_components.config import load_settings
+from custom_components.memory_estimate import estimate_memory
+from custom_components.settings import TrainingSettings
+from tests.conftest import write_checkpoint
+from tests.test_lora_single_device import tune_run
+
+NUM_ROWS, ROW_TOKENS = 4, 400
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A checkpoint whose step takes far more than the process itself, and rows that are all cut to one length."""
+    folder = tmp_path_factory.mktemp("memory")
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+    write_checkpoint(folder / "checkpoint", **sizes, num_key_value_heads=8, max_position_embeddings=1024)
+    words = " ".join(f"word{number}" for number in range(ROW_TOKENS))
+    rows = [json.dumps({"prompt": "say", "completion": f"{index} {words}"}) for index in range(3 * NUM_ROWS)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("quantize_base=true", "enable_activation_checkpointing=false"),
+        pytest.param(("quantize_base=false", "enable_activation_checkpointing=false"), marks=pytest.mark.slow),
+        pytest.param(("quantize_base=true", "enable_activation_checkpointing=true"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_L31_the_estimate_is_within_a_tenth_of_the_measured_peak(job, tmp_path, choices):
+    arguments = [
+        *("--config", "configs/llama_qlora.yaml", f"checkpoint_dir={job / 'checkpoint'}", f"output_dir={tmp_path}/out"),
+        *(f"dataset.source={job / 'rows.jsonl'}", f"max_seq_len={ROW_TOKENS}", f"batch_size={NUM_ROWS}", "device=cpu"),
+        *("gradient_accumulation_steps=1", "dtype=bf16", "cache_dir=null", *choices),
+    ]
+    result = tune_run(*arguments)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert {record["tokens"] for record in records} == {NUM_ROWS * ROW_TOKENS}
+    settings = load_settings(TrainingSettings, arguments)
+    with torch.device("meta"):
+        model = instantiate(settings.model)
+    estimate = estimate_memory(model, settings, torch.bfloat16, "cpu", [ROW_TOKENS] * NUM_ROWS)
+    num_recomputed_layers = len(model.layers) if settings.enable_activation_checkpointing else 0
+    estimated_gib = estimate.peak_bytes(num_recomputed_layers) / 2**30
+    assert estimated_gib == pytest.approx(records[-1]["peak_memory_gib"], rel=0.1)
