@@ -56,7 +56,7 @@ def load_base_weights(
     }
     cache = cached = None
     if quantized_cache_dir is not None and quantized:
-        cache = QuantizedCache(quantized_cache_dir, {source.file for source in sources.values()})
+        cache = QuantizedCache(quantized_cache_dir, checkpoint_dir, shape)
         cached = cache.weights(quantized, dtype, device)
 
     def load(name: str) -> None:

@@ -1,14 +1,19 @@
 """Choosing rows of a forward and recomputed layers so that a run fits its device: `auto` in the config."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
 
 import torch
 from torchtune.modules import TransformerDecoder
+from torchtune.training import OffloadActivations
 
+from custom_components.batching import collate
+from custom_components.components import instantiate
+from custom_components.gradients import NOWHERE_ELSE, accumulate_gradients
 from custom_components.memory import usable_bytes
-from custom_components.memory_estimate import estimate_memory
+from custom_components.memory_estimate import estimate_memory, optimizer_bytes_per_parameter
 from custom_components.settings import TrainingSettings
 
 # A weight is dequantized once a forward; beyond this many tokens that is too little of it for a fuller one to pay.
@@ -105,7 +110,62 @@ def largest_forward(
     return tuple(nlargest(batch_size, lengths))
 
 
-def tried_fit(fit: Fit, num_layers: int, may_recompute: bool, may_shrink: bool, try_step: Callable[[Fit], None]) -> Fit:
+def tried_fit(
+    fit: Fit,
+    model: TransformerDecoder,
+    settings: TrainingSettings,
+    lengths: Sequence[int],
+    max_seq_len: int | None,
+    device: torch.device,
+) -> Fit:
+    """On CUDA, what `auto` came to is tried with the largest step that may come, and made smaller until it fits.
+
+    Args:
+        model: with its weights, on the device.
+
+    Raises:
+        torch.OutOfMemoryError: the smallest does not fit either.
+    """
+    if device.type != "cuda" or not fit.words:
+        return fit
+    loss_function, scaler = instantiate(settings.loss), torch.amp.GradScaler(device.type, enabled=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_optimizer_bytes = round(sum(p.numel() for p in trained) * optimizer_bytes_per_parameter(settings))
+
+    def try_step(fit: Fit) -> None:
+        row_lengths = largest_forward(lengths, max_seq_len, fit.batch_size, is_packed=settings.packed)
+        batch = collate([{"tokens": [0] * length, "labels": [0] * length} for length in row_lengths])
+        # In the second forward the gradients stand, and what the optimizer will keep.
+        optimizer_state = torch.empty(num_optimizer_bytes, dtype=torch.uint8, device=device)
+        try:
+            accumulate_gradients(
+                model.train(),
+                [batch] * min(2, fit.gradient_accumulation_steps),
+                loss_function,
+                scaler,
+                num_recomputed_layers=fit.num_recomputed_layers,
+                neftune_noise_alpha=settings.neftune_noise_alpha,
+                activations_kept=OffloadActivations() if settings.enable_activation_offloading else NOWHERE_ELSE,
+                device=device,
+            )
+        finally:
+            model.zero_grad(set_to_none=True)
+            del optimizer_state
+
+    fit = first_fitting(
+        fit,
+        len(model.layers),
+        may_recompute=settings.enable_activation_checkpointing == "auto",
+        may_shrink=settings.batch_size == "auto",
+        try_step=try_step,
+    )
+    torch.cuda.reset_peak_memory_stats(device)  # what did not fit is not to count as the run's peak
+    return fit
+
+
+def first_fitting(
+    fit: Fit, num_layers: int, *, may_recompute: bool, may_shrink: bool, try_step: Callable[[Fit], None]
+) -> Fit:
     """The first cut, from `fit` on to smaller ones, whose largest step the device does not refuse.
 
     Args:
@@ -128,4 +188,5 @@ def tried_fit(fit: Fit, num_layers: int, may_recompute: bool, may_shrink: bool, 
                 fit = replace(fit, num_recomputed_layers=num_layers)
             else:
                 raise
+        gc.collect()
         torch.cuda.empty_cache()

@@ -44,8 +44,8 @@ def accumulate_gradients(
     """
     num_supervised_tokens = sum(batch.num_supervised_tokens for batch in batches)
     total = torch.zeros((), device=device)
-    for batch in batches:
-        batch = batch.to(device)
+    # note: before the first forward, because copying from the host waits for what the device is doing.
+    for batch in [batch.to(device) for batch in batches]:
         with activations_kept:
             hidden_1TD = final_hidden_states(
                 model,
@@ -80,13 +80,13 @@ def validation_loss(
     """
     was_training = model.training
     model.eval()
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
         hidden_1TD = final_hidden_states(model, batch.tokens_1T, batch.rows, batch.positions_1T)
-        total += supervised_loss(model, hidden_1TD, batch, loss_function).item()
+        total += supervised_loss(model, hidden_1TD, batch, loss_function)
     model.train(was_training)
-    mean = total / sum(batch.num_supervised_tokens for batch in batches)
+    mean = total.item() / sum(batch.num_supervised_tokens for batch in batches)
     if not math.isfinite(mean):
         raise UserError(f"the validation loss is {mean}; lower optimizer.lr")
     return mean

@@ -1,5 +1,6 @@
 """What a training run will need, by kind of memory, before anything is loaded."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,9 +112,11 @@ def estimate_memory(
 def optimizer_bytes_per_parameter(settings: TrainingSettings) -> float:
     """What the config's optimizer keeps for every parameter, found by letting it take a step."""
     parameter = nn.Parameter(torch.zeros(_OPTIMIZER_PROBE_SIZE))
-    optimizer = instantiate(settings.optimizer, [parameter])
-    parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # paged optimizers say that they do not page on the CPU
+        optimizer = instantiate(settings.optimizer, [parameter])
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
     state = optimizer.state[parameter].values()
     num_bytes = sum(value.nbytes for value in state if isinstance(value, torch.Tensor) and value.numel() > 1)
     return num_bytes / _OPTIMIZER_PROBE_SIZE

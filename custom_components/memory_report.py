@@ -1,8 +1,7 @@
 """An estimate of memory as tables for the terminal."""
 
 import bisect
-from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from custom_components.memory_estimate import MemoryEstimate
@@ -21,6 +20,8 @@ _CARDS_GIB = {
 # What the allocator cannot use, because free pieces lie between used ones.
 _USABLE_SHARE = 0.95
 _MAX_ROW_TOKENS = 2**20
+# What a forward has to have for memory to be a straight line in its tokens.
+MANY_TOKENS = 8192
 
 
 def memory_table(estimate: MemoryEstimate, device_type: str, checkpointing: bool | Literal["auto"]) -> str:
@@ -49,30 +50,53 @@ def memory_table(estimate: MemoryEstimate, device_type: str, checkpointing: bool
     return "\n".join(lines)
 
 
-def card_table(
-    half_a_row: MemoryEstimate,
-    one_row: MemoryEstimate,
-    row_tokens: int,
-    batch_size: int,
-    checkpointing: bool | Literal["auto"],
-) -> str:
-    """Which cards the run fits, and the largest batch and the longest row that they hold.
+@dataclass(frozen=True)
+class MemoryLine:
+    """Memory as a straight line in the tokens of a forward, through an estimate and one of twice the tokens.
 
-    Args:
-        half_a_row, one_row: estimates for CUDA of a forward of row_tokens // 2 and of row_tokens; memory is a straight
-            line in tokens.
+    Smaller forwards are off the line: the loss has not filled a chunk, and adapters' gradients outweigh activations.
     """
 
-    def estimate_of(num_tokens: int) -> MemoryEstimate:
-        return replace(one_row, step=_at_tokens(half_a_row.step, one_row.step, row_tokens // 2, row_tokens, num_tokens))
+    num_tokens: int
+    estimate: MemoryEstimate
+    estimate_of_twice: MemoryEstimate
 
-    lines = [f"{'card':16}{'this config':24}{'largest batch':>15}{'longest row, batch 1':>22}"]
+    def at(self, num_tokens: int) -> MemoryEstimate:
+        share = num_tokens / self.num_tokens - 1
+        values = {
+            field.name: round(
+                (1 - share) * getattr(self.estimate.step, field.name)
+                + share * getattr(self.estimate_of_twice.step, field.name)
+            )
+            for field in fields(StepMemory)
+        }
+        return replace(self.estimate, step=StepMemory(**values))
+
+    def largest_forward_tokens(self, usable_bytes: int) -> int:
+        """The most tokens of a forward that fit with all layers recomputed; 0 if none do."""
+
+        def is_too_large(num_tokens: int) -> bool:
+            estimate = self.at(num_tokens)
+            return estimate.peak_bytes(estimate.num_layers) > usable_bytes
+
+        return bisect.bisect_left(range(1, _MAX_ROW_TOKENS), True, key=is_too_large)
+
+
+def card_table(
+    this_config: MemoryEstimate, line: MemoryLine, row_tokens: int, checkpointing: bool | Literal["auto"]
+) -> str:
+    """Which cards the run fits, and the largest forward that they hold.
+
+    Args:
+        this_config: the estimate for CUDA of the config's own forward.
+    """
+    lines = [f"{'card':16}{'this config':24}{'largest batch':>15}{'tokens of a forward':>22}"]
     for card, card_gib in _CARDS_GIB.items():
         usable_bytes = int(_USABLE_SHARE * card_gib * _GIB)
-        largest_tokens = _largest_forward_tokens(estimate_of, usable_bytes)
-        verdict = _verdict(estimate_of(batch_size * row_tokens), usable_bytes, checkpointing)
+        largest_tokens = line.largest_forward_tokens(usable_bytes)
+        verdict = _verdict(this_config, usable_bytes, checkpointing)
         lines.append(f"{card:16}{verdict:24}{largest_tokens // row_tokens:15,}{largest_tokens:22,}")
-    lines.append(f"largest batch of rows of {row_tokens} tokens, and longest row: with all layers recomputed")
+    lines.append(f"largest batch of rows of {row_tokens} tokens, most tokens of a forward: with all layers recomputed")
     return "\n".join(lines)
 
 
@@ -84,23 +108,3 @@ def _verdict(estimate: MemoryEstimate, usable_bytes: int, checkpointing: bool | 
     if fewest is None:
         return "does not fit"
     return f"fits, {fewest} of {estimate.num_layers} recomputed" if fewest else "fits"
-
-
-def _largest_forward_tokens(estimate_of: Callable[[int], MemoryEstimate], usable_bytes: int) -> int:
-    """The most tokens of a forward that fit with all layers recomputed; 0 if none do."""
-
-    def is_too_large(num_tokens: int) -> bool:
-        estimate = estimate_of(num_tokens)
-        return estimate.peak_bytes(estimate.num_layers) > usable_bytes
-
-    return bisect.bisect_left(range(1, _MAX_ROW_TOKENS), True, key=is_too_large)
-
-
-def _at_tokens(low: StepMemory, high: StepMemory, low_tokens: int, high_tokens: int, num_tokens: int) -> StepMemory:
-    """The point of a straight line through two."""
-    share = (num_tokens - low_tokens) / (high_tokens - low_tokens)
-    values = {
-        field.name: round(getattr(low, field.name) + share * (getattr(high, field.name) - getattr(low, field.name)))
-        for field in fields(StepMemory)
-    }
-    return StepMemory(**values)

@@ -172,17 +172,67 @@ def _bitsandbytes_works(device_type: str) -> bool:
     return True
 
 
+# A dequantized weight of the CPU's products, of each dtype; see `_dense_for_product`.
+_shared_memory: dict[torch.dtype, Tensor] = {}
+_NUM_WEIGHTS_AT_A_TIME = 2**21
+
+
+def _dense_for_product(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """The dequantized weight, for a product that is made before the next weight is asked for.
+
+    On the CPU all are written to the same memory, a piece at a time, because fresh memory costs three times as much as
+    the dequantizing: the system zeroes it page by page, and the gaps it leaves are not filled.
+    """
+    if weight.device.type != "cpu" or not _bitsandbytes_dequantizes("cpu"):
+        return dequantize(weight, dtype)
+    if dtype not in _shared_memory or _shared_memory[dtype].numel() < weight.numel():
+        with torch.inference_mode(False):  # or training could not write to what answering made
+            _shared_memory[dtype] = torch.empty(weight.numel(), dtype=dtype)
+    dense = _shared_memory[dtype][: weight.numel()]
+    scalers = block_scalers(weight)
+    for start in range(0, weight.numel(), _NUM_WEIGHTS_AT_A_TIME):
+        piece = dense[start : start + _NUM_WEIGHTS_AT_A_TIME]
+        codes = weight.quantized_data[start // 2 :][: piece.numel() // 2].view(-1, 1)
+        piece_scalers = scalers[start // BLOCK_SIZE :][: piece.numel() // BLOCK_SIZE]
+        dequantized = torch.ops.bitsandbytes.dequantize_4bit(
+            codes, piece_scalers, BLOCK_SIZE, "nf4", list(piece.shape), dtype
+        )
+        piece.copy_(dequantized.view_as(piece))
+    return dense.view(weight.shape)
+
+
+def _product(input: Tensor, weight: NF4Tensor, *, transposed: bool) -> Tensor:
+    """`input @ weight.T`, or transposed `input @ weight`."""
+    if torch.compiler.is_compiling():
+        return _opaque_product(input, stored_tensors(weight), list(weight.shape), transposed)
+    dense = _dense_for_product(weight, input.dtype)
+    return input @ dense if transposed else F.linear(input, dense)
+
+
+# note: seen as two operations, forward and backward dequantize the same weight, and the compiler keeps it from one to
+# the other: 16 bits a weight for all layers.
+@torch.library.custom_op("llama_lora_recipes::nf4_product", mutates_args=())
+def _opaque_product(input: Tensor, stored: Sequence[Tensor], shape: Sequence[int], transposed: bool) -> Tensor:
+    weight = from_stored_tensors(stored, torch.Size(shape), input.dtype)
+    return _product(input, weight, transposed=transposed)
+
+
+@_opaque_product.register_fake
+def _(input: Tensor, stored: Sequence[Tensor], shape: Sequence[int], transposed: bool) -> Tensor:
+    return input.new_empty(*input.shape[:-1], shape[1] if transposed else shape[0])
+
+
 class _NF4Linear(torch.autograd.Function):
     """`input @ weight.T` that keeps the 4-bit weight for the backward, never a dequantized copy."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: NF4Tensor) -> Tensor:
         ctx.weight = weight
-        return F.linear(input, dequantize(weight, input.dtype))
+        return _product(input, weight, transposed=False)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return grad_output @ dequantize(ctx.weight, grad_output.dtype), None
+        return _product(grad_output, ctx.weight, transposed=True), None
 
 
 def linear(input: Tensor, weight: Tensor) -> Tensor:

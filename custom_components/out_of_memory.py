@@ -13,7 +13,10 @@ class StepMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._standing_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self._standing_bytes = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # loading's peak is not a step's
+            self._standing_bytes = torch.cuda.memory_allocated(device)
         self.bytes_per_token = 0.0
 
     def add_step(self, largest_forward_tokens: int) -> None:

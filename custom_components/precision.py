@@ -25,6 +25,8 @@ def resolved_device(name: str) -> torch.device:
         raise UserError(
             f"device: {name!r} is not there ({torch.cuda.device_count()} CUDA devices found); use device=auto"
         )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # torchtune's offloading brings activations back to the current one
     return device
 
 

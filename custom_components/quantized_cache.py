@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,25 +13,29 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 
 from custom_components import nf4
 from custom_components.atomic_files import whole_file
+from custom_components.llama_shapes import LlamaShape
 
 # Part of every key: raised whenever the same checkpoint would give other values.
 _VERSION = 1
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
 _SAMPLE_BYTES, _BYTES_BETWEEN_SAMPLES = 2**12, 2**22
 
 
 class QuantizedCache:
     """The place of one checkpoint's quantized weights.
 
-    The key is the names, sizes and times of change of the checkpoint's files, and samples of their content: hashing all
-    of it would take as long as the cache saves.
+    The key is the model's shape, which decides the order of rows, and the names, sizes and times of change of the files
+    that may hold weights, and samples of their content: hashing all of it would take as long as the cache saves.
 
     Args:
         cache_dir: the folder of all caches.
-        checkpoint_files: those that hold weights.
+        checkpoint_dir: where the weights are.
+        shape: what its config says.
     """
 
-    def __init__(self, cache_dir: Path, checkpoint_files: Iterable[Path]) -> None:
-        digest = hashlib.sha256(str(_VERSION).encode())
+    def __init__(self, cache_dir: Path, checkpoint_dir: Path, shape: LlamaShape) -> None:
+        digest = hashlib.sha256(f"{_VERSION} {shape}".encode())
+        checkpoint_files = [file for suffix in WEIGHT_SUFFIXES for file in checkpoint_dir.glob(f"*{suffix}")]
         for file in sorted(checkpoint_files):
             status = file.stat()
             digest.update(json.dumps([file.name, status.st_size, status.st_mtime_ns]).encode())

@@ -196,10 +196,20 @@ def check_resumed_config(path: Path, settings: TrainingSettings) -> None:
 
 
 def with_batches_of(path: Path, settings: TrainingSettings) -> TrainingSettings:
-    """A config whose `batch_size: auto` is what it came to when the checkpoint's run began."""
+    """A config whose `batch_size: auto` is what it came to when the checkpoint's run began.
+
+    Raises:
+        UserError: the rows of an optimizer step are others now.
+    """
     if settings.batch_size != "auto":
         return settings
     before = _config_of(path)
+    num_step_rows = before["batch_size"] * before["gradient_accumulation_steps"]
+    if settings.gradient_accumulation_steps != num_step_rows:
+        raise UserError(
+            f"resume_from_checkpoint: gradient_accumulation_steps, with batch_size auto the rows of a step, was "
+            f"{num_step_rows}, now {settings.gradient_accumulation_steps}: set it back, or begin a new run"
+        )
     return settings.model_copy(update={key: before[key] for key in ("batch_size", "gradient_accumulation_steps")})
 
 

@@ -4,6 +4,7 @@ tune run recipes/estimate.py --config configs/llama2_7b_qlora.yaml batch_size=4 
 """
 
 import sys
+from functools import partial
 
 import torch
 
@@ -11,7 +12,7 @@ from custom_components.components import instantiate
 from custom_components.config import load_settings
 from custom_components.errors import run_recipe
 from custom_components.memory_estimate import estimate_memory
-from custom_components.memory_report import card_table, memory_table
+from custom_components.memory_report import MANY_TOKENS, MemoryLine, card_table, memory_table
 from custom_components.precision import resolved_device, resolved_dtype
 from custom_components.settings import TrainingSettings
 
@@ -28,10 +29,13 @@ def recipe_main() -> None:
     print(f"{batch_size} {rows} of {row_tokens} tokens a forward, every token supervised; dtype {dtype_words}")
 
     estimate = estimate_memory(model, settings, dtype, device.type, [row_tokens] * batch_size)
-    one_row = estimate_memory(model, settings, dtype, "cuda", [row_tokens])
-    half_a_row = estimate_memory(model, settings, dtype, "cuda", [row_tokens // 2])
     print(memory_table(estimate, device.type, settings.enable_activation_checkpointing))
-    print(card_table(half_a_row, one_row, row_tokens, batch_size, settings.enable_activation_checkpointing))
+    card_dtype = torch.bfloat16 if settings.dtype == "auto" else dtype
+    on_card = partial(estimate_memory, model, settings, card_dtype, "cuda")
+    this_config = on_card([row_tokens] * batch_size)
+    many = max(2, MANY_TOKENS // row_tokens)
+    line = MemoryLine(many * row_tokens, on_card([row_tokens] * many), on_card([row_tokens] * 2 * many))
+    print(card_table(this_config, line, row_tokens, settings.enable_activation_checkpointing))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from custom_components.compiling import compile_layers, compiles_layers
 from custom_components.components import instantiate
 from custom_components.config import load_settings, write_yaml
 from custom_components.errors import run_recipe
-from custom_components.fitting import Fit, fit_to_device, largest_forward, tried_fit
+from custom_components.fitting import Fit, fit_to_device, tried_fit
 from custom_components.gradients import (
     NOWHERE_ELSE,
     accumulate_gradients,
@@ -96,7 +96,7 @@ def recipe_main() -> None:
         if init_adapter is not None:
             copy_into_adapter(model, init_adapter)
         describe_model(model, settings, device, dtype_words)
-        fit = try_largest_step(fit, model, dataset, tokenizer, settings, device)
+        fit = tried_fit(fit, model, settings, dataset.lengths, tokenizer.max_seq_len, device)
         describe_fit(fit, settings, len(model.layers))
         cut = {"batch_size": fit.batch_size, "gradient_accumulation_steps": fit.gradient_accumulation_steps}
         settings = settings.model_copy(update=cut)
@@ -143,32 +143,6 @@ def training_and_validation(
     return dataset, None
 
 
-def try_largest_step(
-    fit: Fit,
-    model: TransformerDecoder,
-    dataset: ChatDataset,
-    tokenizer: Llama2ChatTransform,
-    settings: TrainingSettings,
-    device: torch.device,
-) -> Fit:
-    """On CUDA, what `auto` came to is tried on the largest forward that may come, and made smaller until it fits."""
-    if device.type != "cuda" or not fit.words:
-        return fit
-
-    def try_step(fit: Fit) -> None:
-        lengths = largest_forward(dataset.lengths, tokenizer.max_seq_len, fit.batch_size, is_packed=settings.packed)
-        rows = [{"tokens": [0] * length, "labels": [0] * length} for length in lengths]
-        loss_function, scaler = instantiate(settings.loss), torch.amp.GradScaler(device.type, enabled=False)
-        recomputed = fit.num_recomputed_layers
-        accumulate_gradients(
-            model, [collate(rows)], loss_function, scaler, num_recomputed_layers=recomputed, device=device
-        )
-        model.zero_grad(set_to_none=True)
-
-    may_recompute, may_shrink = settings.enable_activation_checkpointing == "auto", settings.batch_size == "auto"
-    return tried_fit(fit, len(model.layers), may_recompute, may_shrink, try_step)
-
-
 def train(
     model: TransformerDecoder,
     state: TrainingState,
@@ -196,7 +170,7 @@ def train(
     step_memory = StepMemory(device)
     progress = state.progress
     activations_kept = OffloadActivations() if settings.enable_activation_offloading else NOWHERE_ELSE
-    num_forwards = sum(len(forwards) for _, forwards in steps[progress.num_steps :])
+    num_forwards = sum(len(forwards) for _, forwards in steps)
     if compiles_layers(settings.compile, device, num_forwards):
         compile_layers(model, is_optional=settings.compile == "auto")
 

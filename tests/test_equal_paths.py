@@ -61,6 +61,12 @@ def test_a_compiled_step_equals_the_plain_one(make_checkpoint):
     compile_layers(model, is_optional=False)
     for seed in range(3):
         torch.testing.assert_close(step(model, random_rows(5, seed)), expected[seed], atol=1e-4, rtol=1e-4)
+    # A dequantized weight among them would be 16 bits a weight for all layers.
+    kept_shapes = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept_shapes.add(tuple(t.shape)) or t, lambda t: t):
+        step(model, random_rows(5, 3))
+    weight_shapes = {tuple(module.weight.shape) for module in model.layers.modules() if hasattr(module, "lora_a")}
+    assert not kept_shapes & (weight_shapes | {shape[::-1] for shape in weight_shapes})
 
 
 def test_rows_attend_as_with_the_dense_mask():

@@ -8,7 +8,7 @@ import torch
 from custom_components import fitting
 from custom_components.components import instantiate
 from custom_components.config import load_settings
-from custom_components.fitting import Fit, fit_to_device, largest_forward, tried_fit
+from custom_components.fitting import Fit, first_fitting, fit_to_device, largest_forward
 from custom_components.memory_estimate import estimate_memory
 from custom_components.settings import TrainingSettings
 from tests.conftest import CPU, PROJECT
@@ -87,7 +87,7 @@ def test_what_the_device_refuses_is_made_smaller(fitting_fit):
         if (fit.batch_size, -fit.num_recomputed_layers) > (fitting_fit.batch_size, -fitting_fit.num_recomputed_layers):
             raise torch.OutOfMemoryError
 
-    assert tried_fit(Fit(8, 1, 0), 4, True, True, try_step) == fitting_fit
+    assert first_fitting(Fit(8, 1, 0), 4, may_recompute=True, may_shrink=True, try_step=try_step) == fitting_fit
     if fitting_fit.batch_size < 8:
         with pytest.raises(torch.OutOfMemoryError):
-            tried_fit(Fit(8, 1, 4), 4, may_recompute=False, may_shrink=False, try_step=try_step)
+            first_fitting(Fit(8, 1, 4), 4, may_recompute=False, may_shrink=False, try_step=try_step)
