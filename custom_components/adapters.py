@@ -4,7 +4,7 @@ What PEFT's config has no place for, the prompt format the adapter was trained w
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,14 @@ def save_adapter(
     with whole_directory(adapter_dir) as directory:
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-        (directory / PROMPT_FORMAT_NAME).write_text(
-            yaml.safe_dump(vars(prompt_format), sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        write_prompt_format(prompt_format, directory)
         if card is not None:
             (directory / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def write_prompt_format(prompt_format: PromptFormat, directory: Path) -> None:
+    text = yaml.safe_dump(vars(prompt_format), sort_keys=False, allow_unicode=True)
+    (directory / PROMPT_FORMAT_NAME).write_text(text, encoding="utf-8")
 
 
 def load_adapter(model: TransformerDecoder, adapter_dir: Path) -> None:
@@ -199,17 +202,6 @@ def load_model_for_inference(
     return model.eval()
 
 
-def read_prompt_format(adapter_dir: Path) -> PromptFormat | None:
-    """The prompt format of an adapter, or None where another tool made it and it says none."""
-    path = adapter_dir / PROMPT_FORMAT_NAME
-    if not path.exists():
-        return None
-    try:
-        return PromptFormat(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError) as error:
-        raise UserError(f"{path}: not a prompt format ({error})") from None
-
-
 def base_model_name(checkpoint_dir: Path) -> str:
     """The hub name of a downloaded checkpoint, which `tune download` leaves beside it, else the directory."""
     try:
@@ -229,13 +221,17 @@ def check_adapter_was_trained(model: nn.Module) -> None:
         raise UserError(
             "optimizer.lr: every B of the adapter is still zero, nothing was learned; raise the learning rate"
         )
-    broken = [
+    if broken := modules_not_finite(modules):
+        raise UserError(f"optimizer.lr: the adapter of {broken[0]} is not finite; lower the learning rate")
+
+
+def modules_not_finite(modules: Mapping[str, LoRALinear]) -> list[str]:
+    """The names of those whose adapter has a NaN or an infinite value."""
+    return [
         name
         for name, module in modules.items()
         if not all(module.get_parameter(parameter).isfinite().all() for parameter in module.adapter_params())
     ]
-    if broken:
-        raise UserError(f"optimizer.lr: the adapter of {broken[0]} is not finite; lower the learning rate")
 
 
 def _problems_of_settings(model: TransformerDecoder, stored: StoredAdapter) -> list[str]:

@@ -1,5 +1,6 @@
 """A conversation with a model: history, commands, and a cache that is read again only from where it differs."""
 
+import contextlib
 import sys
 from collections.abc import Generator, Sequence
 from itertools import takewhile
@@ -8,6 +9,7 @@ from typing import TextIO
 from custom_components.errors import UserError
 from custom_components.generation import prompt_tokens, streamed_answer
 from custom_components.incremental import IncrementalLlama, KeyValueCache
+from custom_components.prompts import chat_messages
 from custom_components.sampling import Sampling
 from custom_components.transforms import Llama2ChatTransform
 
@@ -64,7 +66,11 @@ class Conversation:
         raise AssertionError
 
     def answer(self, question: str) -> Generator[str]:
-        """The answer in pieces of text. What has come is kept in the history, also when the caller stops early."""
+        """The answer in pieces of text.
+
+        What has come is kept in the history, also when the caller stops early; but not an answer with one of the
+        template's own marks in it: no dialog can hold that.
+        """
         dialog = self._dialog(self.exchanges, question)
         tokens = prompt_tokens(self._tokenizer, dialog, self._model.max_seq_len)
         self._rewind_cache(tokens)
@@ -82,7 +88,10 @@ class Conversation:
                 pieces.append(piece)
                 yield piece
         finally:
-            self.exchanges.append((question, "".join(pieces)))
+            exchange = (question, "".join(pieces))
+            with contextlib.suppress(ValueError):
+                self._tokenizer.check(chat_messages(self._dialog([exchange], question)))
+                self.exchanges.append(exchange)
 
     def _dialog(self, exchanges: Sequence[tuple[str, str]], question: str) -> list[dict[str, str]]:
         dialog = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
@@ -150,6 +159,7 @@ def answer_line(conversation: Conversation, question: str, is_interactive: bool)
         return
     if num_forgotten:
         say(f"the context is full: the oldest {num_forgotten} of the exchanges are forgotten")
+    num_kept = len(conversation.exchanges)
     pieces = conversation.answer(question)
     try:
         for piece in pieces:
@@ -159,6 +169,8 @@ def answer_line(conversation: Conversation, question: str, is_interactive: bool)
         if not is_interactive:
             raise
     print(flush=True)
+    if len(conversation.exchanges) == num_kept:
+        say("the answer has a mark of the prompt format in it, so this exchange is forgotten")
 
 
 def say(text: str) -> None:

@@ -19,6 +19,9 @@ from torchtune.models.convert_weights import _FROM_HF, _FROM_META
 from custom_components.errors import UserError
 from custom_components.llama_shapes import LlamaShape
 
+# Hugging Face's name of a tensor by torchtune's, for `get_mapped_key`, which fills in the layer's number.
+HUGGING_FACE_NAMES = {tune: hf for hf, tune in _FROM_HF.items() if tune is not None}
+
 
 @dataclass(frozen=True)
 class StoredTensor:

@@ -14,6 +14,8 @@ from typing import Any
 
 from custom_components.errors import UserError
 
+_KEY = "dataset.source"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -39,6 +41,7 @@ def read_rows(
     revision: str | None = None,
     streaming: bool = False,
     on_bad_row: Callable[[BadRow], None] = _raise,
+    key: str = _KEY,
 ) -> Iterator[Row]:
     """The rows of local files, or of a data set on the hub, one by one.
 
@@ -49,13 +52,14 @@ def read_rows(
         split, subset, revision: of a data set on the hub; files have none.
         streaming: fetch a data set on the hub while it is read, rather than as a whole before.
         on_bad_row: called with a record that is broken; if it returns, reading goes on behind that record.
+        key: what errors call the source.
 
     Raises:
         UserError: no such file or data set, a kind of file that is not read, a file that is broken as a whole, by its
             line where it has any, or no row at all.
         BadRow: a single record that is broken, by its line, unless `on_bad_row` says otherwise.
     """
-    files = data_files(source)
+    files = data_files(source, key)
     num_rows = num_bad_rows = 0
     for row in _records(files) if files else _read_hub(source, split, subset, revision, streaming):
         if isinstance(row, BadRow):
@@ -66,11 +70,14 @@ def read_rows(
             yield row
     if num_rows == 0:
         reason = f": all {num_bad_rows} records are broken" if num_bad_rows else ""
-        raise UserError(f"dataset.source: {source!r} has no rows{reason}")
+        raise UserError(f"{key}: {source!r} has no rows{reason}")
 
 
-def data_files(source: str) -> list[Path]:
+def data_files(source: str, key: str = _KEY) -> list[Path]:
     """The files a source names, in the order they are read; none if it is a data set's name on the hub.
+
+    Args:
+        key: what errors call the source.
 
     Raises:
         UserError: a file of a kind that is not read, a directory without data files, a glob that matches nothing, or a
@@ -78,21 +85,21 @@ def data_files(source: str) -> list[Path]:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return _directory_files(source, path)
+        return _directory_files(source, path, key)
     if path.exists():
         files = [path]
     elif any(mark in source for mark in "*?["):
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob raises on 'data/**.jsonl'
         files = sorted(Path(name) for name in names if Path(name).is_file())
         if not files:
-            raise UserError(f"dataset.source: no file matches {source!r}")
+            raise UserError(f"{key}: no file matches {source!r}")
     elif _kind(path) in _READERS or source.count("/") != 1:
-        raise UserError(f"dataset.source: there is no file {source!r}")
+        raise UserError(f"{key}: there is no file {source!r}")
     else:
         return []
     for file in files:
         if _kind(file) not in _READERS:
-            raise UserError(f"dataset.source: {str(file)!r} is no {', '.join(_READERS)} file")
+            raise UserError(f"{key}: {str(file)!r} is no {', '.join(_READERS)} file")
     return files
 
 
@@ -100,13 +107,13 @@ def data_files(source: str) -> list[Path]:
 _NOT_DATA = {"dataset_info.json", "state.json", "dataset_dict.json"}
 
 
-def _directory_files(source: str, directory: Path) -> list[Path]:
+def _directory_files(source: str, directory: Path, key: str) -> list[Path]:
     entries = sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.is_file() and _kind(entry) in _READERS and entry.name not in _NOT_DATA]
     if not files:
         names = ", ".join(entry.name for entry in entries[:8]) or "nothing"
         raise UserError(
-            f"dataset.source: the directory {source!r} has no {', '.join(_READERS)} file, but {names}; "
+            f"{key}: the directory {source!r} has no {', '.join(_READERS)} file, but {names}; "
             "for files further down give a glob such as 'data/**/*.jsonl'"
         )
     return files

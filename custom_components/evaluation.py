@@ -125,12 +125,9 @@ def token_scores(model: TransformerDecoder, dataset: ChatDataset, batch_size: in
 
 def rows_by_source(dataset: ChatDataset) -> dict[str, ChatDataset]:
     """The rows of each source of a data set, in the order of the sources; those without a row are left out."""
-    # A mix holds the kept rows of its sources one after the other; `_rows` are numbers in that sequence.
-    source_ends = np.cumsum([summary.num_kept for summary in dataset.summaries])
-    source_of_row = np.searchsorted(source_ends, dataset._rows, side="right")
     indices: dict[str, list[int]] = {summary.source: [] for summary in dataset.summaries}
-    for index, source in enumerate(source_of_row):
-        indices[dataset.summaries[source].source].append(index)
+    for index, source in enumerate(dataset.sources):
+        indices[source].append(index)
     return {source: dataset.rows(rows) for source, rows in indices.items() if rows}
 
 
@@ -180,14 +177,8 @@ def generated_answers(
     max_new_tokens: int,
 ) -> list[str]:
     """The model's greedy answers, stripped as the references are."""
-    lengths = [len(question.prompt) for question in questions]
-    order = sorted(range(len(questions)), key=lambda index: -lengths[index])
-    # note: prompts that are decoded together end where the longest fills the context, so one with less room than
-    # max_new_tokens is decoded alone, or it would cut the others.
-    cramped = [index for index in order if lengths[index] + max_new_tokens > model.max_seq_len]
-    roomy = order[len(cramped) :]
-    batches = [[index] for index in cramped]
-    batches += [roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size)]
+    order = sorted(range(len(questions)), key=lambda index: -len(questions[index].prompt))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers = [""] * len(questions)
     for batch in tqdm(batches, "answering", unit="batch", leave=False, delay=2):
         ids = generate(

@@ -3,7 +3,7 @@
 Dimensions: `B` prompts, `P` tokens of the longest prompt, `S` new tokens, `L` tokens so far, `V` vocab_size.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -23,11 +23,15 @@ def generate(
     max_new_tokens: int,
     stop_tokens: Sequence[int],
     sampling: Sampling,
+    is_finished: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The answers to prompts of any lengths, decoded together, without the stop token that ended them.
 
     An answer ends at a stop token, after `max_new_tokens`, or where it and its prompt fill the model's context. It does
     not depend on the other prompts; every one draws with a generator of its own.
+
+    Args:
+        is_finished: asked with an answer's tokens after each of them, whether it ends there too.
     """
     if not isinstance(model, IncrementalLlama):
         model = IncrementalLlama(model)
@@ -40,6 +44,7 @@ def generate(
             is_open[index] = is_open[index] and has_room and token not in stop_tokens
             if is_open[index]:
                 answers[index].append(token)
+                is_open[index] = is_finished is None or not is_finished(answers[index])
         if not any(is_open):
             break
     return answers

@@ -15,15 +15,15 @@ import numpy as np
 import sentencepiece
 import torch
 from torch import Tensor
-from torchtune.models.convert_weights import _FROM_HF, get_mapped_key
+from torchtune.models.convert_weights import get_mapped_key
 
 from custom_components.atomic_files import whole_file
 from custom_components.builders import lora_llama
+from custom_components.checkpoint_files import HUGGING_FACE_NAMES
 from custom_components.errors import UserError
 from custom_components.llama_shapes import LlamaShape
 from custom_components.sentencepiece_model import Piece, PieceType, read_sentencepiece_model
 
-_HF_NAMES = {tune: hf for hf, tune in _FROM_HF.items() if tune is not None}
 # Rows that are converted together: a few tens of MB beside the tensor, whatever its size.
 _NUM_ROWS_AT_A_TIME = 1024
 
@@ -174,7 +174,7 @@ def _planned_tensors(gguf: ModuleType, shape: LlamaShape, quantization: str) -> 
             encoding = encodings.F16
         values_per_block, bytes_per_block = gguf.GGML_QUANT_SIZES[encoding]
         num_bytes = parameter.numel() // values_per_block * bytes_per_block
-        gguf_name = gguf_names.get_name(get_mapped_key(tune_name, _HF_NAMES), try_suffixes=(".weight",))
+        gguf_name = gguf_names.get_name(get_mapped_key(tune_name, HUGGING_FACE_NAMES), try_suffixes=(".weight",))
         plan[tune_name] = _PlannedTensor(gguf_name, tuple(parameter.shape), encoding, num_bytes, offset)
         offset += gguf.GGUFWriter.ggml_pad(num_bytes, gguf.GGUF_DEFAULT_ALIGNMENT)
     return plan

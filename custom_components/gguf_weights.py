@@ -4,13 +4,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchtune.models.convert_weights import _FROM_HF, get_mapped_key
+from torchtune.models.convert_weights import get_mapped_key
 from torchtune.modules import TransformerDecoder
 
 from custom_components.builders import lora_llama
+from custom_components.checkpoint_files import HUGGING_FACE_NAMES
 from custom_components.llama_shapes import LlamaShape
-
-_HF_NAMES = {tune: hf for hf, tune in _FROM_HF.items() if tune is not None}
 
 
 class GgufWeights:
@@ -31,7 +30,7 @@ class GgufWeights:
 
     def read(self, name: str) -> Tensor:
         """A tensor as the file holds it, in fp32."""
-        gguf_name = self._names.get_name(get_mapped_key(name, _HF_NAMES), try_suffixes=(".weight",))
+        gguf_name = self._names.get_name(get_mapped_key(name, HUGGING_FACE_NAMES), try_suffixes=(".weight",))
         assert gguf_name is not None, name
         stored = self._tensors[gguf_name]
         return torch.from_numpy(self._dequantize(stored.data, stored.tensor_type).copy())

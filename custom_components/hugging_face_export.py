@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchtune.models.convert_weights import _FROM_HF, get_mapped_key
+from torchtune.models.convert_weights import get_mapped_key
 
 from custom_components.chat_template import control_pieces_of, tokenizer_config
-from custom_components.checkpoint_files import halve_rope_rows
+from custom_components.checkpoint_files import HUGGING_FACE_NAMES, halve_rope_rows
 from custom_components.errors import UserError
 from custom_components.llama_shapes import LlamaShape
 from custom_components.safetensors_streaming import DEFAULT_MAX_SHARD_BYTES, write_safetensors
 from custom_components.tokenizer_json import fast_tokenizer
 from custom_components.transforms import Llama2ChatTransform
 
-_HF_NAMES = {tune: hf for hf, tune in _FROM_HF.items() if tune is not None}
 _CONFIG_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -41,8 +40,8 @@ def write_weights(
 
     write_safetensors(
         directory,
-        ((get_mapped_key(name, _HF_NAMES), in_hugging_face_order(name, tensor)) for name, tensor in tensors),
-        {get_mapped_key(name, _HF_NAMES): tensor_shape for name, tensor_shape in shapes.items()},
+        ((get_mapped_key(name, HUGGING_FACE_NAMES), in_hugging_face_order(name, tensor)) for name, tensor in tensors),
+        {get_mapped_key(name, HUGGING_FACE_NAMES): tensor_shape for name, tensor_shape in shapes.items()},
         dtype,
         max_shard_bytes,
     )

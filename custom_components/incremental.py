@@ -151,7 +151,7 @@ class IncrementalLayer(nn.Module):
             query = query_BNSH.reshape(batch_size, self.num_kv_heads, -1, query_BNSH.shape[-1])
             mask = None if mask_BSL is None else mask_BSL.unsqueeze(1)
             output = F.scaled_dot_product_attention(query, key_BKLH, value_BKLH, attn_mask=mask)
-            output_BSD = output.view_as(input_BSD)
+            output_BSD = output.reshape(input_BSD.shape)  # not view: some CUDA kernels give another memory layout
         else:
             output_BNSH = F.scaled_dot_product_attention(
                 query_BNSH,

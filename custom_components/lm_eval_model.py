@@ -138,6 +138,11 @@ class LlamaLM(TemplateLM):
             if settings["do_sample"]:
                 task = requests[indices[0]].task_name
                 raise UserError(f"tasks: {task!r} asks for answers drawn at random; only greedy ones are made")
+
+            def has_stop_text(ids: list[int], stop_texts: Sequence[str] = stop_texts) -> bool:
+                text = self._tokenizer.decode(ids)
+                return any(stop_text in text for stop_text in stop_texts)
+
             # A prompt keeps at least half of a short context.
             max_new_tokens = min(settings["max_gen_toks"], self.max_length // 2)
             indices = sorted(indices, key=lambda index: len(requests[index].args[0]))
@@ -149,6 +154,7 @@ class LlamaLM(TemplateLM):
                     max_new_tokens=max_new_tokens,
                     stop_tokens=[self.eot_token_id],
                     sampling=Sampling(),
+                    is_finished=has_stop_text,
                 )
                 for index, answer_ids in zip(batch, ids, strict=True):
                     text = self._tokenizer.decode(answer_ids)

@@ -42,6 +42,15 @@ def check_output_dir(output_dir: Path, inputs: Sequence[Path], *, overwrite: boo
             )
 
 
+def restore_replaced(output_dir: Path) -> None:
+    """Put back what a merge was killed while replacing, and delete what it had replaced already."""
+    for replaced in output_dir.parent.glob(f".{glob.escape(output_dir.name)}.replaced-*"):
+        if output_dir.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(output_dir)
+
+
 def check_space(output_dir: Path, num_weight_bytes: int) -> None:
     """Refuse a disk that is too small, before anything is written. What would be replaced counts as still there.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 
 from custom_components import nf4
-from custom_components.adapters import adapter_modules, load_adapter, model_for_adapter
+from custom_components.adapters import adapter_modules, load_adapter, model_for_adapter, modules_not_finite
 from custom_components.builders import lora_llama_from_config
 from custom_components.checkpoint_loading import check_checkpoint
 from custom_components.errors import UserError
@@ -110,9 +110,8 @@ def read_adapter(checkpoint_dir: Path, adapter_dir: Path, weight: float = 1.0) -
         if module.use_dora:
             module.magnitude = nn.Parameter(torch.empty(module.out_dim))
     load_adapter(model, adapter_dir)
-    for name, module in modules.items():
-        if not all(module.get_parameter(parameter).isfinite().all() for parameter in module.adapter_params()):
-            raise UserError(f"adapter_dir: {str(adapter_dir)!r}: the adapter of {name} is not finite; train it again")
+    if broken := modules_not_finite(modules):
+        raise UserError(f"adapter_dir: {str(adapter_dir)!r}: the adapter of {broken[0]} is not finite; train it again")
     return MergedAdapter(adapter_dir, weight, modules)
 
 

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from custom_components.adapters import base_model_name
+from custom_components.adapters import CARD_NAME, base_model_name
 from custom_components.builders import HUGGING_FACE_SPELLINGS
 from custom_components.data_sources import data_files
 from custom_components.errors import UserError
@@ -25,8 +25,6 @@ from custom_components.prompts import chat_messages, dialog_turns, prompt_templa
 from custom_components.settings import TrainingSettings
 from custom_components.tokenized_rows import ChatDataset
 from custom_components.training_state import Progress
-
-CARD_NAME = "README.md"
 
 _TAG = "llama-lora-recipes"
 _FIRST_SECTION = "\n## Data\n\n"
@@ -96,7 +94,7 @@ def merged_card(
         relation="finetune",
         library_name="transformers",
         tags=[_TAG],
-        datasets=[name for card, _ in cards for name in card.get("datasets", [])],
+        datasets=[name for card, _ in cards for name in (card.get("datasets") or [])],
     )
     parts = [
         front_matter,
@@ -148,7 +146,8 @@ def _card_metadata(path: Path) -> dict[str, Any]:
 def _own_card(adapter_dir: Path) -> tuple[dict[str, Any], str]:
     """Front matter and sections, from data to losses, of a card that :func:`adapter_card` made; else empty."""
     metadata = _card_metadata(adapter_dir / CARD_NAME)
-    if _TAG not in metadata.get("tags", []):
+    tags = metadata.get("tags")
+    if not isinstance(tags, list) or _TAG not in tags:
         return {}, ""
     text = (adapter_dir / CARD_NAME).read_text(encoding="utf-8")
     return metadata, text.partition(_FIRST_SECTION)[2].rpartition(_LAST_SECTION)[0].rstrip("\n")

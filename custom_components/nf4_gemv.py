@@ -25,13 +25,13 @@ def can_multiply(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether the weights can become one :class:`NF4GemvLinear` here, for inputs of `dtype`."""
     if not all(nf4.is_quantized(weight) for weight in weights):
         return False
-    if weights[0].device.type == "cuda":
-        return import_bitsandbytes() is not None
-    divides = all(
-        weight.shape[0] % _PACKED_ROWS == 0 and weight.shape[1] % nf4.BLOCK_SIZE == 0 and weight.device.type == "cpu"
-        for weight in weights
-    )
-    return divides and dtype == torch.bfloat16 and packed_gemv_works()
+    # A row of another length begins within a block, which the kernels do not expect.
+    if any(weight.shape[1] % nf4.BLOCK_SIZE for weight in weights):
+        return False
+    device_type = weights[0].device.type
+    if device_type == "cpu" and (dtype != torch.bfloat16 or any(weight.shape[0] % _PACKED_ROWS for weight in weights)):
+        return False
+    return device_type in ("cpu", "cuda") and gemv_works(device_type, dtype)
 
 
 class NF4GemvLinear(nn.Module):
@@ -85,7 +85,7 @@ def packed(codes_OJ: Tensor) -> Tensor:
 
     For 32 rows and two columns at a time, byte 2r + c holds column c of row r in its low half, of row 16 + r in its
     high half. `codes_OJ` has two columns in a byte, the first in the high half. The layout is bitsandbytes 0.50's; that
-    it still is, `packed_gemv_works` asks.
+    it still is, `gemv_works` asks.
     """
     halves_THRJ = codes_OJ.view(-1, 2, _PACKED_ROWS // 2, codes_OJ.shape[1])
     low_TRJ, high_TRJ = halves_THRJ[:, 0], halves_THRJ[:, 1]
@@ -102,15 +102,15 @@ def unpacked(codes_TJ32: Tensor) -> Tensor:
 
 
 @functools.cache
-def packed_gemv_works() -> bool:
-    """Whether this CPU and this bitsandbytes multiply the `packed` layout; tried on a small weight."""
+def gemv_works(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether this kind of device and this bitsandbytes multiply as they should; tried on a small weight."""
     if import_bitsandbytes() is None:
         return False
     generator = torch.Generator().manual_seed(0)
-    weight = nf4.quantize(torch.randn(64, 128, generator=generator), torch.bfloat16)
-    input = torch.randn(1, 128, generator=generator).to(torch.bfloat16)
+    weight = nf4.quantize(torch.randn(64, 128, generator=generator).to(device_type), dtype)
+    input = torch.randn(1, 128, generator=generator).to(device_type, dtype)
     try:
-        output = NF4GemvLinear([weight], torch.bfloat16)(input)
+        output = NF4GemvLinear([weight], dtype)(input)
     except (RuntimeError, AttributeError, ValueError):
         return False
     expected = F.linear(input.float(), nf4.dequantize_with_table(weight, torch.float32))

@@ -13,6 +13,7 @@ from typing import Any
 
 from torchtune.models.convert_weights import _FROM_HF
 
+from custom_components.checkpoint_files import HUGGING_FACE_NAMES
 from custom_components.errors import UserError
 
 CONFIG_NAME = "adapter_config.json"
@@ -23,7 +24,6 @@ TARGETS = {
 }
 BASE_WEIGHTS = ("tok_embeddings.weight", "output.weight")  # with an adapter on the head PEFT saves it too
 
-_HF_NAMES = {tune: hf for hf, tune in _FROM_HF.items() if tune is not None}
 _PARTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _TUNE_PARTS = {part.removesuffix(".weight"): tune for tune, part in _PARTS.items()}
 
@@ -137,7 +137,7 @@ def parameter_name(key: str) -> str | None:
 
 def hugging_face_module(module: str) -> str:
     """model.layers.0.self_attn.q_proj for layers.0.attn.q_proj."""
-    name = _renamed(module, _HF_NAMES)
+    name = _renamed(module, HUGGING_FACE_NAMES)
     assert name, module
     return name
 

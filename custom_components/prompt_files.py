@@ -11,6 +11,7 @@ from custom_components.data_sources import Row, read_rows
 from custom_components.errors import UserError
 from custom_components.generation import prompt_tokens
 from custom_components.row_formats import recognised_format
+from custom_components.row_formats_messages import listed
 from custom_components.transforms import Llama2ChatTransform
 
 ANSWER, BASE_ANSWER = "answer", "answer_base"
@@ -22,12 +23,17 @@ def check_output_file(path: Path) -> None:
     """Refuse a file that cannot be made.
 
     Raises:
-        UserError: it exists already, or its directory does not.
+        UserError: it exists already, its directory does not, or nothing can be written there.
     """
-    if path.exists():
-        raise UserError(f"output_file: {str(path)!r} exists already; delete it or name another")
-    if not path.parent.is_dir():
-        raise UserError(f"output_file: there is no directory {str(path.parent)!r}")
+    try:
+        if not path.parent.is_dir():
+            raise UserError(f"output_file: there is no directory {str(path.parent)!r}")
+        path.touch(exist_ok=False)
+        path.unlink()
+    except FileExistsError:
+        raise UserError(f"output_file: {str(path)!r} exists already; delete it or name another") from None
+    except OSError as error:
+        raise UserError(f"output_file: {str(path)!r} cannot be written ({error.strerror}); name another") from None
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,18 @@ def read_prompts(
     """
     if not path.exists():
         raise UserError(f"prompts_file: there is no file {str(path)!r}")
-    prompts, problems = [], []
-    for row in read_rows(str(path)):
-        try:
-            if taken := set(answer_columns) & set(row.values):
-                raise ValueError(f"has {sorted(taken)[0]!r} already, under which the answer is written; rename it")
-            prompts.append(FilePrompt(row, prompt_tokens(tokenizer, row_dialog(row.values), max_seq_len)))
-        except ValueError as error:
-            problems.append(f"{row.location}: {error}")
+    prompts: list[FilePrompt] = []
+    problems: list[str] = []
+    try:
+        for row in read_rows(str(path), key="prompts_file", on_bad_row=lambda error: problems.append(str(error))):
+            try:
+                if taken := set(answer_columns) & set(row.values):
+                    raise ValueError(f"has {sorted(taken)[0]!r} already, under which the answer is written; rename it")
+                prompts.append(FilePrompt(row, prompt_tokens(tokenizer, row_dialog(row.values), max_seq_len)))
+            except ValueError as error:
+                problems.append(f"{row.location}: {error}")
+    except UserError as error:  # what is wrong with the file as a whole, behind what is wrong with its rows
+        raise UserError(*problems[:9], *error.messages) from None
     if problems:
         raise UserError(*problems[:10])
     return prompts
@@ -83,32 +93,34 @@ def one_prompt(text: str, tokenizer: Llama2ChatTransform, max_seq_len: int) -> F
         raise UserError(f"prompt: {error}") from None
 
 
-def row_dialog(values: Mapping[str, Any]) -> list[Any]:
-    """A row's dialog up to the question that is to be answered.
+def row_dialog(values: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row's dialog up to the question that is to be answered, as it would be trained.
 
     Raises:
         ValueError: the row holds none.
     """
-    if "messages" in values:
-        dialog = values["messages"]
-        if not isinstance(dialog, list) or not dialog:
-            raise ValueError(f"'messages' holds {dialog!r:.60} where a list of messages is due")
-        is_answered = isinstance(dialog[-1], dict) and dialog[-1].get("role") == "assistant"
-        dialog = dialog[: len(dialog) - is_answered]
-        if not dialog:
-            raise ValueError("'messages' holds an answer and no question")
-    elif "prompt" in values:
-        system = [{"role": "system", "content": values["system"]}] if values.get("system") else []
-        dialog = [*system, {"role": "user", "content": values["prompt"]}]
-    else:
-        messages = recognised_format(values, values).convert(dict(values))[:-1]
-        dialog = [{"role": message.role, "content": message.content} for message in messages]
-        if not dialog:
-            raise ValueError("is plain text without a question")
-    question = dialog[-1].get("content") if isinstance(dialog[-1], dict) else None
-    if isinstance(question, str) and not question.strip():
+    values = _with_an_answer(values)
+    try:
+        row_format = recognised_format(values, values)
+    except ValueError:
+        raise ValueError(f"has no question in {listed(values)}; name it 'prompt', or give 'messages'") from None
+    dialog = row_format.convert(values)[:-1]
+    if not dialog:
+        raise ValueError("is plain text without a question")
+    if not dialog[-1].content.strip():
         raise ValueError("the prompt is empty")
-    return dialog
+    return [{"role": message.role, "content": message.content} for message in dialog]
+
+
+def _with_an_answer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with some answer at its end: the converters of rows to train on ask for one."""
+    answer = "-"
+    messages = values.get("messages")
+    if isinstance(messages, list) and messages:
+        is_answered = isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
+        question = messages[: len(messages) - is_answered]
+        return {**values, "messages": [*question, {"role": "assistant", "content": answer}]}
+    return {**values, "completion": answer} if "prompt" in values else dict(values)
 
 
 def write_answers(
@@ -127,7 +139,8 @@ def write_answers(
         answer_batch: from the tokens of up to `batch_size` prompts to the columns to add.
     """
     remaining = iter(prompts)
-    with output_file.open("x", encoding="utf-8") as file:
+    # Half a surrogate pair in another column is written as JSON spells it, and so as it was read.
+    with output_file.open("x", encoding="utf-8", errors="backslashreplace") as file:
         while window := list(islice(remaining, batch_size * _NUM_BATCHES_SORTED)):
             by_length = sorted(range(len(window)), key=lambda index: -len(window[index].tokens))
             answered: dict[int, dict[str, str]] = {}

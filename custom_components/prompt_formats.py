@@ -1,11 +1,40 @@
-"""The tokenizer and prompt format that an adapter was trained with, for everything that asks it questions."""
+"""The tokenizer and prompt format that an adapter or a merge was trained with, for all that asks it questions."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
-from custom_components.adapters import read_prompt_format
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from custom_components.adapters import PROMPT_FORMAT_NAME, PromptFormat
+from custom_components.errors import UserError
 from custom_components.transforms import Llama2ChatTransform
+
+
+def read_prompt_format(directory: Path) -> PromptFormat | None:
+    """The prompt format of an adapter or a merge; None where it states none, as those of other tools.
+
+    Raises:
+        UserError: what it states is no prompt format.
+    """
+    path = directory / PROMPT_FORMAT_NAME
+    if not path.exists():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return TypeAdapter(PromptFormat).validate_python(vars(PromptFormat(**values)))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(f"{path}: not a prompt format ({problem['loc'][0]}: {problem['msg']})") from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a prompt format ({' '.join(str(error).split())})") from None
+
+
+def stated_prompt_format(checkpoint_dir: Path, adapter_dir: Path | None) -> PromptFormat | None:
+    """The prompt format of an adapter, or else of the merge it is on."""
+    of_adapter = read_prompt_format(adapter_dir) if adapter_dir else None
+    return of_adapter or read_prompt_format(checkpoint_dir)
 
 
 def tokenizer_of_adapter(
@@ -18,19 +47,20 @@ def tokenizer_of_adapter(
     """The checkpoint's tokenizer with the prompt format and stop tokens of an adapter.
 
     Args:
-        adapter_dir: None, or an adapter that states no prompt format: Llama 2's.
-        prompt_template, system_prompt: say otherwise; where the adapter was trained with another, a warning says so.
+        adapter_dir: None, or an adapter that states no prompt format: that of the merge in `checkpoint_dir`, if it is
+            one, else Llama 2's.
+        prompt_template, system_prompt: say otherwise; where another was trained with, a warning says so.
 
     Raises:
         UserError: no tokenizer there, an unknown template, a damaged prompt format, or stop tokens that the tokenizer
             does not have.
     """
-    trained = read_prompt_format(adapter_dir) if adapter_dir else None
+    trained = stated_prompt_format(checkpoint_dir, adapter_dir)
     chosen: dict[str, Any] = {}
     for name, told, default in (("prompt_template", prompt_template, "llama2"), ("system_prompt", system_prompt, None)):
         trained_value = getattr(trained, name) if trained else default
         if trained and told is not None and told != trained_value:
-            print(f"warning: {name} is {told!r}, the adapter was trained with {trained_value!r}", file=sys.stderr)
+            print(f"warning: {name} is {told!r}, it was trained with {trained_value!r}", file=sys.stderr)
         chosen[name] = trained_value if told is None else told
     tokenizer = Llama2ChatTransform(checkpoint_dir / "tokenizer.model", **chosen)
     if trained is not None:

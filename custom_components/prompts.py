@@ -16,11 +16,22 @@ class ChatMessage:
     """One message. `is_trained` is False for an answer that is shown but not learned (`weight: 0` in OpenAI's rows).
 
     A row of plain text, without prompt or answer, is one message of role "text".
+
+    Raises:
+        ValueError: half a surrogate pair in the content.
     """
 
     role: str
     content: str
     is_trained: bool = True
+
+    def __post_init__(self) -> None:
+        # JSON can spell half a surrogate pair, "\ud83d": a str to Python, but nothing that a tokenizer can encode.
+        try:
+            self.content.encode()
+        except UnicodeEncodeError as error:
+            around = self.content[max(0, error.start - 30) : error.start + 30]
+            raise ValueError(f"{self.role} message has half a surrogate pair, in {around!r}") from None
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ def llama2_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
     """
     for message in messages:
         if tag := next((tag for tag in LLAMA2_TAGS if tag in message.content), None):
-            raise ValueError(f"a {message.role} message contains {tag!r}, which is how the chat format marks its parts")
+            raise ValueError(f"{message.role} message contains {tag!r}, which is how the chat format marks its parts")
     system, exchanges = _exchanges(messages)
     turns: list[Turn] = []
     for user, answer in exchanges:

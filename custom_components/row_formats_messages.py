@@ -212,20 +212,9 @@ def with_system(convert: RowConverter) -> RowConverter:
         system = _optional_text(values, "system")
         if messages[0].role == "user" and system.strip():
             messages = [ChatMessage("system", system), *messages]
-        for message in messages:
-            _check_unicode(message)
         return messages
 
     return convert_row
-
-
-def _check_unicode(message: ChatMessage) -> None:
-    # JSON can spell half a surrogate pair, "\ud83d": a str to Python, but nothing that a tokenizer can encode.
-    try:
-        message.content.encode()
-    except UnicodeEncodeError as error:
-        around = message.content[max(0, error.start - 30) : error.start + 30]
-        raise ValueError(f"a {message.role} message has half a surrogate pair, in {around!r}") from None
 
 
 def _dicts(values: dict[str, Any], column: str) -> list[dict[str, Any]]:

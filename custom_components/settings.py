@@ -13,7 +13,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     model_validator,
@@ -153,11 +152,12 @@ class GenerationSettings(Settings):
     compare: bool = False
     batch_size: PositiveInt = 8
     max_new_tokens: PositiveInt = 200
-    temperature: NonNegativeFloat = 0.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    seed: NonNegativeInt = 0
+    # Beyond these, and at lower temperatures, fp32 logits become infinite.
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**43)] = 0
     quantize_base: bool = False
     fold_adapter: bool = False
     device: Device = "auto"
@@ -170,6 +170,8 @@ class GenerationSettings(Settings):
         if (self.prompts_file is None) != (self.output_file is None):
             given, missing = sorted(["prompts_file", "output_file"], key=lambda key: getattr(self, key) is None)
             yield missing, f"missing beside {given}: questions are read from the one, answers written to the other"
+        if 0 < self.temperature < 1e-3:
+            yield "temperature", f"{self.temperature} is too low to draw by; set 0 for always the likeliest token"
         if self.compare and self.chat:
             yield "compare", "true beside chat: base and adapter cannot both be talked to; set one of them to false"
         for key in ("compare", "fold_adapter"):

@@ -74,6 +74,13 @@ class ChatDataset(Dataset):
         """Tokens of each row."""
         return np.diff(self._ends)[self._rows].tolist()
 
+    @property
+    def sources(self) -> list[str]:
+        """The source of each row."""
+        # A mix holds the kept rows of its sources one after the other; `_rows` are numbers in that sequence.
+        source_ends = np.cumsum([summary.num_kept for summary in self.summaries])
+        return [self.summaries[source].source for source in np.searchsorted(source_ends, self._rows, side="right")]
+
     def __len__(self) -> int:
         return len(self._rows)
 

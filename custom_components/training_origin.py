@@ -9,6 +9,8 @@ import yaml
 from custom_components.data_sources import data_files
 from custom_components.datasets import chat_dataset
 from custom_components.errors import UserError
+from custom_components.prompt_formats import read_prompt_format
+from custom_components.settings import EvaluationSettings
 from custom_components.transforms import Llama2ChatTransform
 
 _CHAT_DATASET = f"{chat_dataset.__module__}.{chat_dataset.__name__}"
@@ -40,6 +42,32 @@ def example_rows(adapter_dir: Path, tokenizer: Llama2ChatTransform) -> tuple[lis
     dialogs = [[{"role": "user", "content": sentence}] for sentence in _SENTENCES]
     rows = [tokenizer({"messages": dialog}, inference=True)["tokens"][:_NUM_TOKENS_PER_ROW] for dialog in dialogs]
     return rows, "sentences of our own, for the training rows are not there"
+
+
+def draw_as_in_run(adapter_dir: Path, tokenizer: Llama2ChatTransform, settings: EvaluationSettings) -> None:
+    """Have a tokenizer cut and mask rows as the adapter's run did: `split_validation` draws by tokens and mask.
+
+    Where no run is known the tokenizer stays as it is.
+
+    Raises:
+        UserError: the settings say otherwise than the run.
+    """
+    config = _run_config(adapter_dir)
+    if "val_fraction" not in config:
+        return
+    keys = ("val_fraction", "seed", "on_overlong", "max_seq_len")
+    run = {key: config[key] for key in keys if key in config}
+    if (trained := read_prompt_format(adapter_dir)) is not None:
+        run |= {"prompt_template": trained.prompt_template, "system_prompt": trained.system_prompt}
+    for key, value in run.items():
+        told = getattr(settings, key)
+        if told is not None and told != value:
+            raise UserError(
+                f"{key}: {told!r} draws other rows than the run kept for validation, some that it trained on; "
+                f"set {key}={'null' if value is None else value}"
+            )
+    tokenizer.max_seq_len = run.get("max_seq_len", settings.max_seq_len)
+    tokenizer.train_on = config.get("train_on", tokenizer.train_on)
 
 
 def _training_rows(node: Any, tokenizer: Llama2ChatTransform) -> list[list[int]]:

@@ -32,6 +32,7 @@ from custom_components.precision import resolved_device, resolved_dtype
 from custom_components.prompt_formats import tokenizer_of_adapter
 from custom_components.settings import EvaluationSettings
 from custom_components.tokenized_rows import ChatDataset, split_validation
+from custom_components.training_origin import draw_as_in_run
 from custom_components.transforms import Llama2ChatTransform
 
 if TYPE_CHECKING:  # lm-eval is an extra
@@ -95,6 +96,8 @@ def fitted_tokenizer(settings: EvaluationSettings) -> Llama2ChatTransform:
         system_prompt=settings.system_prompt,
     )
     tokenizer.max_seq_len = settings.max_seq_len
+    if settings.val_fraction is not None and settings.adapter_dir is not None:
+        draw_as_in_run(settings.adapter_dir, tokenizer, settings)
     with torch.device("meta"):
         fit_tokenizer(tokenizer, lora_llama_from_config(settings.checkpoint_dir, lora_attn_modules=[]))
     return tokenizer
@@ -108,7 +111,10 @@ def rows_to_evaluate(settings: EvaluationSettings, tokenizer: Llama2ChatTransfor
     if settings.val_fraction is None:
         return dataset
     _, dataset = split_validation(dataset, settings.val_fraction, settings.seed)
-    print(f"{len(dataset)} rows are those that training with val_fraction {settings.val_fraction} keeps for validation")
+    print(
+        f"{len(dataset)} rows are drawn, which training on this data with val_fraction {settings.val_fraction}, seed "
+        f"{settings.seed}, max_seq_len {tokenizer.max_seq_len} and train_on {tokenizer.train_on} kept for validation"
+    )
     return dataset
 
 

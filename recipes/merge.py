@@ -12,7 +12,7 @@ from torch import Tensor
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 from tqdm import tqdm
 
-from custom_components.adapters import CARD_NAME, read_prompt_format
+from custom_components.adapters import CARD_NAME, write_prompt_format
 from custom_components.chat_template import chat_template, control_pieces_of
 from custom_components.checkpoint_loading import fit_tokenizer
 from custom_components.config import load_settings
@@ -21,7 +21,7 @@ from custom_components.gguf_export import write_gguf
 from custom_components.gguf_weights import GgufWeights
 from custom_components.hugging_face_export import source_template, write_config, write_tokenizer, write_weights
 from custom_components.memory import PeakMemory
-from custom_components.merge_output import check_output_dir, check_space, merge_directory
+from custom_components.merge_output import check_output_dir, check_space, merge_directory, restore_replaced
 from custom_components.merge_proof import (
     Weights,
     check_same_logits,
@@ -32,7 +32,7 @@ from custom_components.merge_proof import (
 from custom_components.merge_record import check_not_merged_yet, write_record
 from custom_components.merging import BaseWeights, MergedAdapter, MergedWeights, read_adapter
 from custom_components.model_card import merged_card
-from custom_components.prompt_formats import tokenizer_of_adapter
+from custom_components.prompt_formats import read_prompt_format, stated_prompt_format, tokenizer_of_adapter
 from custom_components.settings import MergeSettings
 from custom_components.training_origin import example_rows, trained_on_nf4
 from custom_components.transforms import Llama2ChatTransform
@@ -46,6 +46,7 @@ def recipe_main() -> None:
     memory = PeakMemory(torch.device("cpu"))
     adapter_dirs = [adapter.dir for adapter in settings.weighted_adapters]
     inputs = [settings.checkpoint_dir, *adapter_dirs]
+    restore_replaced(settings.output_dir)
     check_output_dir(settings.output_dir, inputs, overwrite=settings.overwrite_output_dir)
 
     base = BaseWeights(settings.checkpoint_dir, dequantized=settings.base == "dequantized")
@@ -96,11 +97,14 @@ def write_hugging_face(
 ) -> Weights:
     """Write a Hugging Face directory; returns what it holds, read back."""
     dtype = PRECISION_STR_TO_DTYPE[storage]
+    weights_by_directory = [(adapter.dir, adapter.weight) for adapter in settings.weighted_adapters]
+    card = merged_card(settings.checkpoint_dir, weights_by_directory, settings.base)
     write_weights(directory, with_progress(merged), merged.shapes, merged.shape, dtype)
     write_config(directory, settings.checkpoint_dir, merged.shape, tokenizer, dtype)
     write_tokenizer(directory, settings.checkpoint_dir / "tokenizer.model", merged.shape.max_seq_len, template)
-    weights_by_directory = [(adapter.dir, adapter.weight) for adapter in settings.weighted_adapters]
-    card = merged_card(settings.checkpoint_dir, weights_by_directory, settings.base)
+    prompt_format = stated_prompt_format(settings.checkpoint_dir, weights_by_directory[0][0])
+    if prompt_format is not None:
+        write_prompt_format(prompt_format, directory)
     (directory / CARD_NAME).write_text(card, encoding="utf-8")
     return BaseWeights(directory, dequantized=False)
 

@@ -13,11 +13,11 @@ from custom_components.adapters import (
     load_adapter,
     load_model_for_inference,
     lora_settings,
-    read_prompt_format,
     save_adapter,
 )
 from custom_components.errors import UserError
 from custom_components.merging import read_adapter
+from custom_components.prompt_formats import read_prompt_format
 from tests.conftest import CPU, loaded_model
 
 TOKENS = torch.randint(512, (2, 30), generator=torch.Generator().manual_seed(0))

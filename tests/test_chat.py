@@ -126,6 +126,15 @@ def test_commands(model, tokenizer, capsys):
 
 def test_a_question_that_cannot_be_asked_is_an_error_line(model, tokenizer, capsys):
     conversation, out, err = run_chat(model, tokenizer, "What is [INST]?\nWho?", capsys)
-    assert "error: a user message contains '[INST]'" in err
+    assert "error: user message contains '[INST]'" in err
     assert out == fresh_answer(model, tokenizer, ("user", "Who?")) + "\n"
     assert len(conversation.exchanges) == 1
+
+
+def test_an_answer_with_a_mark_of_the_template_does_not_end_the_conversation(model, tokenizer, capsys, monkeypatch):
+    pieces = [["Say ", "[/INST]."], ["so"]]
+    monkeypatch.setattr("custom_components.chat.streamed_answer", lambda *_: iter(pieces.pop(0)))
+    conversation, out, err = run_chat(model, tokenizer, "What ends a question?\nAnd F?\n", capsys)
+    assert out == "Say [/INST].\nso\n" and "error" not in err
+    assert conversation.exchanges == [("And F?", "so")]
+    assert "this exchange is forgotten" in err

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torchtune.modules.peft import disable_adapter
 
@@ -27,6 +28,7 @@ from custom_components.generation import generate
 from custom_components.sampling import Sampling
 from custom_components.tokenized_rows import split_validation
 from custom_components.transforms import Llama2ChatTransform
+from recipes import evaluate
 from tests.conftest import CPU, TINY_TOKENIZER, loaded_model, with_random_adapters
 from tests.test_lora_single_device import tune_run
 
@@ -209,10 +211,8 @@ def saved(make_checkpoint, tmp_path):
 
 
 def run_in_process(monkeypatch, *overrides):
-    from recipes.evaluate import recipe_main
-
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", "configs/evaluate.yaml", "cache_dir=null", *overrides])
-    recipe_main()
+    evaluate.recipe_main()
 
 
 def test_the_recipe_shows_base_and_tuned(saved, tmp_path, monkeypatch, capsys):
@@ -241,7 +241,31 @@ def test_the_rows_kept_for_validation(saved, monkeypatch, capsys):
     _, checkpoint, _, rows = saved
     run_in_process(monkeypatch, f"checkpoint_dir={checkpoint}", f"dataset.source={rows}", "val_fraction=0.4", "seed=3")
     _, validation = split_validation(chat_dataset(Llama2ChatTransform(TINY_TOKENIZER), str(rows)), 0.4, seed=3)
-    assert f"{len(validation)} rows are those that training" in capsys.readouterr().out
+    assert f"{len(validation)} rows are drawn" in capsys.readouterr().out
+
+
+def test_the_rows_kept_for_validation_are_those_that_the_run_kept(saved, tmp_path, monkeypatch, capsys):
+    """What decides a row's tokens and mask decides the draw."""
+    _, checkpoint, adapter, rows = saved
+    run = {"val_fraction": 0.4, "seed": 3, "max_seq_len": 100, "train_on": "all", "on_overlong": "truncate"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(run))
+    tokenizer = Llama2ChatTransform(TINY_TOKENIZER, 100, prompt_template="alpaca", train_on="all")
+    _, validation = split_validation(chat_dataset(tokenizer, str(rows)), 0.4, seed=3)
+    scored = []
+
+    def recorded_scores(model, dataset, *others):
+        scored.append(dataset.digest)
+        return scores_by_source(model, dataset, *others)
+
+    monkeypatch.setattr(evaluate, "scores_by_source", recorded_scores)
+    keys = (f"checkpoint_dir={checkpoint}", f"adapter_dir={adapter}", f"dataset.source={rows}", "compare=false")
+    run_in_process(monkeypatch, *keys, "val_fraction=0.4", "seed=3")
+    assert scored == [validation.digest]
+    assert "kept for validation" in capsys.readouterr().out
+    for override in ("val_fraction=0.5", "seed=4", "max_seq_len=99", "on_overlong=drop", "prompt_template=llama2"):
+        with pytest.raises(UserError, match=f"^{override.partition('=')[0]}: .* draws other rows"):
+            run_in_process(monkeypatch, *keys, "val_fraction=0.4", "seed=3", override)
+    run_in_process(monkeypatch, *keys, "seed=4")
 
 
 def test_bad_input_is_one_line_and_exit_2(saved, make_checkpoint, tmp_path):

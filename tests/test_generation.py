@@ -129,10 +129,47 @@ def test_4_bit_product_is_that_of_the_dequantized_weight(num_rows):
     torch.testing.assert_close(output, expected, atol=0.01 * float(expected.abs().max()), rtol=0.01)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_4_bit_products_are_tried_and_take_whole_blocks_only(monkeypatch, device):
+    class Weight:
+        def __init__(self, *shape):
+            self.shape, self.device = shape, torch.device(device)
+
+    tried = []
+    monkeypatch.setattr(nf4, "is_quantized", lambda weight: True)
+    monkeypatch.setattr(nf4_gemv, "gemv_works", lambda *what: tried.append(what) or False)
+    assert not nf4_gemv.can_multiply([Weight(64, 128)], torch.bfloat16)
+    assert tried == [(device, torch.bfloat16)]
+    monkeypatch.setattr(nf4_gemv, "gemv_works", lambda *what: True)
+    assert nf4_gemv.can_multiply([Weight(64, 128)], torch.bfloat16)
+    assert not nf4_gemv.can_multiply([Weight(64, 128), Weight(64, 96)], torch.bfloat16)
+
+
 def test_an_answer_ends_at_a_stop_token(model):
     [whole] = answers_of(model, [[1, 50]])
     stop = whole[7]
     assert answers_of(model, [[1, 50]], stop_tokens=[stop]) == [whole[: whole.index(stop)]]
+
+
+def test_an_answer_ends_where_it_is_said_to_be_finished(model):
+    prompts = [[1, 50, 60], [1, 70]]
+    whole = answers_of(model, prompts, 12)
+    finished = generate(
+        model, prompts, max_new_tokens=12, stop_tokens=(), sampling=GREEDY, is_finished=lambda ids: len(ids) == 5
+    )
+    assert finished == [answer[:5] for answer in whole]
+
+
+def test_decoding_takes_attention_s_output_in_any_memory_layout(model, monkeypatch):
+    """Some CUDA kernels return it with heads behind positions."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attend_with_heads_behind(*arguments, **options):
+        return attend(*arguments, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    expected = answers_of(model, [[1, 50, 60]], 5)
+    monkeypatch.setattr("custom_components.incremental.F.scaled_dot_product_attention", attend_with_heads_behind)
+    assert answers_of(model, [[1, 50, 60]], 5) == expected
 
 
 def test_an_answer_ends_where_its_own_context_does(model):

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from custom_components.errors import UserError
+from custom_components.incremental import IncrementalLlama
 from tests.conftest import CPU, loaded_model, write_checkpoint
 
 Instance = pytest.importorskip("lm_eval.api.instance").Instance
@@ -98,7 +99,7 @@ def test_a_text_is_scored_token_by_token_once_behind_one_bos(lm, theirs, tiny_to
     assert len(tiny_tokenizer.encode(texts[1])) > 2 * CONTEXT_TOKENS
 
 
-def test_answers_are_greedy_and_end_at_their_stop_texts(lm, theirs, tiny_tokenizer):
+def test_answers_are_greedy_and_end_at_their_stop_texts(lm, theirs, tiny_tokenizer, monkeypatch):
     def expected_answer(text, num_new):
         prompt = tiny_tokenizer.encode(text, add_eos=False)[-(CONTEXT_TOKENS - num_new) :]
         output = theirs.generate(torch.tensor([prompt]), max_new_tokens=num_new, do_sample=False, eos_token_id=2)
@@ -111,6 +112,11 @@ def test_answers_are_greedy_and_end_at_their_stop_texts(lm, theirs, tiny_tokeniz
     stop = answers[0][3:5]
     [cut] = lm.generate_until(requests("generate_until", (prompts[0], {"until": [stop], "max_gen_toks": 8})), True)
     assert cut == answers[0].split(stop)[0]
+    num_forwards = []
+    forward = IncrementalLlama.forward
+    monkeypatch.setattr(IncrementalLlama, "forward", lambda *a: num_forwards.append(1) or forward(*a))
+    lm.generate_until(requests("generate_until", (prompts[0], {"until": [answers[0][:1]], "max_gen_toks": 8})), True)
+    assert len(num_forwards) < 8, "decoded on behind the stop text"
     with pytest.raises(UserError, match="asks for answers drawn at random"):
         lm.generate_until(requests("generate_until", ("Who?", {"until": [], "do_sample": True, "temperature": 1})))
 

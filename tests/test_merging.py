@@ -245,6 +245,19 @@ def test_a_merge_is_replaced_only_when_asked(base_and_adapter, tmp_path):
     assert not (tmp_path / ".merged.writing-1").exists()
 
 
+def test_what_a_merge_was_killed_while_replacing_comes_back(base_and_adapter, tmp_path):
+    checkpoint, adapter = base_and_adapter
+    merged, replaced = tmp_path / "merged", tmp_path / ".merged.replaced-1"
+    keys = {"checkpoint_dir": checkpoint, "adapter_dir": adapter, "output_dir": merged, "prove": "false"}
+    assert run_merge(**keys)[0] == 0
+    shutil.copytree(merged, replaced)
+    assert run_merge(**keys)[0] == 2 and merged.exists() and not replaced.exists()
+    merged.rename(replaced)
+    code, _, err = run_merge(**keys)
+    assert code == 2 and "overwrite_output_dir=true" in err
+    assert (merged / "config.json").exists() and not replaced.exists()
+
+
 def test_a_merged_base(base_and_adapter, tmp_path):
     """Never with the same adapter again, however it is spelled; with another one only when it is said."""
     checkpoint, adapter = base_and_adapter

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from custom_components.adapters import CARD_NAME
 from custom_components.config import load_settings
 from custom_components.datasets import chat_dataset
-from custom_components.model_card import CARD_NAME, adapter_card, merged_card
+from custom_components.model_card import adapter_card, merged_card
 from custom_components.settings import TrainingSettings
 from custom_components.tokenized_rows import split_validation
 from custom_components.training_state import Progress
@@ -153,10 +154,11 @@ def test_a_merged_model_takes_over_what_the_adapter_says(make_card, hub_checkpoi
     assert_says_no_path(text, tmp_path)
 
 
-def test_merged_adapters_without_a_card_of_ours_are_only_named(hub_checkpoint, tmp_path):
+@pytest.mark.parametrize("theirs", ["library_name: peft", "tags: null", "tags: 5"])
+def test_merged_adapters_without_a_card_of_ours_are_only_named(hub_checkpoint, tmp_path, theirs):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-    (tmp_path / "second" / CARD_NAME).write_text("---\nlibrary_name: peft\n---\n# Theirs\n\n## Data\n\nSecret.\n")
+    (tmp_path / "second" / CARD_NAME).write_text(f"---\n{theirs}\n---\n# Theirs\n\n## Data\n\nSecret.\n")
     text = merged_card(hub_checkpoint, [(tmp_path / "first", 0.7), (tmp_path / "second", 0.3)], "dequantized")
     assert "**Adapter `first`, weight 0.7**" in text and "**Adapter `second`, weight 0.3**" in text
     assert "2 LoRA adapters merged in" in text and "the base's dequantized weights" in text

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from custom_components.adapters import PromptFormat, save_adapter
-from custom_components.data_sources import BadRow
 from custom_components.errors import UserError
 from custom_components.prompt_files import ANSWER, check_output_file, read_prompts, row_dialog, write_answers
+from custom_components.row_formats import recognised_format
 from recipes.generate import recipe_main
 from tests.conftest import PROJECT, TINY_LLAMA, loaded_model, with_random_adapters
 from tests.test_lora_single_device import TUNE
@@ -47,14 +47,35 @@ def test_history_and_system_prompt_are_kept():
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ANSWERED], "system": "Be kind."},
+        {"messages": [{"role": "system", "content": " "}, USER, ANSWERED]},
+        {"messages": [USER, ANSWERED, USER, ANSWERED | {"weight": 1}]},
+        {"prompt": "Who?", "completion": "Nobody.", "system": None},
+    ],
+)
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_row_is_asked_as_it_would_be_trained(row, is_answered):
+    trained = recognised_format(row, row).convert(row)[:-1]
+    if not is_answered:
+        row = {key: value for key, value in row.items() if key != "completion"}
+        if "messages" in row:
+            row["messages"] = row["messages"][:-1]
+    assert row_dialog(row) == [{"role": message.role, "content": message.content} for message in trained]
+
+
+@pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": " "}, "the prompt is empty"),
+        ({"prompt": " "}, "message 1, of role 'user', is empty"),
         ({"prompt": 3}, "holds 3 where text is due"),
-        ({"messages": []}, "where a list of messages is due"),
-        ({"messages": [ANSWERED]}, "an answer and no question"),
+        ({"messages": []}, "there are no messages"),
+        ({"messages": "Who?"}, "where a list is due"),
+        ({"messages": [ANSWERED]}, "message 1 is of role 'assistant' where 'user' is due"),
+        ({"prompt": "cut emoji \ud83d"}, "half a surrogate pair"),
         ({"messages": [USER, USER]}, "message 2 is of role 'user' where 'assistant' is due"),
-        ({"question": "Who?"}, "no format has the columns"),
+        ({"question": "Who?"}, "has no question in 'question'; name it 'prompt'"),
         ({"text": "Once upon a time."}, "plain text without a question"),
         ({"prompt": "Who?", "answer": "Nobody."}, "has 'answer' already"),
         ({"prompt": "[INST]"}, "contains '[INST]'"),
@@ -73,12 +94,24 @@ def test_files_that_are_not_there_or_there_already(tmp_path, tiny_tokenizer):
         read_prompts(tmp_path / "none.jsonl", tiny_tokenizer, 256, [ANSWER])
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "Who?"}\n{"prompt"\n')
-    with pytest.raises(BadRow, match="in.jsonl:2"):
+    with pytest.raises(UserError, match="in.jsonl:2"):
         read_prompts(path, tiny_tokenizer, 256, [ANSWER])
+    path.write_text('{"prompt"\n{"prompt": " "}\n[]\n{"prompt": "Who?"}\n')
+    with pytest.raises(UserError) as error:
+        read_prompts(path, tiny_tokenizer, 256, [ANSWER])
+    assert [message.partition(": ")[0] for message in error.value.messages] == [f"{path}:{line}" for line in (1, 2, 3)]
+    for name, text in (("in.txt", "Who?"), ("empty.jsonl", "")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=r"^prompts_file: "):
+            read_prompts(tmp_path / name, tiny_tokenizer, 256, [ANSWER])
     with pytest.raises(UserError, match="output_file: .* exists already"):
         check_output_file(path)
     with pytest.raises(UserError, match="output_file: there is no directory"):
         check_output_file(tmp_path / "none/out.jsonl")
+    with pytest.raises(UserError, match="output_file: .* cannot be written"):
+        check_output_file(tmp_path / ("long" * 100))
+    check_output_file(tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def num_padded(batches):
@@ -104,6 +137,13 @@ def test_rows_are_answered_by_length_and_written_in_order(tmp_path, tiny_tokeniz
     lengths = [len(prompt.tokens) for prompt in prompts]
     unsorted_batches = [lengths[start : start + 4] for start in range(0, 50, 4)]
     assert num_padded(batches) < num_padded(unsorted_batches) / 3
+
+
+def test_columns_that_are_no_text_are_written_as_they_were(tmp_path, tiny_tokenizer):
+    rows = [{"prompt": "Who?", "note": "cut emoji \ud83d, and a whole one \N{GRINNING FACE}"}]
+    prompts = read_prompts(write_rows(tmp_path / "in.jsonl", rows), tiny_tokenizer, 256, [ANSWER])
+    list(write_answers(prompts, tmp_path / "out.jsonl", 4, lambda tokens: {ANSWER: ["Nobody."]}))
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == rows[0] | {ANSWER: "Nobody."}
 
 
 def run_recipe_here(monkeypatch, *arguments):
@@ -157,7 +197,13 @@ def test_comparing_needs_both_answers(tmp_path, monkeypatch, capsys):
         (["prompts_file=x.jsonl"], "output_file: missing beside prompts_file"),
         (["chat=true", "compare=true", "adapter_dir=x"], "compare: true beside chat"),
         (["chat=true", "fold_adapter=true", "adapter_dir=x", "quantize_base=true"], "fold_adapter: true beside quant"),
-        (["prompt=[INST] Who?"], "prompt: a user message contains '[INST]'"),
+        (["prompt=Who?", "temperature=1e-38"], "temperature: 1e-38"),
+        (["prompt=Who?", "temperature=.inf"], "temperature: "),
+        (["prompt=Who?", "repetition_penalty=.inf"], "repetition_penalty: "),
+        (["prompt=Who?", "repetition_penalty=1e-38"], "repetition_penalty: "),
+        (["prompt=Who?", "repetition_penalty=.nan"], "repetition_penalty: "),
+        (["prompt=Who?", "seed=99999999999999999999"], "seed: "),
+        (["prompt=[INST] Who?"], "prompt: user message contains '[INST]'"),
         (["prompt=" + "word " * 600], "prompt: 1207 tokens leave no room for an answer"),
         (["prompts_file=none.jsonl", "output_file=x.jsonl"], "prompts_file: there is no file 'none.jsonl'"),
     ],

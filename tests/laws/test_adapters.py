@@ -10,12 +10,12 @@ from custom_components.adapters import (
     base_model_name,
     check_adapter_was_trained,
     load_model_for_inference,
-    read_prompt_format,
     save_adapter,
 )
 from custom_components.checkpoint_files import halve_rope_rows
 from custom_components.errors import UserError
 from custom_components.peft_format import hugging_face_module
+from custom_components.prompt_formats import read_prompt_format
 from tests.conftest import ALL_ATTENTION, CPU, loaded_model, with_random_adapters
 
 PROMPT_FORMAT = PromptFormat("llama2", "Be kind.", ["</s>"])

@@ -14,15 +14,16 @@ from custom_components.adapters import (
     load_adapter,
     load_model_for_inference,
     lora_settings,
-    read_prompt_format,
     save_adapter,
 )
 from custom_components.builders import lora_llama_from_config
 from custom_components.checkpoint_loading import load_base_weights
 from custom_components.errors import UserError
+from custom_components.prompt_formats import read_prompt_format
 from custom_components.transforms import Llama2ChatTransform
 from tests.conftest import CPU, PROJECT, TINY_TOKENIZER, loaded_model, with_random_adapters
 from tests.test_lora_single_device import arguments, rows  # noqa: F401 - rows is a fixture
+from tests.test_merging import run_merge
 
 WEIGHTS = "adapter_model.safetensors"
 PROMPT_FORMAT = PromptFormat("llama2", None, ["</s>"])
@@ -197,7 +198,13 @@ def asked(monkeypatch):
     def ask(checkpoint, adapter, *overrides):
         read.clear()
         command = ["generate.py", "--config", str(PROJECT / "configs/generate.yaml"), f"checkpoint_dir={checkpoint}"]
-        command += [f"adapter_dir={adapter}", "prompt=Who is it?", "device=cpu", "dtype=fp32", "max_new_tokens=12"]
+        command += [
+            f"adapter_dir={adapter or 'null'}",
+            "prompt=Who is it?",
+            "device=cpu",
+            "dtype=fp32",
+            "max_new_tokens=12",
+        ]
         monkeypatch.setattr(sys, "argv", [*command, *overrides])
         recipe_main()
         return read[0], [token for tokens in read[1:] for token in tokens]
@@ -224,6 +231,37 @@ def test_L25_generation_asks_as_the_adapter_was_trained(make_checkpoint, tmp_pat
     assert "warning" not in capsys.readouterr().err
 
 
+def test_L25_a_merged_model_is_asked_as_its_adapter_was_trained(make_checkpoint, tmp_path, asked):
+    checkpoint, merged = make_checkpoint(), tmp_path / "merged"
+    prompt_format = PromptFormat("alpaca", "Be kind.", ["</s>"])
+    adapter = saved_adapter(loaded_model(checkpoint), tmp_path / "adapter", prompt_format)
+    assert run_merge(checkpoint_dir=checkpoint, adapter_dir=adapter, output_dir=merged, prove="false")[0] == 0
+    prompt, answer = asked(checkpoint, adapter)
+    assert prompt == trained_prompt(prompt_template="alpaca", system_prompt="Be kind.")
+    assert asked(merged, None) == (prompt, answer)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- llama2",
+        "prompt_template: llama2",
+        "prompt_template: 5\nsystem_prompt: null\nstop_tokens: []",
+        "prompt_template: {user: 5}\nsystem_prompt: null\nstop_tokens: []",
+        "prompt_template: llama2\nsystem_prompt: [a]\nstop_tokens: []",
+        "prompt_template: llama2\nsystem_prompt: null\nstop_tokens: null",
+        "prompt_template: llama2\nsystem_prompt: null\nstop_tokens: [2]",
+        "prompt_template: llama2\nsystem_prompt: '\xff'\nstop_tokens: []",
+        "prompt_template: [",
+    ],
+)
+def test_L25_a_prompt_format_that_is_none_is_one_error_line(tmp_path, text):
+    (tmp_path / "prompt_format.yaml").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="not a prompt format") as error:
+        read_prompt_format(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(("key", "told"), [("prompt_template", "human_response"), ("system_prompt", "Be rude.")])
 def test_L25_generation_warns_when_told_otherwise(make_checkpoint, tmp_path, asked, capsys, key, told):
     checkpoint = make_checkpoint()
@@ -231,7 +269,7 @@ def test_L25_generation_warns_when_told_otherwise(make_checkpoint, tmp_path, ask
     adapter = saved_adapter(loaded_model(checkpoint), tmp_path / "adapter", PromptFormat(**trained, stop_tokens=[]))
     prompt, _ = asked(checkpoint, adapter, f"{key}={told}")
     assert prompt == trained_prompt(**trained | {key: told})
-    warning = f"warning: {key} is {told!r}, the adapter was trained with {trained[key]!r}"
+    warning = f"warning: {key} is {told!r}, it was trained with {trained[key]!r}"
     assert capsys.readouterr().err.splitlines().count(warning) == 1
     asked(checkpoint, adapter, f"{key}={trained[key]}")
     assert "warning" not in capsys.readouterr().err

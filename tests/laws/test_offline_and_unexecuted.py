@@ -15,10 +15,10 @@ import yaml
 from custom_components.adapters import (
     PromptFormat,
     load_model_for_inference,
-    read_prompt_format,
     save_adapter,
 )
 from custom_components.errors import UserError
+from custom_components.prompt_formats import read_prompt_format
 from custom_components.token_cache import TokenCache
 from custom_components.training_state import check_resumed_config, find_checkpoint
 from tests.conftest import CPU, PROJECT, loaded_model
