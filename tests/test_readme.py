@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from tests.conftest import PROJECT, TINY_LLAMA
+from custom_components.adapters import PromptFormat, save_adapter
+from tests.conftest import PROJECT, TINY_LLAMA, loaded_model, with_random_adapters
 from tests.test_lora_single_device import TUNE
 
 README = (PROJECT / "README.md").read_text()
@@ -24,22 +25,47 @@ IN_PLACE_OF_7B = [
 ]
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter on the tiny model, in the place of the one that the README's first command trains."""
+    directory = tmp_path_factory.mktemp("readme") / "adapter"
+    model = with_random_adapters(loaded_model(TINY_LLAMA / "checkpoint"))
+    save_adapter(model, directory, "tiny", PromptFormat("llama2", None, ["</s>"]))
+    return directory
+
+
+def in_place(command, adapter, tmp_path):
+    """Overrides that bring a command to the tiny model, and what it reads from standard input."""
+    recipe = command.split()[2].removeprefix("recipes/").removesuffix(".py")
+    overrides = [f"checkpoint_dir={TINY_LLAMA}/checkpoint"]
+    if recipe in ("generate", "evaluate", "merge"):
+        overrides += [f"adapter_dir={adapter}"]
+    if recipe == "generate":
+        overrides += ["max_new_tokens=5", "device=cpu"]
+        if "prompts_file" in command:
+            (tmp_path / "questions.jsonl").write_text('{"prompt": "Who are you?"}\n')
+            overrides += [f"prompts_file={tmp_path / 'questions.jsonl'}", f"output_file={tmp_path / 'answers.jsonl'}"]
+    elif recipe == "evaluate":
+        overrides += [f"dataset.source={TINY_LLAMA}/data/val.jsonl", f"output_file={tmp_path / 'results.json'}"]
+        overrides += ["dataset.max_rows=8", "device=cpu", "cache_dir=null"]
+    elif recipe == "merge":
+        overrides += [f"output_dir={tmp_path / 'merged'}"]
+    else:
+        overrides += [*IN_PLACE_OF_7B, f"output_dir={tmp_path / 'out'}"]
+    return overrides
+
+
 def test_the_commands_are_found():
-    assert len(COMMANDS) >= 4
-    assert {command.split()[2] for command in COMMANDS} == {
-        *("recipes/lora_single_device.py", "recipes/generate.py", "recipes/preview.py"),
-    }
+    recipes = {path.stem for path in (PROJECT / "recipes").glob("*.py")} - {"__init__"}
+    assert {command.split()[2] for command in COMMANDS} == {f"recipes/{recipe}.py" for recipe in recipes}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_runs_as_written(command, tmp_path):
-    overrides = [f"checkpoint_dir={TINY_LLAMA}/checkpoint"]
-    if "generate.py" in command:
-        overrides += ["adapter_dir=null", "compare=false", "max_new_tokens=5"]
-    else:
-        overrides += [*IN_PLACE_OF_7B, f"output_dir={tmp_path / 'out'}"]
-    arguments = [str(TUNE), *shlex.split(command)[1:], *overrides]
-    result = subprocess.run(arguments, cwd=PROJECT, capture_output=True, text=True, timeout=200, env=dict(os.environ))
+def test_a_command_runs_as_written(command, adapter, tmp_path):
+    arguments = [str(TUNE), *shlex.split(command)[1:], *in_place(command, adapter, tmp_path)]
+    result = subprocess.run(
+        arguments, cwd=PROJECT, capture_output=True, text=True, timeout=200, env=dict(os.environ), input="Hello\n"
+    )
     assert result.returncode == 0, result.stderr
 
 
