@@ -38,7 +38,8 @@ def main() -> None:
     dtype, _ = resolved_dtype("auto", device)
     if device.type == "cpu":
         keep_freed_memory()
-    shape = dataclasses.replace(getattr(llama_shapes, arguments.shape), num_layers=arguments.num_layers)
+    shape = getattr(llama_shapes, arguments.shape)
+    shape = dataclasses.replace(shape, num_layers=arguments.num_layers, max_seq_len=max(STEP_TOKENS))
     with torch.device("meta"):
         model = lora_llama(shape, ALL_ATTENTION, True, lora_rank=8, lora_alpha=16, quantize_base=True)
     give_random_weights(model, dtype, device)

@@ -15,7 +15,7 @@ from custom_components.lora import FrozenLinear
 from custom_components.settings import TrainingSettings
 from custom_components.simulated_step import StepMemory, simulated_step
 
-# What is no tensor of ours, measured above the imports: on the CPU machine code that oneDNN makes, packed weights, the
+# What is no tensor of ours, measured above the imports: on the CPU machine code that oneDNN makes, bitsandbytes, the
 # plot; on CUDA the libraries' workspaces (its context is not counted by torch).
 _OVERHEAD_BYTES = {"cpu": 190 * 2**20, "cuda": 64 * 2**20}
 # What the heap holds for a byte of a step's tensors. glibc 2.36 does not use a freed aligned block again for one of the
@@ -91,6 +91,10 @@ def estimate_memory(
     num_quantized = sum(
         parameter.numel() for module, parameter in frozen if isinstance(module, FrozenLinear) and module.quantize_base
     )
+    largest_bytes = dtype.itemsize * max(parameter.numel() for _, parameter in frozen)
+    overhead_bytes = _OVERHEAD_BYTES[device_type]
+    if device_type == "cpu":
+        overhead_bytes += largest_bytes  # oneDNN packs a copy of the weight that it multiplies by
     return MemoryEstimate(
         num_parameters={
             "NF4": num_quantized,
@@ -101,10 +105,10 @@ def estimate_memory(
         adapter_bytes=4 * num_trained,
         gradient_bytes=4 * num_trained,
         optimizer_bytes=round(num_trained * optimizer_bytes_per_parameter(settings)),
-        loading_bytes=NUM_LOADING_THREADS * dtype.itemsize * max(parameter.numel() for _, parameter in frozen),
+        loading_bytes=NUM_LOADING_THREADS * largest_bytes,
         step=simulated_step(model, dtype, tuple(row_lengths), instantiate(settings.loss), settings.neftune_noise_alpha),
         num_layers=len(model.layers),
-        overhead_bytes=_OVERHEAD_BYTES[device_type],
+        overhead_bytes=overhead_bytes,
         heap_share=_HEAP_SHARE[device_type],
     )
 
