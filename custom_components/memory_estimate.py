@@ -15,9 +15,10 @@ from custom_components.lora import FrozenLinear
 from custom_components.settings import TrainingSettings
 from custom_components.simulated_step import StepMemory, simulated_step
 
-# What is no tensor of ours, measured above the imports: on the CPU machine code that oneDNN makes, bitsandbytes, the
-# plot; on CUDA the libraries' workspaces (its context is not counted by torch).
-_OVERHEAD_BYTES = {"cpu": 190 * 2**20, "cuda": 64 * 2**20}
+# What is no tensor of ours, measured above the imports: on the CPU machine code that oneDNN makes, bitsandbytes
+# where weights are NF4, the plot; on CUDA the libraries' workspaces (its context is not counted by torch).
+_OVERHEAD_BYTES = {"cpu": 170 * 2**20, "cuda": 64 * 2**20}
+_BITSANDBYTES_BYTES = 60 * 2**20
 # What the heap holds for a byte of a step's tensors. glibc 2.36 does not use a freed aligned block again for one of the
 # same size, and torch aligns all: measured 1.4 to 1.6. torch's own allocator on CUDA is exact in the bytes it reports.
 _HEAP_SHARE = {"cpu": 1.5, "cuda": 1.0}
@@ -94,6 +95,7 @@ def estimate_memory(
     largest_bytes = dtype.itemsize * max(parameter.numel() for _, parameter in frozen)
     overhead_bytes = _OVERHEAD_BYTES[device_type]
     if device_type == "cpu":
+        overhead_bytes += _BITSANDBYTES_BYTES if num_quantized else 0
         overhead_bytes += largest_bytes  # oneDNN packs a copy of the weight that it multiplies by
     return MemoryEstimate(
         num_parameters={

@@ -17,7 +17,10 @@ NUM_ROWS, ROW_TOKENS = 4, 400
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A checkpoint whose step takes far more than the process itself, and rows that are all cut to one length."""
+    """A checkpoint whose step takes far more than the process itself, and rows that are all cut to one length.
+
+    With its layers recomputed it would not: what the process takes beside its tensors moves by 50 MiB from run to run.
+    """
     folder = tmp_path_factory.mktemp("memory")
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
     write_checkpoint(folder / "checkpoint", **sizes, num_key_value_heads=8, max_position_embeddings=1024)
@@ -32,7 +35,6 @@ def job(tmp_path_factory):
     [
         ("quantize_base=true", "enable_activation_checkpointing=false"),
         pytest.param(("quantize_base=false", "enable_activation_checkpointing=false"), marks=pytest.mark.slow),
-        pytest.param(("quantize_base=true", "enable_activation_checkpointing=true"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
