@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from custom_components import llama_shapes
+from custom_components.hugging_face_export import config_of_shape
 from custom_components.llama_shapes import LlamaShape
 
 NUM_SHARDS = 2
@@ -52,7 +53,9 @@ def write_random_checkpoint(shape: LlamaShape, output_dir: Path, tokenizer: Path
         weight_map |= {name: file_name for name, _ in part}
     index = {"metadata": {}, "weight_map": weight_map}
     (output_dir / "model.safetensors.index.json").write_text(json.dumps(index))
-    (output_dir / "config.json").write_text(json.dumps(hugging_face_config(shape), indent=2))
+    config = config_of_shape(shape, bos_id=1, eos_id=2)
+    config |= {"tie_word_embeddings": shape.tied_embeddings, "torch_dtype": "bfloat16"}
+    (output_dir / "config.json").write_text(json.dumps(config, indent=2))
     shutil.copyfile(tokenizer, output_dir / "tokenizer.model")
 
 
@@ -79,27 +82,6 @@ def random_tensor(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
     if len(size) == 1:
         return torch.ones(size, dtype=torch.bfloat16)
     return torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-
-
-def hugging_face_config(shape: LlamaShape) -> dict[str, object]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.embed_dim,
-        "intermediate_size": shape.intermediate_dim,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "max_position_embeddings": shape.max_seq_len,
-        "rope_theta": shape.rope_base,
-        "rms_norm_eps": shape.norm_eps,
-        "hidden_act": "silu",
-        "tie_word_embeddings": shape.tied_embeddings,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
 
 
 if __name__ == "__main__":

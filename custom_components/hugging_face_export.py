@@ -60,7 +60,7 @@ def write_config(
         shape: of the model that is written, whose embeddings may be tied otherwise than the source's.
         tokenizer: its stop tokens are what generation ends at.
     """
-    config = _read(source_dir / "config.json") or _config_of_shape(shape, tokenizer)
+    config = _read(source_dir / "config.json") or config_of_shape(shape, tokenizer.bos_id, tokenizer.eos_id)
     # transformers 5 reads and writes `dtype`, and still reads `torch_dtype`, the only one that version 4 knows.
     config["dtype" if "dtype" in config else "torch_dtype"] = _CONFIG_DTYPES[dtype]
     config["tie_word_embeddings"] = shape.tied_embeddings
@@ -100,7 +100,8 @@ def source_template(source_dir: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _config_of_shape(shape: LlamaShape, tokenizer: Llama2ChatTransform) -> dict[str, Any]:
+def config_of_shape(shape: LlamaShape, bos_id: int, eos_id: int) -> dict[str, Any]:
+    """What config.json says of a model, as far as its shape and its tokenizer decide it."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -114,8 +115,8 @@ def _config_of_shape(shape: LlamaShape, tokenizer: Llama2ChatTransform) -> dict[
         "rope_theta": shape.rope_base,
         "rms_norm_eps": shape.norm_eps,
         "hidden_act": "silu",
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
     }
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import linear
+from torchtune.modules.common_utils import local_kv_cache
 from torchtune.modules.peft import disable_adapter
 
 from custom_components import nf4, nf4_gemv
@@ -50,6 +51,22 @@ def test_the_cache_changes_no_token_of_200(model):
     assert len(set(expected)) > 5, "an answer of one repeated token would show nothing"
     assert answers_of(model, [prompt], 200) == [expected]
     assert answers_of(made_for_inference(model), [prompt], 200) == [expected]
+
+
+@torch.no_grad()
+def test_torchtunes_own_cache_changes_no_logits(model):
+    """For recipes of torchtune's that decode with a builder's model."""
+    tokens = torch.tensor([[1, 50, 60, 70, 80]])
+    expected = model(tokens)
+    device, is_seen = torch.device("cpu"), torch.ones(5, 5, dtype=torch.bool).tril()
+    with local_kv_cache(model, batch_size=1, device=device, dtype=torch.float32, decoder_max_seq_len=5):
+        positions = torch.arange(5)[None]
+        first = model(tokens[:, :3], mask=is_seen[None, :3, :3], input_pos=positions[:, :3])
+        torch.testing.assert_close(first, expected[:, :3])
+        for index in (3, 4):
+            mask = is_seen[None, index : index + 1, : index + 1]
+            logits = model(tokens[:, index : index + 1], mask=mask, input_pos=positions[:, index : index + 1])
+            torch.testing.assert_close(logits, expected[:, index : index + 1])
 
 
 def test_a_prompt_is_answered_alike_alone_and_among_others(model):
