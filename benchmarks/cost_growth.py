@@ -13,9 +13,8 @@ import time
 
 import torch
 
-from benchmarks.gpu import ALL_ATTENTION, give_random_weights
+from benchmarks.gpu import ALL_ATTENTION, give_random_weights, random_batch
 from custom_components import llama_shapes
-from custom_components.batching import collate
 from custom_components.builders import lora_llama
 from custom_components.gradients import accumulate_gradients
 from custom_components.host_allocator import keep_freed_memory, return_freed_memory
@@ -57,8 +56,7 @@ def measured_step(
     model: torch.nn.Module, lengths: list[int], vocab_size: int, device: torch.device
 ) -> tuple[float, float]:
     """The median seconds of a forward and backward over rows of these lengths, and the memory they add, in GiB."""
-    rows = [torch.randint(3, vocab_size, (length,)).tolist() for length in lengths]
-    batch = collate([{"tokens": row, "labels": row} for row in rows])
+    batch = random_batch(lengths, vocab_size)
     standing_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     return_freed_memory()
     memory = PeakMemory(device)

@@ -12,7 +12,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,7 +126,7 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[float
         compile_layers(model, is_optional=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    batch = random_batch(case, shape.vocab_size)
+    batch = random_batch([case.row_tokens] * case.num_rows, shape.vocab_size)
     step_seconds = []
     for _ in range(NUM_STEPS):
         start_seconds = time.perf_counter()
@@ -164,8 +164,9 @@ def give_random_weights(model: TransformerDecoder, dtype: torch.dtype, device: t
     model.to(device)  # what is left: rope's cache
 
 
-def random_batch(case: Case, vocab_size: int) -> Batch:
-    rows = torch.randint(3, vocab_size, (case.num_rows, case.row_tokens)).tolist()
+def random_batch(lengths: Sequence[int], vocab_size: int) -> Batch:
+    """Rows of these lengths, every token supervised."""
+    rows = [torch.randint(3, vocab_size, (length,)).tolist() for length in lengths]
     return collate([{"tokens": row, "labels": row} for row in rows])
 
 
