@@ -8,7 +8,7 @@ first), so that there is one format and several ways to read it.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -130,10 +130,17 @@ def block_scalers(weight: NF4Tensor) -> Tensor:
 def dequantize(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
     """The weight as an ordinary tensor of `dtype`, through bitsandbytes where it is, else through a table."""
     if _bitsandbytes_dequantizes(weight.device.type):
-        return torch.ops.bitsandbytes.dequantize_4bit(
-            weight.quantized_data.view(-1, 1), block_scalers(weight), weight.block_size, "nf4", weight.shape, dtype
-        )
+        return _dequantize_with_bitsandbytes(weight.quantized_data, block_scalers(weight), weight.shape, dtype)
     return dequantize_with_table(weight, dtype)
+
+
+def _dequantize_with_bitsandbytes(
+    packed_codes: Tensor, scalers: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    # note: told of rows, the CPU's kernel takes each to begin a block, and of 96 columns makes nonsense.
+    one_row = [1, 2 * packed_codes.numel()]
+    codes = packed_codes.view(-1, 1)
+    return torch.ops.bitsandbytes.dequantize_4bit(codes, scalers, BLOCK_SIZE, "nf4", one_row, dtype).view(shape)
 
 
 def dequantize_with_table(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,41 +179,58 @@ def _bitsandbytes_works(device_type: str) -> bool:
     return True
 
 
-# A dequantized weight of the CPU's products, of each dtype; see `_dense_for_product`.
+# On the CPU, weights of a band, which are dequantized and multiplied while the processor's caches hold them.
+_NUM_WEIGHTS_OF_BAND = 2**22
+# A dequantized weight of the CPU's backward, of each dtype; see `_dense_of_bands`.
 _shared_memory: dict[torch.dtype, Tensor] = {}
-_NUM_WEIGHTS_AT_A_TIME = 2**21
-
-
-def _dense_for_product(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """The dequantized weight, for a product that is made before the next weight is asked for.
-
-    On the CPU all are written to the same memory, a piece at a time, because fresh memory costs three times as much as
-    the dequantizing: the system zeroes it page by page, and the gaps it leaves are not filled.
-    """
-    if weight.device.type != "cpu" or not _bitsandbytes_dequantizes("cpu"):
-        return dequantize(weight, dtype)
-    if dtype not in _shared_memory or _shared_memory[dtype].numel() < weight.numel():
-        with torch.inference_mode(False):  # or training could not write to what answering made
-            _shared_memory[dtype] = torch.empty(weight.numel(), dtype=dtype)
-    dense = _shared_memory[dtype][: weight.numel()]
-    scalers = block_scalers(weight)
-    for start in range(0, weight.numel(), _NUM_WEIGHTS_AT_A_TIME):
-        piece = dense[start : start + _NUM_WEIGHTS_AT_A_TIME]
-        codes = weight.quantized_data[start // 2 :][: piece.numel() // 2].view(-1, 1)
-        piece_scalers = scalers[start // BLOCK_SIZE :][: piece.numel() // BLOCK_SIZE]
-        dequantized = torch.ops.bitsandbytes.dequantize_4bit(
-            codes, piece_scalers, BLOCK_SIZE, "nf4", list(piece.shape), dtype
-        )
-        piece.copy_(dequantized.view_as(piece))
-    return dense.view(weight.shape)
 
 
 def _product(input: Tensor, weight: NF4Tensor, *, transposed: bool) -> Tensor:
     """`input @ weight.T`, or transposed `input @ weight`."""
     if torch.compiler.is_compiling():
         return _opaque_product(input, stored_tensors(weight), list(weight.shape), transposed)
-    dense = _dense_for_product(weight, input.dtype)
-    return input @ dense if transposed else F.linear(input, dense)
+    if not _is_read_in_bands(weight):
+        dense = dequantize(weight, input.dtype)
+        return input @ dense if transposed else F.linear(input, dense)
+    if transposed:
+        return input @ _dense_of_bands(weight, input.dtype)
+    rows = input.reshape(-1, input.shape[-1])
+    output = input.new_empty(len(rows), len(weight))
+    for band, dense_band in _dequantized_bands(weight, input.dtype):
+        torch.mm(rows, dense_band.T, out=output[:, band])
+    return output.view(*input.shape[:-1], len(weight))
+
+
+def _is_read_in_bands(weight: NF4Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.numel() > _NUM_WEIGHTS_OF_BAND and _bitsandbytes_dequantizes("cpu")
+
+
+def _dequantized_bands(weight: NF4Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of each band and their dequantized weights, one band after the other."""
+    num_rows, num_columns = weight.shape
+    num_rows_of_band = max(_NUM_WEIGHTS_OF_BAND // num_columns // BLOCK_SIZE, 1) * BLOCK_SIZE  # whole blocks
+    scalers = block_scalers(weight)
+    for start in range(0, num_rows, num_rows_of_band):
+        band = slice(start, min(start + num_rows_of_band, num_rows))
+        weights = slice(band.start * num_columns, band.stop * num_columns)
+        codes = weight.quantized_data[weights.start // 2 : weights.stop // 2]
+        band_scalers = scalers[weights.start // BLOCK_SIZE : weights.stop // BLOCK_SIZE]
+        yield band, _dequantize_with_bitsandbytes(codes, band_scalers, [-1, num_columns], dtype)
+
+
+def _dense_of_bands(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """The dequantized weight, for a product that is made before the next weight is asked for.
+
+    All are written to the same memory, because fresh memory costs three times as much as the dequantizing: the system
+    zeroes it page by page, and the gaps it leaves are not filled.
+    """
+    if dtype not in _shared_memory or _shared_memory[dtype].numel() < weight.numel():
+        with torch.inference_mode(False):  # or training could not write to what answering made
+            _shared_memory[dtype] = torch.empty(weight.numel(), dtype=dtype)
+    dense = _shared_memory[dtype][: weight.numel()].view(weight.shape)
+    for band, dense_band in _dequantized_bands(weight, dtype):
+        dense[band] = dense_band
+    return dense
 
 
 # note: seen as two operations, forward and backward dequantize the same weight, and the compiler keeps it from one to

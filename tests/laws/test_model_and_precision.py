@@ -210,7 +210,7 @@ def test_L14_recomputed_layers_give_the_same_gradients(make_checkpoint):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(256, 512), (100, 192), (172, 64)])
+@pytest.mark.parametrize("shape", [(256, 512), (100, 192), (172, 64), (200, 96), (64, 172)])
 def test_L15_one_nf4_storage_is_read_alike_by_all(dtype, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
     quantized = nf4.quantize(weight, dtype)
