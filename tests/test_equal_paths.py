@@ -1,5 +1,7 @@
 """Every way to compute a step gives the plain one's loss and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,9 @@ def test_packed_chunked_recomputed_compiled_and_fallback_steps_equal_the_plain_o
     assert_equal(step(model, rows, pack_capacity=60))
     assert_equal(step(model, rows, chunk_size=3))
     assert_equal(step(model, rows, num_recomputed_layers=1))
-    monkeypatch.setattr(attention, "_MIN_LOW_PRECISION_ROW_TOKENS", 0)
+    monkeypatch.setattr(attention, "_MAX_SHORT_ROW_TOKENS", 0)
+    assert_equal(step(model, rows))
+    monkeypatch.setattr(nf4, "_NUM_WEIGHTS_OF_BAND", 1)
     assert_equal(step(model, rows))
     # The table holds the codes to four places, as torchao does, bitsandbytes to eight.
     monkeypatch.setattr(nf4, "_bitsandbytes_dequantizes", lambda device_type: False)
@@ -76,6 +80,43 @@ def test_rows_attend_as_with_the_dense_mask():
     blocks_SS = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths)).bool()
     expected = F.scaled_dot_product_attention(query_1NSH, key_1KSH, value_1KSH, attn_mask=blocks_SS, enable_gqa=True)
     torch.testing.assert_close(attend_within_rows(query_1NSH, key_1KSH, value_1KSH, RowLengths(lengths)), expected)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_short_rows_attend_as_in_double_precision(kv_heads):
+    """Values and gradients within what bf16 rounds away, and no worse than torch's own kernel."""
+    inputs = [
+        (torch.randn(1, 23, heads, 16) * 3).bfloat16().transpose(1, 2).requires_grad_()
+        for heads in (4, kv_heads, kv_heads)
+    ]
+    weight_1NSH = torch.randn(1, 4, 23, 16).bfloat16()
+
+    def results(attend, inputs):
+        output = attend(*inputs)
+        gradients = torch.autograd.grad((output * weight_1NSH).sum(), inputs)
+        return [result.double() for result in (output, *gradients)]
+
+    dense = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    expected = results(dense, [tensor.detach().double().requires_grad_() for tensor in inputs])
+    ours = results(attention._ShortRowAttention.apply, inputs)
+    torchs = results(dense, inputs)
+    for our, theirs, exact in zip(ours, torchs, expected, strict=True):
+        assert (our - exact).norm() < max(2 * (theirs - exact).norm(), 2**-8 * exact.norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_weight_read_in_bands_multiplies_as_the_whole(monkeypatch, dtype):
+    weight = nf4.quantize(torch.randn(200, 96), dtype)
+    input = torch.randn(2, 5, 96, dtype=dtype, requires_grad=True)
+    grad_output = torch.randn(2, 5, 200, dtype=dtype)
+
+    def results():
+        output = nf4.linear(input, weight)
+        return output, *torch.autograd.grad(output, input, grad_output)
+
+    whole = results()
+    monkeypatch.setattr(nf4, "_NUM_WEIGHTS_OF_BAND", 70 * 96)
+    torch.testing.assert_close(results(), whole, **TOLERANCE[dtype])
 
 
 @pytest.mark.gpu
