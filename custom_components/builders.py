@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchtune.modules import (
-    RotaryPositionalEmbeddings,
     TiedLinear,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
@@ -23,6 +22,7 @@ from custom_components.llama_shapes import LlamaShape
 from custom_components.lora import FrozenLinear, LoRALinear
 from custom_components.mlp import FeedForward
 from custom_components.rms_norm import RMSNorm
+from custom_components.rotary import RotaryPositions
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 HUGGING_FACE_SPELLINGS = {"o_proj": "output_proj"}
@@ -79,7 +79,7 @@ def lora_llama(
 
     # note: rope's cache is a buffer outside the checkpoint, so it must have values even when the weights do not yet.
     with torch.device("cpu") if torch.empty(0).is_meta else torch.device(torch.empty(0).device):
-        rope = RotaryPositionalEmbeddings(shape.head_dim, shape.max_seq_len, shape.rope_base)
+        rope = RotaryPositions(shape.head_dim, shape.max_seq_len, shape.rope_base)
 
     def attention() -> SelfAttention:
         kv_dim = shape.num_kv_heads * shape.head_dim

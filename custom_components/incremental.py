@@ -19,6 +19,7 @@ from custom_components.errors import UserError
 from custom_components.inference_linear import InferenceLinear
 from custom_components.lora import FrozenLinear, lora_linears
 from custom_components.merging import merged_weight
+from custom_components.rotary import rotate
 
 _CACHE_GROWTH = 256
 
@@ -69,9 +70,7 @@ class IncrementalLlama(nn.Module):
         )
         self.norm = model.norm
         self.output = model.output
-        # (max_seq_len, H / 2): torchtune keeps cosine and sine of the angles by which it rotates neighbouring pairs.
-        rotations = torch.view_as_complex(model.layers[0].attn.pos_embeddings.cache)
-        self.register_buffer("rotations", rotations, persistent=False)
+        self.register_buffer("rotations_SP", model.layers[0].attn.pos_embeddings.rotations_SP, persistent=False)
 
     @property
     def vocab_size(self) -> int:
@@ -97,9 +96,9 @@ class IncrementalLlama(nn.Module):
             is_seen_SL = torch.ones(num_new_tokens, num_tokens, dtype=torch.bool, device=tokens_BS.device)
             mask_BSL = is_seen_SL.tril(cache.num_tokens).unsqueeze(0)
         hidden_BSD = self.tok_embeddings(tokens_BS)
-        rotations_BS1H = self.rotations[positions_BS].unsqueeze(2)
+        rotations_BS1P = self.rotations_SP[positions_BS].unsqueeze(2)
         for layer in self.layers:
-            hidden_BSD = layer(hidden_BSD, cache, rotations_BS1H, mask_BSL)
+            hidden_BSD = layer(hidden_BSD, cache, rotations_BS1P, mask_BSL)
         cache.num_tokens += num_new_tokens
         return self.output(self.norm(hidden_BSD[:, -1])).float()
 
@@ -131,19 +130,19 @@ class IncrementalLayer(nn.Module):
         self.down = joined_linears((mlp.w2,))
 
     def forward(
-        self, hidden_BSD: Tensor, cache: KeyValueCache, rotations_BS1H: Tensor, mask_BSL: Tensor | None
+        self, hidden_BSD: Tensor, cache: KeyValueCache, rotations_BS1P: Tensor, mask_BSL: Tensor | None
     ) -> Tensor:
-        hidden_BSD = hidden_BSD + self._attend(self.attention_norm(hidden_BSD), cache, rotations_BS1H, mask_BSL)
+        hidden_BSD = hidden_BSD + self._attend(self.attention_norm(hidden_BSD), cache, rotations_BS1P, mask_BSL)
         gate, up = self.gate_up(self.mlp_norm(hidden_BSD).flatten(0, 1)).chunk(2, dim=-1)
         return hidden_BSD + self.down(F.silu(gate) * up).view_as(hidden_BSD)
 
     def _attend(
-        self, input_BSD: Tensor, cache: KeyValueCache, rotations_BS1H: Tensor, mask_BSL: Tensor | None
+        self, input_BSD: Tensor, cache: KeyValueCache, rotations_BS1P: Tensor, mask_BSL: Tensor | None
     ) -> Tensor:
         batch_size, num_new_tokens, _ = input_BSD.shape
         num_rotated = self.num_heads + self.num_kv_heads
         qkv = self.qkv(input_BSD.flatten(0, 1)).view(batch_size, num_new_tokens, num_rotated + self.num_kv_heads, -1)
-        rotated = rotate(qkv[:, :, :num_rotated], rotations_BS1H).transpose(1, 2)
+        rotated = rotate(qkv[:, :, :num_rotated], rotations_BS1P).transpose(1, 2)
         query_BNSH, key_BKSH = rotated.split([self.num_heads, self.num_kv_heads], dim=1)
         key_BKLH, value_BKLH = cache.extended(self.index, (key_BKSH, qkv[:, :, num_rotated:].transpose(1, 2)))
         if num_new_tokens == 1:
@@ -163,16 +162,6 @@ class IncrementalLayer(nn.Module):
             )
             output_BSD = output_BNSH.transpose(1, 2).reshape(input_BSD.shape)
         return self.attention_output(output_BSD.flatten(0, 1)).view_as(input_BSD)
-
-
-def rotate(heads_BSNH: Tensor, rotations_BS1H: Tensor) -> Tensor:
-    """Rotary position embedding of neighbouring pairs, in fp32: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
-
-    Args:
-        rotations_BS1H: complex, one for each pair.
-    """
-    pairs = torch.view_as_complex(heads_BSNH.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations_BS1H).flatten(-2).to(heads_BSNH.dtype)
 
 
 class SharedLinears(nn.Module):

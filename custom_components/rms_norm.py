@@ -19,22 +19,27 @@ class RMSNorm(torchtune.modules.RMSNorm):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With n = x / rms(x) and g the gradient times scale, the gradient of x is (g - n mean(g n)) / rms(x)."""
+    """With r = rms(x) and g the gradient times scale, the gradient of x is g / r - x mean(g x) / r^3."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        x_fp32 = x.float()
-        inverse_rms = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_at_least_fp32(x))
+        inverse_rms = torch.rsqrt(norm.square() / x.shape[-1] + eps)
         ctx.save_for_backward(x, scale, inverse_rms)
-        return (x_fp32 * inverse_rms).mul_(scale).to(x.dtype)
+        return (x * inverse_rms).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, scale, inverse_rms = ctx.saved_tensors
-        normalized = x.float() * inverse_rms
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            grad_scale = (grad_output * normalized).flatten(0, -2).sum(0)
-        grad = grad_output * scale
-        grad_x = (grad - normalized * (grad * normalized).mean(-1, keepdim=True)) * inverse_rms
+            grad_scale = (grad_output * (x * inverse_rms)).flatten(0, -2).sum(0)
+        # In place, because on the CPU it is the passes over fp32 copies that take the time.
+        wide_x, grad = x.to(_at_least_fp32(x)), grad_output.to(_at_least_fp32(x)) * scale
+        mean_product = torch.linalg.vecdot(grad, wide_x).unsqueeze(-1) / x.shape[-1]
+        grad_x = grad.mul_(inverse_rms).addcmul_(wide_x, mean_product * inverse_rms.pow(3), value=-1)
         return grad_x.to(x.dtype), grad_scale, None
+
+
+def _at_least_fp32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""The layers that keep less for the backward compute what torch's own do."""
+"""The layers that keep less for the backward, or take less time, compute what torch's and torchtune's do."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import torchtune.modules
 
 from custom_components.mlp import _SwiGLU
 from custom_components.rms_norm import RMSNorm
+from custom_components.rotary import RotaryPositions
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -20,6 +21,18 @@ def test_rms_norm_equals_torchtunes(dtype):
         assert output.dtype is dtype
         results.append((output, *grads))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", [None, [[4, 0, 1], [7, 2, 2]]])
+def test_rotary_positions_equal_torchtunes_to_the_bit(dtype, positions):
+    heads = torch.randn(2, 3, 4, 16, dtype=dtype, requires_grad=True)
+    grad_output = torch.randn(2, 4, 3, 16, dtype=dtype).transpose(1, 2)
+    results = []
+    for rope in (RotaryPositions(16, 8), torchtune.modules.RotaryPositionalEmbeddings(16, 8)):
+        output = rope(heads, input_pos=None if positions is None else torch.tensor(positions))
+        results.append((output, *torch.autograd.grad(output, heads, grad_output)))
+    torch.testing.assert_close(*results, atol=0, rtol=0)
 
 
 def test_gradients_are_those_of_finite_differences():

