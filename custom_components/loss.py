@@ -61,12 +61,12 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_PD), chunk_size):
             chunk = slice(start, start + chunk_size)
             labels_C1 = labels_P[chunk].unsqueeze(1)
-            logits_CV = F.linear(hidden_PD[chunk], weight_VD).float()
-            log_normalizer_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-            total += (log_normalizer_C1 - logits_CV.gather(1, labels_C1)).sum()
+            logits_CV = F.linear(hidden_PD[chunk], weight_VD)
+            log_probabilities_CV = logits_CV.log_softmax(dim=1, dtype=torch.float32)
+            total -= log_probabilities_CV.gather(1, labels_C1).sum()
             if grad_PD is not None:
-                grad_logits_CV = logits_CV.sub_(log_normalizer_C1).exp_()
-                grad_logits_CV.scatter_add_(1, labels_C1, -torch.ones_like(log_normalizer_C1))
+                grad_logits_CV = log_probabilities_CV.exp_()
+                grad_logits_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, -1, dtype=torch.float32))
                 grad_PD[chunk] = grad_logits_CV.to(hidden_PD.dtype) @ weight_VD
         ctx.grad_PD = grad_PD
         return total
