@@ -1,7 +1,7 @@
 """A Llama that reads a text piece by piece: each forward goes on where the cache of keys and values ends.
 
 Dimensions: `B` texts, `S` new tokens of each, `L` tokens so far, the new ones included, `D` embed_dim, `N` query heads,
-`K` key/value heads, `G` query heads of a key/value head, `H` head_dim, `V` vocab_size.
+`K` key/value heads, `G` query heads of a key/value head, `H` head_dim, `P` pairs of it, `V` vocab_size.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ class IncrementalLlama(nn.Module):
         joined: it gives them up, for products that are joined where they can be; see :func:`made_for_inference`.
     """
 
-    rotations: Tensor
+    rotations_SP: Tensor
 
     def __init__(self, model: TransformerDecoder, *, joined: bool = False) -> None:
         super().__init__()

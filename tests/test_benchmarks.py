@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import generate, matmul_floor, side_by_side, side_by_side_ours, side_by_side_results
+from benchmarks import generate, layer_parts, matmul_floor, side_by_side, side_by_side_ours, side_by_side_results
 from benchmarks.rows import ForwardSize, forward_sizes, write_adapter
 from benchmarks.side_by_side_results import Result
 from benchmarks.step_log import StepEnd, StepLog, read_step_log
@@ -177,3 +177,11 @@ def test_leading_tokens_that_agree_are_counted():
     assert generate.num_leading_equal([1, 2, 3], [1, 2, 4]) == 2
     assert generate.num_leading_equal([1, 2], [1, 2]) == 2
     assert generate.num_leading_equal([1], [2]) == 0
+
+
+@pytest.mark.parametrize("part", ["attention", "rotary_positions", "norm", "quantized_product"])
+def test_every_way_to_compute_a_part_of_a_layer_is_timed(monkeypatch, part):
+    monkeypatch.setattr(layer_parts, "NUM_REPEATS", 1)
+    milliseconds = getattr(layer_parts, part)(SHAPE, [5, 3])
+    assert "ours" in milliseconds and len(milliseconds) > 1
+    assert all(value > 0 for value in milliseconds.values())
