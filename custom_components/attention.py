@@ -20,8 +20,8 @@ from torchtune.modules import KVCache
 
 from custom_components.lora import lora_linears
 
-# On the CPU, torch's 16-bit kernel takes 3.7 times as long as plain products for a row of 110 tokens, 1.6 times for 305
-# (benchmarks/README.md). Longer rows would keep too many probabilities: one for each pair of tokens.
+# On the CPU, torch's 16-bit kernel takes 3 times as long as plain products for a row of 110 tokens, and its fp32 kernel
+# 1.6 times (benchmarks/README.md). Longer rows would keep too many probabilities: one for each pair of tokens.
 _MAX_SHORT_ROW_TOKENS = 256
 
 

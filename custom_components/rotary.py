@@ -11,7 +11,7 @@ from torchtune.modules import RotaryPositionalEmbeddings
 
 
 class RotaryPositions(RotaryPositionalEmbeddings):
-    """torchtune's rotary embedding, to the bit, in a fifth of its time on the CPU: each pair is a complex number."""
+    """torchtune's rotary embedding, to the bit, in a quarter of its time on the CPU: each pair is a complex number."""
 
     @property
     def rotations_SP(self) -> Tensor:
