@@ -17,11 +17,11 @@ from custom_components.simulated_step import StepMemory, simulated_step
 
 # What is no tensor of ours, measured above the imports: on the CPU machine code that oneDNN makes, bitsandbytes
 # where weights are NF4, the plot; on CUDA the libraries' workspaces (its context is not counted by torch).
-_OVERHEAD_BYTES = {"cpu": 70 * 2**20, "cuda": 64 * 2**20}
-_BITSANDBYTES_BYTES = 40 * 2**20
+_OVERHEAD_BYTES = {"cpu": 42 * 2**20, "cuda": 64 * 2**20}
+_BITSANDBYTES_BYTES = 50 * 2**20
 # What the heap holds for a byte of a step's tensors. glibc 2.36 does not use a freed aligned block again for one of the
-# same size, and torch aligns all: measured 1.15 to 1.2. torch's own allocator on CUDA is exact in the bytes it reports.
-_HEAP_SHARE = {"cpu": 1.2, "cuda": 1.0}
+# same size, and torch aligns all: measured 1.15 to 1.25. torch's own allocator on CUDA is exact in the bytes it reports.
+_HEAP_SHARE = {"cpu": 1.22, "cuda": 1.0}
 # AdamW8bit and its like leave small tensors in 32 bits; this many parameters are enough to see the ratio.
 _OPTIMIZER_PROBE_SIZE = 2**16
 
