@@ -20,7 +20,7 @@ from custom_components.simulated_step import StepMemory, simulated_step
 _OVERHEAD_BYTES = {"cpu": 42 * 2**20, "cuda": 64 * 2**20}
 _BITSANDBYTES_BYTES = 50 * 2**20
 # What the heap holds for a byte of a step's tensors. glibc 2.36 does not use a freed aligned block again for one of the
-# same size, and torch aligns all: measured 1.15 to 1.25. torch's own allocator on CUDA is exact in the bytes it reports.
+# same size, and torch aligns all: measured 1.15 to 1.25. torch's allocator on CUDA is exact in the bytes it reports.
 _HEAP_SHARE = {"cpu": 1.22, "cuda": 1.0}
 # AdamW8bit and its like leave small tensors in 32 bits; this many parameters are enough to see the ratio.
 _OPTIMIZER_PROBE_SIZE = 2**16

@@ -16,7 +16,7 @@ class RotaryPositions(RotaryPositionalEmbeddings):
     @property
     def rotations_SP(self) -> Tensor:
         """What turns each pair at each position, complex, (max_seq_len, P)."""
-        return torch.view_as_complex(self.cache)
+        return torch.view_as_complex(self.cache.float())  # a model may be cast to 16 bits, buffers included
 
     def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
         """(B, S, N, H) -> (B, S, N, H), at positions (B, S); default 0 .. S-1."""

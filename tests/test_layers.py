@@ -35,6 +35,12 @@ def test_rotary_positions_equal_torchtunes_to_the_bit(dtype, positions):
     torch.testing.assert_close(*results, atol=0, rtol=0)
 
 
+def test_a_model_may_be_cast_to_16_bits_as_a_whole():
+    heads = torch.randn(1, 3, 4, 16, dtype=torch.bfloat16)
+    output = RotaryPositions(16, 8).to(torch.bfloat16)(heads)
+    torch.testing.assert_close(output, RotaryPositions(16, 8)(heads), atol=2e-2, rtol=2e-2)
+
+
 def test_gradients_are_those_of_finite_differences():
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     gate, up = torch.randn(2, 3, 8, dtype=torch.float64).requires_grad_()
