@@ -19,7 +19,7 @@ from torchao.dtypes.nf4tensor import linear_nf4
 
 from benchmarks.matmul_floor import DTYPE
 from custom_components import llama_shapes, nf4
-from custom_components.attention import RowLengths, attend_row_by_row
+from custom_components.attention import RowLengths, attend_within_rows
 from custom_components.host_allocator import keep_freed_memory
 from custom_components.llama_shapes import LlamaShape
 from custom_components.rms_norm import RMSNorm
@@ -56,7 +56,7 @@ def attention(shape: LlamaShape, lengths: Sequence[int]) -> dict[str, float]:
         return torch.cat(outputs, dim=2).to(DTYPE)
 
     ways = {
-        "ours": lambda *inputs: attend_row_by_row(*inputs, RowLengths(tuple(lengths))),
+        "ours": lambda *inputs: attend_within_rows(*inputs, RowLengths(tuple(lengths))),
         "torch in bf16": partial(with_torchs_kernel, dtype=DTYPE),
         "torch in fp32": partial(with_torchs_kernel, dtype=torch.float32),
     }

@@ -1,28 +1,26 @@
 """Causal self-attention over rows that are padded, cached or laid end to end.
 
 Dimensions: `B` batch, `S` positions, `L` positions attended to, `T` tokens of one row, `D` embed_dim, `N` query heads,
-`K` key/value heads, `Q` tokens of the N / K query heads that share one key/value head, `H` head_dim.
+`K` key/value heads, `H` head_dim.
 """
 
 import functools
 import importlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import KVCache
 
+from custom_components.blockwise_attention import attend_blockwise
 from custom_components.lora import lora_linears
 
-# On the CPU, torch's 16-bit kernel takes 3 times as long as plain products for a row of 110 tokens, and its fp32 kernel
-# 1.6 times (benchmarks/README.md). Longer rows would keep too many probabilities: one for each pair of tokens.
-_MAX_SHORT_ROW_TOKENS = 256
+# Behind them, the scores of a block leave the processor's caches, and torch's own kernel is as fast.
+_MAX_BLOCKWISE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,10 @@ class SelfAttention(nn.Module):
 @torch.compiler.disable
 def attend_within_rows(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, rows: RowLengths) -> Tensor:
     """Causal attention inside each row of a sequence of rows: (1, N, S, H)."""
-    if rows.boundaries is not None and _variable_length_kernel_works(
+    is_on_cpu = rows.boundaries is None
+    if is_on_cpu and query_1NSH.element_size() == 2 and max(rows.lengths) <= _MAX_BLOCKWISE_TOKENS:
+        return attend_blockwise(query_1NSH, key_1KSH, value_1KSH, rows.lengths)
+    if query_1NSH.is_cuda and _variable_length_kernel_works(
         query_1NSH.device, query_1NSH.dtype, query_1NSH.shape[1], key_1KSH.shape[1], query_1NSH.shape[3]
     ):
         return attend_within_rows_at_once(query_1NSH, key_1KSH, value_1KSH, rows)
@@ -149,49 +150,14 @@ def attend_within_rows(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor,
 
 def attend_row_by_row(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, rows: RowLengths) -> Tensor:
     """`attend_within_rows` as one call a row, on any device."""
-    outputs = []
-    for query_1NTH, key_1KTH, value_1KTH in zip(
+    inputs_of_rows = zip(
         query_1NSH.split(rows.lengths, dim=2),
         key_1KSH.split(rows.lengths, dim=2),
         value_1KSH.split(rows.lengths, dim=2),
         strict=True,
-    ):
-        is_short = query_1NTH.shape[2] <= _MAX_SHORT_ROW_TOKENS and query_1NTH.element_size() == 2
-        if is_short and not query_1NTH.is_cuda:
-            outputs.append(_ShortRowAttention.apply(query_1NTH, key_1KTH, value_1KTH))
-        else:
-            outputs.append(_causal_attention(query_1NTH, key_1KTH, value_1KTH))
+    )
+    outputs = [_causal_attention(*inputs_of_row) for inputs_of_row in inputs_of_rows]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
-class _ShortRowAttention(torch.autograd.Function):
-    """Causal attention of one row in 16 bits as plain products, with fp32 scores, that keeps the probabilities."""
-
-    @staticmethod
-    def forward(ctx: Any, query_1NTH: Tensor, key_1KTH: Tensor, value_1KTH: Tensor) -> Tensor:
-        key_KTH, value_KTH = key_1KTH[0], value_1KTH[0]
-        num_kv_heads, num_tokens, head_dim = key_KTH.shape
-        query_KQH = query_1NTH.reshape(num_kv_heads, -1, head_dim)
-        future_TT = torch.full((num_tokens, num_tokens), -math.inf, device=query_KQH.device).triu(1)
-        future_1QT = future_TT.repeat(query_KQH.shape[1] // num_tokens, 1).unsqueeze(0)
-        ctx.scale = head_dim**-0.5
-        scores_KQT = torch.baddbmm(future_1QT, query_KQH.float(), key_KTH.float().transpose(1, 2), alpha=ctx.scale)
-        probabilities_KQT = scores_KQT.softmax(dim=-1).to(query_KQH.dtype)
-        ctx.save_for_backward(query_KQH, key_KTH, value_KTH, probabilities_KQT)
-        return torch.bmm(probabilities_KQT, value_KTH).view(query_1NTH.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output_1NTH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query_KQH, key_KTH, value_KTH, probabilities_KQT = ctx.saved_tensors
-        grad_output_KQH = grad_output_1NTH.reshape(query_KQH.shape)
-        grad_value_KTH = torch.bmm(probabilities_KQT.transpose(1, 2), grad_output_KQH)
-        grad_probabilities_KQT = torch.bmm(grad_output_KQH, value_KTH.transpose(1, 2))
-        grad_scores_KQT = ctx.scale * torch.ops.aten._softmax_backward_data(
-            grad_probabilities_KQT, probabilities_KQT, -1, probabilities_KQT.dtype
-        )
-        grad_query_KQH = torch.bmm(grad_scores_KQT, key_KTH)
-        grad_key_KTH = torch.bmm(grad_scores_KQT.transpose(1, 2), query_KQH)
-        return grad_query_KQH.view(grad_output_1NTH.shape), grad_key_KTH.unsqueeze(0), grad_value_KTH.unsqueeze(0)
 
 
 def _causal_attention(query_1NTH: Tensor, key_1KTH: Tensor, value_1KTH: Tensor) -> Tensor:

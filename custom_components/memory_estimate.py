@@ -108,7 +108,9 @@ def estimate_memory(
         gradient_bytes=4 * num_trained,
         optimizer_bytes=round(num_trained * optimizer_bytes_per_parameter(settings)),
         loading_bytes=NUM_LOADING_THREADS * largest_bytes,
-        step=simulated_step(model, dtype, tuple(row_lengths), instantiate(settings.loss), settings.neftune_noise_alpha),
+        step=simulated_step(
+            model, dtype, device_type, tuple(row_lengths), instantiate(settings.loss), settings.neftune_noise_alpha
+        ),
         num_layers=len(model.layers),
         overhead_bytes=overhead_bytes,
         heap_share=_HEAP_SHARE[device_type],

@@ -91,6 +91,7 @@ class StepMemory:
 def simulated_step(
     model: TransformerDecoder,
     dtype: torch.dtype,
+    device_type: str,
     lengths: tuple[int, ...],
     loss_function: LinearCrossEntropy,
     neftune_noise_alpha: float | None = None,
@@ -100,6 +101,7 @@ def simulated_step(
     Args:
         model: on the meta device, with two layers or more; it is not changed.
         dtype: of the computation.
+        device_type: "cpu" or "cuda", which attend in other ways.
     """
 
     def peak_bytes(num_layers: int, num_recomputed_layers: int) -> int:
@@ -107,7 +109,7 @@ def simulated_step(
         with torch.device("meta"):
             for module in short_model.modules():
                 _give_shapes(module, dtype)
-            batch = _batch_without_values(lengths)
+            batch = _batch_without_values(lengths, device_type)
             with LiveBytes() as memory:
                 accumulate_gradients(
                     short_model,
@@ -154,8 +156,9 @@ def _give_shapes(module: nn.Module, dtype: torch.dtype) -> None:
         setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _batch_without_values(lengths: tuple[int, ...]) -> Batch:
+def _batch_without_values(lengths: tuple[int, ...], device_type: str) -> Batch:
     num_tokens = sum(lengths)
     tokens_1T, labels_1T, positions_1T = (torch.empty(1, num_tokens, dtype=torch.long) for _ in range(3))
     supervised_P = torch.empty(num_tokens, dtype=torch.long)
-    return Batch(tokens_1T, labels_1T, positions_1T, supervised_P, RowLengths(lengths))
+    boundaries = torch.empty(len(lengths) + 1, dtype=torch.int32) if device_type == "cuda" else None
+    return Batch(tokens_1T, labels_1T, positions_1T, supervised_P, RowLengths(lengths, boundaries))

@@ -12,10 +12,10 @@ from pathlib import Path
 # with the working directory at the end of the path only. At its start, this project's `recipes` is found.
 sys.path.insert(0, str(Path.cwd()))
 
-# OpenMP threads wait for each other by spinning. Where another program takes a core, each of the thousands of small
-# operations of a step then lasts as long as the scheduler's time slice: on 2 cores with one of them busy, a step of the
-# tiny model took 20 times as long with the default than with this short spin. Large models do not notice either.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# OpenMP threads wait for each other by spinning, by default for milliseconds. Where another program takes a core, an
+# operation can then last as long as the scheduler's time slice. So short a spin costs an idle machine next to nothing;
+# with a third of it, waking the threads again and again does (benchmarks/README.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 # oneDNN makes machine code for every matrix product of a shape it has not seen, and every batch has another number of
 # tokens. Kept for 1024 shapes, the default of both caches, that code grew the tiny model's process by 20 MB a step. A

@@ -1,12 +1,10 @@
 """Every way to compute a step gives the plain one's loss and gradients."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from custom_components import attention, nf4
+from custom_components import attention, blockwise_attention, nf4
 from custom_components.attention import RowLengths, attend_row_by_row, attend_within_rows
 from custom_components.batching import BatchPlan, collate
 from custom_components.compiling import compile_layers
@@ -49,7 +47,11 @@ def test_packed_chunked_recomputed_compiled_and_fallback_steps_equal_the_plain_o
     assert_equal(step(model, rows, pack_capacity=60))
     assert_equal(step(model, rows, chunk_size=3))
     assert_equal(step(model, rows, num_recomputed_layers=1))
-    monkeypatch.setattr(attention, "_MAX_SHORT_ROW_TOKENS", 0)
+    monkeypatch.setattr(blockwise_attention, "_NUM_BLOCK_TOKENS", 7)
+    assert_equal(step(model, rows))
+    monkeypatch.setattr(blockwise_attention, "_MAX_KEPT_TOKENS", 0)
+    assert_equal(step(model, rows))
+    monkeypatch.setattr(attention, "_MAX_BLOCKWISE_TOKENS", 0)
     assert_equal(step(model, rows))
     monkeypatch.setattr(nf4, "_NUM_WEIGHTS_OF_BAND", 1)
     assert_equal(step(model, rows))
@@ -82,24 +84,27 @@ def test_rows_attend_as_with_the_dense_mask():
     torch.testing.assert_close(attend_within_rows(query_1NSH, key_1KSH, value_1KSH, RowLengths(lengths)), expected)
 
 
+@pytest.mark.parametrize("max_kept_tokens", [0, 100])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_short_rows_attend_as_in_double_precision(kv_heads):
+def test_blocks_attend_as_in_double_precision(monkeypatch, kv_heads, max_kept_tokens):
     """Values and gradients within what bf16 rounds away, and no worse than torch's own kernel."""
+    monkeypatch.setattr(blockwise_attention, "_NUM_BLOCK_TOKENS", 8)
+    monkeypatch.setattr(blockwise_attention, "_MAX_KEPT_TOKENS", max_kept_tokens)
+    rows = RowLengths((23, 1, 16))
     inputs = [
-        (torch.randn(1, 23, heads, 16) * 3).bfloat16().transpose(1, 2).requires_grad_()
+        (torch.randn(1, 40, heads, 16) * 3).bfloat16().transpose(1, 2).requires_grad_()
         for heads in (4, kv_heads, kv_heads)
     ]
-    weight_1NSH = torch.randn(1, 4, 23, 16).bfloat16()
+    weight_1NSH = torch.randn(1, 4, 40, 16).bfloat16()
 
     def results(attend, inputs):
-        output = attend(*inputs)
+        output = attend(*inputs, rows)
         gradients = torch.autograd.grad((output * weight_1NSH).sum(), inputs)
         return [result.double() for result in (output, *gradients)]
 
-    dense = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-    expected = results(dense, [tensor.detach().double().requires_grad_() for tensor in inputs])
-    ours = results(attention._ShortRowAttention.apply, inputs)
-    torchs = results(dense, inputs)
+    expected = results(attend_row_by_row, [tensor.detach().double().requires_grad_() for tensor in inputs])
+    ours = results(attend_within_rows, inputs)
+    torchs = results(attend_row_by_row, inputs)
     for our, theirs, exact in zip(ours, torchs, expected, strict=True):
         assert (our - exact).norm() < max(2 * (theirs - exact).norm(), 2**-8 * exact.norm())
 

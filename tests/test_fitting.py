@@ -1,6 +1,7 @@
 """`auto`: what fits is found, said, and the rows of an optimizer step stay as they were."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from custom_components import fitting
 from custom_components.components import instantiate
 from custom_components.config import load_settings
 from custom_components.fitting import Fit, first_fitting, fit_to_device, largest_forward
+from custom_components.loss import LinearCrossEntropy
 from custom_components.memory_estimate import estimate_memory
 from custom_components.settings import TrainingSettings
+from custom_components.simulated_step import simulated_step
 from tests.conftest import CPU, PROJECT
 
 LENGTHS = [30, 20, 10, 25] * 8
@@ -66,6 +69,18 @@ def test_only_what_does_not_fit_is_recomputed(model, monkeypatch):
     assert fit(model, monkeypatch, 100, *overrides).num_recomputed_layers == 0
     some = fit(model, monkeypatch, (peaks[2] + 1) / 2**30, *overrides)
     assert some.num_recomputed_layers == 2 and some.batch_size == 8
+
+
+def test_only_the_cpu_keeps_probabilities_of_attention(model):
+    """The kernels of a card keep none: how its tokens are divided into rows is all the same to a layer."""
+    step_of = partial(simulated_step, model, torch.bfloat16, loss_function=LinearCrossEntropy())
+    kept_bytes = {
+        (device_type, lengths): step_of(device_type, lengths).kept_layer_bytes
+        for device_type in ("cpu", "cuda")
+        for lengths in ((64,) * 4, (256,))
+    }
+    assert kept_bytes["cuda", (64,) * 4] == kept_bytes["cuda", (256,)]
+    assert kept_bytes["cpu", (64,) * 4] < kept_bytes["cpu", (256,)]
 
 
 def test_nothing_is_chosen_where_the_config_says_it_all(model, monkeypatch):

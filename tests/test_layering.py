@@ -36,6 +36,7 @@ LAYERS = [
     [
         "nf4",
         "lora",
+        "blockwise_attention",
         "attention",
         "mlp",
         "rms_norm",
