@@ -8,7 +8,7 @@ override as typed), so that a problem can name it.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -21,7 +21,16 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
 class YamlLoader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-4` as a number, as YAML 1.2 and OmegaConf do; PyYAML's 1.1 rules ask for `2.0e-4`."""
+    """SafeLoader that reads `2e-4` as a number, as YAML 1.2 and OmegaConf do; PyYAML's 1.1 rules ask for `2.0e-4`.
+
+    Keys are text: `on`, `1` and `null` are names that no setting has, not True, a number and None.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                key_node.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
 
 
 # Dates stay text: no key takes one, and OmegaConf holds none.
@@ -51,7 +60,8 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
         apply_override(raw, override, settings_type, YamlLoader)
     for name, field in settings_type.model_fields.items():
         if not field.is_required():
-            raw.values.setdefault(name, field.get_default())
+            default = field.get_default()
+            raw.values.setdefault(name, str(default) if isinstance(default, Path) else default)
     values, unresolved = interpolate(raw)
     return checked_settings(settings_type, values, unresolved, raw.values, raw.origin)
 

@@ -75,6 +75,18 @@ def test_L26_any_bytes_as_a_file(tmp_path, content):
         load(tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize("content", ["?", "1: 2", "on: 1", "!!binary YQ==: 1", "model: {~: 1}", "a: 1"])
+def test_L26_keys_that_are_no_names_and_configs_of_almost_nothing(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "config.yaml")
+    assert "unknown key" in str(error.value) or "model._component_: missing" in str(error.value)
+
+
+def test_L26_a_key_left_out_has_its_default():
+    assert load(TINY, "~cache_dir").cache_dir == load(TINY).cache_dir
+
+
 @FUZZ
 @given(
     names.filter(lambda name: name not in TrainingSettings.model_fields), st.sampled_from(["", "model.", "optimizer."])
