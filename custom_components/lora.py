@@ -133,21 +133,24 @@ class LoRALinear(FrozenLinear):
     def adapted_output(self, input: Tensor, low_rank: Tensor) -> Tensor:
         """The layer's output, (..., out_dim), for the input and A's product with it, (..., rank)."""
         if not self.use_dora:
-            return self._with_update(self.plain_output(input), low_rank)
+            # The update first, because the backward needs its tensors and none of the frozen product's: recomputing a
+            # layer ends with the last tensor that is needed, and so leaves out its last frozen product.
+            update = self._update(low_rank)
+            return self.plain_output(input).add_(update, alpha=self.scaling)
         # W x and W A^T, which the norms need, in one product: NF4 is dequantized once.
         rows = torch.cat([input.reshape(-1, self.in_dim), self.lora_a.weight.detach().to(input.dtype)])
         base, base_of_a_RO = self.plain_output(rows).split([len(rows) - self.rank, self.rank])
-        output = self._with_update(base.view(*input.shape[:-1], self.out_dim), low_rank)
+        base = base.view(*input.shape[:-1], self.out_dim)
+        output = torch.add(base, self._update(low_rank), alpha=self.scaling)
         ratio_O = self.magnitude / self.row_norms(base_of_a_RO)
         # The difference to 1, because bf16 has no steps finer than 1/256 around 1 itself.
         return torch.addcmul(output, output, (ratio_O - 1).to(output.dtype))
 
-    def _with_update(self, base: Tensor, low_rank: Tensor) -> Tensor:
-        """base + s B low_rank, (..., out_dim)."""
+    def _update(self, low_rank: Tensor) -> Tensor:
+        """B low_rank, (..., out_dim)."""
         # B is laid out as (rank, out_dim) by the cast: its gradient is then a product in half the time on the CPU.
         b_RO = self.lora_b.weight.T.to(low_rank.dtype, memory_format=torch.contiguous_format)
-        output = torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), b_RO, alpha=self.scaling)
-        return output.view_as(base)
+        return low_rank @ b_RO
 
     @torch.no_grad()
     def row_norms(self, base_of_a_RO: Tensor) -> Tensor:

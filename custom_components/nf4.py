@@ -185,20 +185,20 @@ _NUM_WEIGHTS_OF_BAND = 2**22
 _shared_memory: dict[torch.dtype, Tensor] = {}
 
 
-def _product(input: Tensor, weight: NF4Tensor, *, transposed: bool) -> Tensor:
-    """`input @ weight.T`, or transposed `input @ weight`."""
-    if torch.compiler.is_compiling():
+def _product(input: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
+    """`input @ weight.T`, or transposed `input @ weight`; never a view."""
+    if isinstance(weight, NF4Tensor) and torch.compiler.is_compiling():
         return _opaque_product(input, stored_tensors(weight), list(weight.shape), transposed)
-    if not _is_read_in_bands(weight):
-        dense = dequantize(weight, input.dtype)
+    if not isinstance(weight, NF4Tensor) or not _is_read_in_bands(weight):
+        dense = dequantize(weight, input.dtype) if isinstance(weight, NF4Tensor) else weight
         return input @ dense if transposed else F.linear(input, dense)
     if transposed:
         return input @ _dense_of_bands(weight, input.dtype)
-    rows = input.reshape(-1, input.shape[-1])
-    output = input.new_empty(len(rows), len(weight))
+    output = input.new_empty(*input.shape[:-1], len(weight))
+    rows, output_rows = input.flatten(0, -2), output.flatten(0, -2)
     for band, dense_band in _dequantized_bands(weight, input.dtype):
-        torch.mm(rows, dense_band.T, out=output[:, band])
-    return output.view(*input.shape[:-1], len(weight))
+        torch.mm(rows, dense_band.T, out=output_rows[:, band])
+    return output
 
 
 def _is_read_in_bands(weight: NF4Tensor) -> bool:
@@ -246,11 +246,14 @@ def _(input: Tensor, stored: Sequence[Tensor], shape: Sequence[int], transposed:
     return input.new_empty(*input.shape[:-1], shape[1] if transposed else shape[0])
 
 
-class _NF4Linear(torch.autograd.Function):
-    """`input @ weight.T` that keeps the 4-bit weight for the backward, never a dequantized copy."""
+class _FrozenProduct(torch.autograd.Function):
+    """`input @ weight.T` that keeps the 4-bit weight for the backward, never a dequantized copy.
+
+    The weight is kept beside autograd: it is no reason to make the product again where a layer is recomputed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: NF4Tensor) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
         return _product(input, weight, transposed=False)
 
@@ -260,12 +263,10 @@ class _NF4Linear(torch.autograd.Function):
 
 
 def linear(input: Tensor, weight: Tensor) -> Tensor:
-    """`input @ weight.T` for an ordinary or an NF4 weight.
+    """`input @ weight.T` for an ordinary or an NF4 weight; a new tensor that no one else holds.
 
     Args:
         input: (..., in_dim).
-        weight: (out_dim, in_dim); frozen where it is NF4.
+        weight: (out_dim, in_dim), frozen: it gets no gradient.
     """
-    if is_quantized(weight):
-        return _NF4Linear.apply(input, weight)
-    return F.linear(input, weight)
+    return _FrozenProduct.apply(input, weight)

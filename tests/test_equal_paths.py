@@ -60,6 +60,23 @@ def test_packed_chunked_recomputed_compiled_and_fallback_steps_equal_the_plain_o
     assert_equal(step(model, rows), atol=2e-2 if dtype is torch.bfloat16 else 1e-3, rtol=5e-2)
 
 
+@pytest.mark.parametrize("quantize_base", [True, False])
+def test_recomputing_leaves_out_the_product_that_ends_a_layer(make_checkpoint, monkeypatch, quantize_base):
+    """The backward needs nothing of a layer's last projection but its input."""
+    model = loaded_model(make_checkpoint(), torch.bfloat16, quantize_base=quantize_base)
+    products = []
+    product = nf4._product
+    monkeypatch.setattr(nf4, "_product", lambda *args, **kwargs: products.append(args) or product(*args, **kwargs))
+
+    def num_products(num_recomputed_layers):
+        products.clear()
+        step(model, random_rows(2), num_recomputed_layers=num_recomputed_layers)
+        return len(products)
+
+    num_linears_of_layer = 7
+    assert num_products(1) - num_products(0) == num_linears_of_layer - 1
+
+
 @pytest.mark.slow
 def test_a_compiled_step_equals_the_plain_one(make_checkpoint):
     model = with_random_adapters(loaded_model(make_checkpoint(), quantize_base=True))
