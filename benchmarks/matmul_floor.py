@@ -5,10 +5,10 @@
 
 A step is its forwards, each as TOKENS:SUPERVISED, without padding. Counted are, in bf16, the product with every frozen
 linear weight, the product for the gradient of its input, and both for the output head on supervised positions; with
-checkpointing the layers' forward products once more. A forward and its backward dequantize every NF4 weight twice, with
-checkpointing three times. Neither attention, norms, adapters and loss nor the first layer's needless input gradient
-are accounted for. One layer's weights are measured, more than a processor's caches hold in the shapes of real models,
-and multiplied by the number of layers.
+checkpointing the layers' forward products once more, but for the last of each, of which the backward needs nothing. A
+forward and its backward dequantize every NF4 weight twice, with checkpointing all but those three times. Neither
+attention, norms, adapters and loss nor the first layer's needless input gradient are accounted for. One layer's weights
+are measured, more than a processor's caches hold in the shapes of real models, and multiplied by the number of layers.
 
 Dimensions: `T` tokens, `I` in_dim, `O` out_dim.
 """
@@ -84,22 +84,25 @@ def step_floors(
     keep_freed_memory()  # as the recipe does
     weights_OI = [torch.empty(size, dtype=DTYPE).normal_(0, 0.02) for size in linear_sizes(shape)]
     head_OI = torch.empty(shape.vocab_size, shape.embed_dim, dtype=DTYPE).normal_(0, 0.02)
-    quantized = [nf4.quantize(weight_OI, DTYPE) for weight_OI in weights_OI if nf4.can_quantize(weight_OI.shape)]
-    one_pass_seconds = shape.num_layers * median_seconds(
+    # What a layer computes again ends before its last product, which the backward does not need.
+    recomputed_OI = weights_OI[:-1] if checkpointing else []
+    dequantized_OI = [*weights_OI, *weights_OI, *recomputed_OI]
+    quantized = [nf4.quantize(weight_OI, DTYPE) for weight_OI in dequantized_OI if nf4.can_quantize(weight_OI.shape)]
+    dequantize_seconds = shape.num_layers * median_seconds(
         lambda: [nf4.dequantize(weight, DTYPE) for weight in quantized]
     )
-    num_layer_forwards = 2 if checkpointing else 1
 
     def forward_floor(num_tokens: int, num_supervised: int) -> float:
         layer_forward, layer_backward = product_seconds(weights_OI, num_tokens)
+        recomputed_forward, _ = product_seconds(recomputed_OI, num_tokens)
         head_forward, head_backward = product_seconds([head_OI], num_supervised)
-        layer_seconds = num_layer_forwards * layer_forward + layer_backward
+        layer_seconds = layer_forward + recomputed_forward + layer_backward
         return shape.num_layers * layer_seconds + head_forward + head_backward
 
     return [
         StepFloor(
             matmul_seconds=sum(forward_floor(*sizes) for sizes in step),
-            dequantize_seconds=len(step) * (num_layer_forwards + 1) * one_pass_seconds,
+            dequantize_seconds=len(step) * dequantize_seconds,
         )
         for step in steps
     ]

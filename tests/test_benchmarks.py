@@ -128,6 +128,16 @@ def test_floors_of_every_forward_are_summed():
     assert sum(out_dim * in_dim for out_dim, in_dim in matmul_floor.linear_sizes(SHAPE)) == 64 * (3 * 64 + 3 * 128)
 
 
+def test_a_recomputed_layer_s_floor_leaves_out_its_last_product(monkeypatch):
+    monkeypatch.setattr(matmul_floor, "median_seconds", lambda function: len(function()))
+    [plain] = matmul_floor.step_floors(SHAPE, [[(8, 4)]], checkpointing=False)
+    [recomputed] = matmul_floor.step_floors(SHAPE, [[(8, 4)]], checkpointing=True)
+    num_linears_of_layer = 7
+    num_more = SHAPE.num_layers * (num_linears_of_layer - 1)
+    assert recomputed.matmul_seconds - plain.matmul_seconds == num_more
+    assert recomputed.dequantize_seconds - plain.dequantize_seconds == num_more
+
+
 def test_step_sizes_are_read():
     assert matmul_floor.step_sizes("302:217,262:180") == [(302, 217), (262, 180)]
 
