@@ -14,13 +14,13 @@ import time
 import torch
 
 from benchmarks.gpu import ALL_ATTENTION, give_random_weights, random_batch
-from custom_components import llama_shapes
-from custom_components.builders import lora_llama
-from custom_components.gradients import accumulate_gradients
-from custom_components.host_allocator import keep_freed_memory, return_freed_memory
-from custom_components.loss import LinearCrossEntropy
-from custom_components.memory import PeakMemory
-from custom_components.precision import resolved_device, resolved_dtype
+from custom_components.models import shapes as llama_shapes
+from custom_components.models.builders import lora_llama
+from custom_components.runtime.devices import resolved_device, resolved_dtype
+from custom_components.runtime.host_allocator import keep_freed_memory, return_freed_memory
+from custom_components.runtime.process_memory import PeakMemory
+from custom_components.training.gradients import accumulate_gradients
+from custom_components.training.loss import LinearCrossEntropy
 
 STEP_TOKENS = (128, 256, 512, 1024, 2048, 4096)
 NUM_STEPS = 3
@@ -28,7 +28,7 @@ NUM_STEPS = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="TINYLLAMA_1B", help="of custom_components.llama_shapes")
+    parser.add_argument("--shape", default="TINYLLAMA_1B", help="of custom_components.models.shapes")
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--row-tokens", type=int, default=128)
     parser.add_argument("--device", default="auto")

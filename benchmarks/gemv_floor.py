@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.matmul_floor import DTYPE, linear_sizes
-from custom_components import nf4
-from custom_components.errors import run_recipe
-from custom_components.llama_shapes import LlamaShape, shape_from_checkpoint
-from custom_components.quiet_bitsandbytes import import_bitsandbytes
+from custom_components.models import nf4
+from custom_components.models.shapes import LlamaShape, shape_from_checkpoint
+from custom_components.runtime.errors import run_recipe
+from custom_components.runtime.quiet_bitsandbytes import import_bitsandbytes
 
 NUM_TOKENS = 20
 

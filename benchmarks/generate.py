@@ -25,8 +25,8 @@ from benchmarks.generation_job import Answer, GenerationJob, parsed_answers
 from benchmarks.rows import write_adapter
 from benchmarks.side_by_side_results import table_row
 from benchmarks.tool_process import ToolProcess, run_tool
-from custom_components.errors import run_recipe
-from custom_components.llama_shapes import shape_from_checkpoint
+from custom_components.models.shapes import shape_from_checkpoint
+from custom_components.runtime.errors import run_recipe
 
 # Enough for the adapter to change most answers, as a trained one does.
 ADAPTER_B_STD = 0.01

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.generation_job import Answer, GenerationJob, print_answers
-from custom_components.adapters import load_model_for_inference
-from custom_components.generation import decode_steps
-from custom_components.incremental import IncrementalLlama, made_for_inference
-from custom_components.sampling import Sampling
+from custom_components.generation.decoding import decode_steps
+from custom_components.generation.incremental import IncrementalLlama, made_for_inference
+from custom_components.generation.sampling import Sampling
+from custom_components.weights.adapted_model import load_model_for_inference
 
 
 def main(job: GenerationJob) -> None:

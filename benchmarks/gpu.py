@@ -19,18 +19,20 @@ import torch
 from torch import nn
 from torchtune.modules import RMSNorm, TransformerDecoder
 
-from custom_components import llama_shapes, nf4
-from custom_components.batching import Batch, collate
-from custom_components.builders import lora_llama
-from custom_components.compiling import compile_layers
-from custom_components.config import load_settings
-from custom_components.gradients import accumulate_gradients, clip_gradients
-from custom_components.lora import FrozenLinear
-from custom_components.loss import LinearCrossEntropy
-from custom_components.memory import PeakMemory
-from custom_components.memory_estimate import MemoryEstimate, estimate_memory
-from custom_components.precision import resolved_device, resolved_dtype
-from custom_components.settings import TrainingSettings
+from custom_components.config.reading import load_settings
+from custom_components.config.training_settings import TrainingSettings
+from custom_components.datasets.batching import Batch, collate
+from custom_components.memory.estimate import MemoryEstimate, estimate_memory
+from custom_components.models import nf4
+from custom_components.models import shapes as llama_shapes
+from custom_components.models.builders import lora_llama
+from custom_components.models.lora import FrozenLinear
+from custom_components.runtime.devices import resolved_device, resolved_dtype
+from custom_components.runtime.process_memory import PeakMemory
+from custom_components.training.compiling import compile_layers
+from custom_components.training.gradients import accumulate_gradients
+from custom_components.training.loss import LinearCrossEntropy
+from custom_components.training.optimizer import clip_gradients
 
 ALL_ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
 NUM_STEPS = 6
@@ -58,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--shapes", default="TINYLLAMA_1B,LLAMA2_7B,LLAMA2_13B", help="of custom_components.llama_shapes"
+        "--shapes", default="TINYLLAMA_1B,LLAMA2_7B,LLAMA2_13B", help="of custom_components.models.shapes"
     )
     parser.add_argument("--rows", default="2x512,4x1024", help="rows of a forward x tokens of a row, repeatable with ,")
     parser.add_argument("--compiled", default="off,on")

@@ -18,19 +18,20 @@ from torch import Tensor
 from torchao.dtypes.nf4tensor import linear_nf4
 
 from benchmarks.matmul_floor import DTYPE
-from custom_components import llama_shapes, nf4
-from custom_components.attention import RowLengths, attend_within_rows
-from custom_components.host_allocator import keep_freed_memory
-from custom_components.llama_shapes import LlamaShape
-from custom_components.rms_norm import RMSNorm
-from custom_components.rotary import RotaryPositions
+from custom_components.models import nf4, nf4_product
+from custom_components.models import shapes as llama_shapes
+from custom_components.models.attention import RowLengths, attend_within_rows
+from custom_components.models.rms_norm import RMSNorm
+from custom_components.models.rotary import RotaryPositions
+from custom_components.models.shapes import LlamaShape
+from custom_components.runtime.host_allocator import keep_freed_memory
 
 NUM_REPEATS = 15
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="TINYLLAMA_1B", help="of custom_components.llama_shapes")
+    parser.add_argument("--shape", default="TINYLLAMA_1B", help="of custom_components.models.shapes")
     parser.add_argument("--row-tokens", type=int, default=110)
     parser.add_argument("--num-rows", type=int, default=2)
     arguments = parser.parse_args()
@@ -87,7 +88,7 @@ def quantized_product(shape: LlamaShape, lengths: Sequence[int]) -> dict[str, fl
     dense_weight = nf4.dequantize(weight, DTYPE)
     hidden = torch.randn(1, sum(lengths), shape.embed_dim, dtype=DTYPE, requires_grad=True)
     ways = {
-        "ours": lambda input: nf4.linear(input, weight),
+        "ours": lambda input: nf4_product.linear(input, weight),
         "torchao": lambda input: linear_nf4(input, weight),
         "in bf16": lambda input: F.linear(input, dense_weight),
     }

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from custom_components import nf4
-from custom_components.errors import run_recipe
-from custom_components.host_allocator import keep_freed_memory
-from custom_components.llama_shapes import LlamaShape, shape_from_checkpoint
+from custom_components.models import nf4
+from custom_components.models.shapes import LlamaShape, shape_from_checkpoint
+from custom_components.runtime.errors import run_recipe
+from custom_components.runtime.host_allocator import keep_freed_memory
 
 DTYPE = torch.bfloat16
 NUM_REPEATS = 5

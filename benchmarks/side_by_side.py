@@ -41,8 +41,8 @@ from benchmarks.side_by_side_results import (
 from benchmarks.step_log import read_step_log
 from benchmarks.tool_process import run_tool
 from benchmarks.training_job import TrainingJob
-from custom_components.errors import run_recipe
-from custom_components.llama_shapes import shape_from_checkpoint
+from custom_components.models.shapes import shape_from_checkpoint
+from custom_components.runtime.errors import run_recipe
 
 TOOLS = (OURS, "torchtune", "trl")
 

@@ -25,7 +25,7 @@ def command(job: TrainingJob) -> list[str]:
         "gradient_accumulation_steps": job.gradient_accumulation_steps,
         "optimizer.lr": LEARNING_RATE,
         "optimizer.weight_decay": 0.0,
-        "lr_scheduler._component_": "custom_components.schedules.constant",
+        "lr_scheduler._component_": "custom_components.training.schedules.constant",
         "warmup_ratio": 0.0,
         "clip_grad_norm": CLIP_GRAD_NORM,
         "device": "cpu",

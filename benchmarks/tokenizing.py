@@ -13,11 +13,11 @@ from pathlib import Path
 
 import sentencepiece
 
-from custom_components.data_sources import read_rows
-from custom_components.datasets import chat_dataset
-from custom_components.prompts import llama2_turns
-from custom_components.row_formats import recognised_format
-from custom_components.transforms import Llama2ChatTransform
+from custom_components.datasets.chat import chat_dataset
+from custom_components.datasets.row_formats import recognised_format
+from custom_components.datasets.sources import read_rows
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.templates import llama2_turns
 
 
 def main() -> None:

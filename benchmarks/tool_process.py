@@ -47,7 +47,7 @@ def run_tool(command: Sequence[str | Path], log_path: Path) -> ToolProcess:
         SystemExit: the command failed; with the end of its log.
     """
     environment = {
-        "GOMP_SPINCOUNT": "3000",  # see custom_components/tune_startup.py: the same for every tool
+        "GOMP_SPINCOUNT": "3000",  # see custom_components/runtime/tune_startup.py: the same for every tool
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",

@@ -8,13 +8,13 @@ from functools import partial
 
 import torch
 
-from custom_components.components import instantiate
-from custom_components.config import load_settings
-from custom_components.errors import run_recipe
-from custom_components.memory_estimate import estimate_memory
-from custom_components.memory_report import MANY_TOKENS, MemoryLine, card_table, memory_table
-from custom_components.precision import resolved_device, resolved_dtype
-from custom_components.settings import TrainingSettings
+from custom_components.config.components import instantiate
+from custom_components.config.reading import load_settings
+from custom_components.config.training_settings import TrainingSettings
+from custom_components.memory.estimate import estimate_memory
+from custom_components.memory.report import MANY_TOKENS, MemoryLine, card_table, memory_table
+from custom_components.runtime.devices import resolved_device, resolved_dtype
+from custom_components.runtime.errors import run_recipe
 
 
 def recipe_main() -> None:

@@ -13,30 +13,29 @@ import torch
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import disable_adapter
 
-from custom_components.adapters import load_model_for_inference
-from custom_components.builders import lora_llama_from_config
-from custom_components.checkpoint_loading import fit_tokenizer
-from custom_components.components import instantiate
-from custom_components.config import load_settings
-from custom_components.errors import UserError, run_recipe
-from custom_components.evaluation import (
+from custom_components.config.components import instantiate
+from custom_components.config.reading import load_settings
+from custom_components.config.task_settings import EvaluationSettings
+from custom_components.datasets.tokenized_rows import ChatDataset, split_validation
+from custom_components.evaluation.answers import (
     Question,
     answer_measures,
     generated_answers,
     held_out_questions,
     rouge_scorer,
-    scores_by_source,
 )
-from custom_components.evaluation_report import Measures, results_file, results_table
-from custom_components.precision import resolved_device, resolved_dtype
-from custom_components.prompt_formats import tokenizer_of_adapter
-from custom_components.settings import EvaluationSettings
-from custom_components.tokenized_rows import ChatDataset, split_validation
-from custom_components.training_origin import draw_as_in_run
-from custom_components.transforms import Llama2ChatTransform
+from custom_components.evaluation.report import Measures, results_file, results_table
+from custom_components.evaluation.scores import scores_by_source
+from custom_components.models.builders import lora_llama_from_config
+from custom_components.runs.origin import draw_as_in_run
+from custom_components.runtime.devices import resolved_device, resolved_dtype
+from custom_components.runtime.errors import UserError, run_recipe
+from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.transforms.prompt_format import tokenizer_of_adapter
+from custom_components.weights.adapted_model import load_model_for_inference
 
 if TYPE_CHECKING:  # lm-eval is an extra
-    from custom_components.lm_eval_model import LoadedTasks
+    from custom_components.evaluation.lm_eval import LoadedTasks
 
 
 def recipe_main() -> None:
@@ -131,7 +130,7 @@ def tasks_to_solve(settings: EvaluationSettings) -> "LoadedTasks | None":
     if not settings.tasks:
         return None
     try:
-        from custom_components.lm_eval_model import LoadedTasks
+        from custom_components.evaluation.lm_eval import LoadedTasks
     except ImportError:
         raise UserError("tasks: need the package lm-eval; pip install -e '.[eval]'") from None
     return LoadedTasks(settings.tasks)
@@ -154,7 +153,7 @@ def solved_tasks(
     tokenizer: Llama2ChatTransform,
     device: torch.device,
 ) -> Mapping[str, Measures]:
-    from custom_components.lm_eval_model import LlamaLM, task_measures
+    from custom_components.evaluation.lm_eval import LlamaLM, task_measures
 
     return task_measures(
         tasks,

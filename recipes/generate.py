@@ -11,16 +11,9 @@ import sys
 from torchtune.modules.peft import disable_adapter
 from tqdm import tqdm
 
-from custom_components.adapters import load_model_for_inference
-from custom_components.chat import Conversation, chat
-from custom_components.checkpoint_loading import fit_tokenizer
-from custom_components.config import load_settings
-from custom_components.errors import UserError, run_recipe
-from custom_components.generation import generate, streamed_answer
-from custom_components.incremental import IncrementalLlama, made_for_inference
-from custom_components.llama_shapes import shape_from_checkpoint
-from custom_components.precision import resolved_device, resolved_dtype
-from custom_components.prompt_files import (
+from custom_components.config.reading import load_settings
+from custom_components.config.task_settings import GenerationSettings
+from custom_components.datasets.prompt_files import (
     ANSWER,
     BASE_ANSWER,
     FilePrompt,
@@ -29,10 +22,16 @@ from custom_components.prompt_files import (
     read_prompts,
     write_answers,
 )
-from custom_components.prompt_formats import tokenizer_of_adapter
-from custom_components.sampling import Sampling
-from custom_components.settings import GenerationSettings
-from custom_components.transforms import Llama2ChatTransform
+from custom_components.generation.chat import Conversation, chat
+from custom_components.generation.decoding import generate, streamed_answer
+from custom_components.generation.incremental import IncrementalLlama, made_for_inference
+from custom_components.generation.sampling import Sampling
+from custom_components.models.shapes import shape_from_checkpoint
+from custom_components.runtime.devices import resolved_device, resolved_dtype
+from custom_components.runtime.errors import UserError, run_recipe
+from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.transforms.prompt_format import tokenizer_of_adapter
+from custom_components.weights.adapted_model import load_model_for_inference
 
 
 def recipe_main() -> None:

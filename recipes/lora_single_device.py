@@ -13,52 +13,40 @@ from torchtune.modules import TransformerDecoder
 from torchtune.training import OffloadActivations
 from tqdm import tqdm
 
-from custom_components import schedules
-from custom_components.adapters import (
-    PromptFormat,
-    base_model_name,
+from custom_components.config.components import instantiate
+from custom_components.config.reading import load_settings, write_yaml
+from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
+from custom_components.datasets.batching import Batch, BatchPlan, collate
+from custom_components.datasets.tokenized_rows import ChatDataset, split_validation
+from custom_components.generation.sample_answers import answer_sample_prompts, show_answers
+from custom_components.memory.fitting import Fit, describe_fit, fit_to_device, tried_fit
+from custom_components.memory.step_limit import StepMemory
+from custom_components.runs.adapter_card import adapter_card
+from custom_components.runs.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from custom_components.runs.metrics import MetricsFile, keep_metrics_until, plot_losses, write_samples
+from custom_components.runs.report import closing_summary, describe_model
+from custom_components.runs.resuming import check_resumed_config, delete_checkpoints_after, with_batches_of
+from custom_components.runs.run_directory import RunDirectory, run_directory
+from custom_components.runtime.devices import resolved_device, resolved_dtype
+from custom_components.runtime.errors import run_recipe
+from custom_components.runtime.host_allocator import keep_freed_memory, return_freed_memory
+from custom_components.runtime.process_memory import PeakMemory
+from custom_components.runtime.stopping import stop_requests
+from custom_components.training import schedules
+from custom_components.training.compiling import compile_layers, compiles_layers
+from custom_components.training.gradients import NOWHERE_ELSE, accumulate_gradients, validation_loss
+from custom_components.training.optimizer import adapter_parameter_groups, clip_gradients, update_adapters
+from custom_components.training.state import TrainingState
+from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.transforms.prompt_format import PromptFormat
+from custom_components.weights.adapters import (
     check_adapter_fits,
     check_adapter_was_trained,
     copy_into_adapter,
     save_adapter,
 )
-from custom_components.batching import Batch, BatchPlan, collate
-from custom_components.checkpoint_loading import check_checkpoint, fit_tokenizer, frozen_checksum, load_base_weights
-from custom_components.compiling import compile_layers, compiles_layers
-from custom_components.components import instantiate
-from custom_components.config import load_settings, write_yaml
-from custom_components.errors import run_recipe
-from custom_components.fitting import Fit, fit_to_device, tried_fit
-from custom_components.gradients import (
-    NOWHERE_ELSE,
-    accumulate_gradients,
-    clip_gradients,
-    update_adapters,
-    validation_loss,
-)
-from custom_components.host_allocator import keep_freed_memory, return_freed_memory
-from custom_components.lora import adapter_parameter_groups
-from custom_components.memory import PeakMemory
-from custom_components.metrics import MetricsFile, keep_metrics_until, plot_losses
-from custom_components.model_card import adapter_card
-from custom_components.out_of_memory import StepMemory
-from custom_components.precision import refuse_cuda_only_settings, resolved_device, resolved_dtype
-from custom_components.run_directory import RunDirectory, run_directory
-from custom_components.run_report import closing_summary, describe_fit, describe_model
-from custom_components.sample_answers import answer_sample_prompts, show_answers, write_samples
-from custom_components.settings import TrainingSettings
-from custom_components.stopping import stop_requests
-from custom_components.tokenized_rows import ChatDataset, split_validation
-from custom_components.training_state import (
-    TrainingState,
-    check_resumed_config,
-    delete_checkpoints_after,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    with_batches_of,
-)
-from custom_components.transforms import Llama2ChatTransform
+from custom_components.weights.checkpoint_files import base_model_name
+from custom_components.weights.checkpoint_loading import check_checkpoint, frozen_checksum, load_base_weights
 
 
 def recipe_main() -> None:

@@ -12,30 +12,34 @@ from torch import Tensor
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 from tqdm import tqdm
 
-from custom_components.adapters import CARD_NAME, write_prompt_format
-from custom_components.chat_template import chat_template, control_pieces_of
-from custom_components.checkpoint_loading import fit_tokenizer
-from custom_components.config import load_settings
-from custom_components.errors import UserError, run_recipe
-from custom_components.gguf_export import write_gguf
-from custom_components.gguf_weights import GgufWeights
-from custom_components.hugging_face_export import source_template, write_config, write_tokenizer, write_weights
-from custom_components.memory import PeakMemory
-from custom_components.merge_output import check_output_dir, check_space, merge_directory, restore_replaced
-from custom_components.merge_proof import (
+from custom_components.config.reading import load_settings
+from custom_components.config.task_settings import MergeSettings
+from custom_components.export.gguf import write_gguf
+from custom_components.export.gguf_reading import GgufWeights
+from custom_components.export.hugging_face import source_template, write_config, write_tokenizer, write_weights
+from custom_components.export.merge_output import check_output_dir, check_space, merge_directory, restore_replaced
+from custom_components.export.merge_proof import (
     Weights,
     check_same_logits,
     compared,
     logits_of_weights,
     logits_with_adapters,
 )
-from custom_components.merge_record import check_not_merged_yet, write_record
-from custom_components.merging import BaseWeights, MergedAdapter, MergedWeights, read_adapter
-from custom_components.model_card import merged_card
-from custom_components.prompt_formats import read_prompt_format, stated_prompt_format, tokenizer_of_adapter
-from custom_components.settings import MergeSettings
-from custom_components.training_origin import example_rows, trained_on_nf4
-from custom_components.transforms import Llama2ChatTransform
+from custom_components.export.merge_record import check_not_merged_yet, write_record
+from custom_components.export.merged_card import merged_card
+from custom_components.export.merged_weights import BaseWeights, MergedAdapter, MergedWeights, read_adapter
+from custom_components.runs.origin import example_rows, trained_on_nf4
+from custom_components.runtime.errors import UserError, run_recipe
+from custom_components.runtime.process_memory import PeakMemory
+from custom_components.transforms.jinja_template import chat_template, control_pieces_of
+from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.transforms.prompt_format import (
+    read_prompt_format,
+    stated_prompt_format,
+    tokenizer_of_adapter,
+    write_prompt_format,
+)
+from custom_components.weights.card import CARD_NAME
 
 # q8_0: blocks of 32 values in a byte each, with a scale in f16.
 BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "f16": 2, "q8_0": 34 / 32}

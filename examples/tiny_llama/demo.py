@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torchtune.modules.peft import disable_adapter
 
-from custom_components.adapters import load_model_for_inference
-from custom_components.config import load_settings
-from custom_components.data_sources import read_rows
-from custom_components.generation import Sampling, answer_messages
-from custom_components.metrics import read_metrics
-from custom_components.run_directory import RunDirectory
-from custom_components.settings import TrainingSettings
-from custom_components.transforms import Llama2ChatTransform
+from custom_components.config.reading import load_settings
+from custom_components.config.training_settings import TrainingSettings
+from custom_components.datasets.sources import read_rows
+from custom_components.generation.decoding import Sampling, answer_messages
+from custom_components.runs.metrics import read_metrics
+from custom_components.runs.run_directory import RunDirectory
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.weights.adapted_model import load_model_for_inference
 
 CONFIG = "configs/tiny_qlora.yaml"
 HELD_OUT = "examples/tiny_llama/data/held_out.jsonl"

@@ -8,17 +8,14 @@ import torch
 from torch import nn
 from torchtune.modules.peft import disable_adapter
 
-from custom_components.adapters import (
-    adapter_modules,
-    check_adapter_was_trained,
-    load_adapter,
-    load_model_for_inference,
-    lora_settings,
-)
-from custom_components.attention import RowLengths
-from custom_components.builders import final_hidden_states, lora_llama_from_config
-from custom_components.errors import UserError
-from custom_components.lora import LoRALinear, adapter_parameter_groups
+from custom_components.models.attention import RowLengths
+from custom_components.models.builders import lora_llama_from_config
+from custom_components.models.hidden_states import final_hidden_states
+from custom_components.models.lora import LoRALinear, adapter_modules
+from custom_components.runtime.errors import UserError
+from custom_components.training.optimizer import adapter_parameter_groups
+from custom_components.weights.adapted_model import load_model_for_inference, lora_settings
+from custom_components.weights.adapters import check_adapter_was_trained, load_adapter
 from tests.conftest import CPU, loaded_model, with_random_adapters
 from tests.laws.test_adapters import TOKENS, dequantized_in_hugging_face_order, saved_adapter
 

@@ -3,19 +3,15 @@
 import pytest
 import torch
 
-from custom_components import nf4
-from custom_components.adapters import (
-    PromptFormat,
-    adapter_modules,
-    base_model_name,
-    check_adapter_was_trained,
-    load_model_for_inference,
-    save_adapter,
-)
-from custom_components.checkpoint_files import halve_rope_rows
-from custom_components.errors import UserError
-from custom_components.peft_format import hugging_face_module
-from custom_components.prompt_formats import read_prompt_format
+from custom_components.models import nf4
+from custom_components.models.lora import adapter_modules
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
+from custom_components.weights.adapted_model import load_model_for_inference
+from custom_components.weights.adapters import check_adapter_was_trained, save_adapter
+from custom_components.weights.checkpoint_files import base_model_name
+from custom_components.weights.names import halve_rope_rows
+from custom_components.weights.peft_format import hugging_face_module
 from tests.conftest import ALL_ATTENTION, CPU, loaded_model, with_random_adapters
 
 PROMPT_FORMAT = PromptFormat("llama2", "Be kind.", ["</s>"])

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from custom_components.datasets import chat_dataset
-from custom_components.errors import UserError
+from custom_components.datasets.chat import chat_dataset
+from custom_components.runtime.errors import UserError
 
 TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]
 ROWS = {

@@ -9,21 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
-from custom_components.adapters import (
-    PromptFormat,
-    load_adapter,
-    load_model_for_inference,
-    lora_settings,
-    save_adapter,
-)
-from custom_components.builders import lora_llama_from_config
-from custom_components.checkpoint_loading import load_base_weights
-from custom_components.errors import UserError
-from custom_components.prompt_formats import read_prompt_format
-from custom_components.transforms import Llama2ChatTransform
+from custom_components.models.builders import lora_llama_from_config
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
+from custom_components.weights.adapted_model import load_model_for_inference, lora_settings
+from custom_components.weights.adapters import load_adapter, save_adapter
+from custom_components.weights.checkpoint_loading import load_base_weights
 from tests.conftest import CPU, PROJECT, TINY_TOKENIZER, loaded_model, with_random_adapters
-from tests.test_lora_single_device import arguments, rows  # noqa: F401 - rows is a fixture
-from tests.test_merging import run_merge
+from tests.export.test_merged_weights import run_merge
+from tests.recipes.test_lora_single_device import arguments, rows  # noqa: F401 - rows is a fixture
 
 WEIGHTS = "adapter_model.safetensors"
 PROMPT_FORMAT = PromptFormat("llama2", None, ["</s>"])

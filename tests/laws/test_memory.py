@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from custom_components.components import instantiate
-from custom_components.config import load_settings
-from custom_components.memory_estimate import estimate_memory
-from custom_components.settings import TrainingSettings
+from custom_components.config.components import instantiate
+from custom_components.config.reading import load_settings
+from custom_components.config.training_settings import TrainingSettings
+from custom_components.memory.estimate import estimate_memory
 from tests.conftest import write_checkpoint
-from tests.test_lora_single_device import tune_run
+from tests.recipes.test_lora_single_device import tune_run
 
 NUM_ROWS, ROW_TOKENS = 4, 400
 

@@ -7,15 +7,18 @@ import torch
 import yaml
 from torchtune.modules.peft import disable_adapter
 
-from custom_components import hugging_face_export, merging, safetensors_streaming
-from custom_components.adapters import load_model_for_inference
-from custom_components.merge_proof import compared, logits_with_adapters
-from custom_components.merging import BaseWeights, read_adapter
-from custom_components.transforms import Llama2ChatTransform
+from custom_components.export import hugging_face as hugging_face_export
+from custom_components.export import merged_weights
+from custom_components.export.merge_proof import compared, logits_with_adapters
+from custom_components.export.merged_weights import BaseWeights, read_adapter
+from custom_components.models import lora
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.weights import safetensors_writing as safetensors_streaming
+from custom_components.weights.adapted_model import load_model_for_inference
 from tests.conftest import CPU, TINY_LLAMA, loaded_model
+from tests.export.test_merged_weights import merged_lora_weight, run_merge
 from tests.laws.test_adapter_variants import merged_dora_weight, with_random_variants
 from tests.laws.test_adapters import TOKENS, saved_adapter
-from tests.test_merging import merged_lora_weight, run_merge
 
 LORA = {
     "LoRA": {},
@@ -151,8 +154,10 @@ def test_L22_a_wrong_merge_is_found_and_not_left_there(
     adapter = saved_adapter(model, tmp_path / "adapter")
     overrides = {"dtype": "fp16"} if broken == "overflow" else {}
     if broken == "scaling":
-        right = merging.merged_weight
-        monkeypatch.setattr(merging, "merged_weight", lambda w, changes: right(w, [(2 * c, a) for c, a in changes]))
+        right = lora.merged_weight
+        monkeypatch.setattr(
+            merged_weights, "merged_weight", lambda w, changes: right(w, [(2 * c, a) for c, a in changes])
+        )
     if broken == "row order":
         monkeypatch.setattr(hugging_face_export, "halve_rope_rows", lambda weight, num_heads: weight)
     if broken == "a byte on the disk":

@@ -5,15 +5,16 @@ import torch
 import torch.nn.functional as F
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from custom_components import nf4
-from custom_components.attention import RowLengths
-from custom_components.batching import BatchPlan, collate
-from custom_components.builders import final_hidden_states
-from custom_components.errors import UserError
-from custom_components.gradients import accumulate_gradients, stop_if_not_finite
-from custom_components.lora import LoRALinear
-from custom_components.loss import LinearCrossEntropy
-from custom_components.packing import row_order
+from custom_components.datasets.batching import BatchPlan, collate
+from custom_components.datasets.packing import row_order
+from custom_components.models import nf4
+from custom_components.models.attention import RowLengths
+from custom_components.models.hidden_states import final_hidden_states
+from custom_components.models.lora import LoRALinear
+from custom_components.runtime.errors import UserError
+from custom_components.training.gradients import accumulate_gradients
+from custom_components.training.loss import LinearCrossEntropy
+from custom_components.training.optimizer import stop_if_not_finite
 from tests.conftest import CPU, TINY_LLAMA, loaded_model, with_random_adapters
 
 

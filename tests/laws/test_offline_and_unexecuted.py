@@ -12,18 +12,16 @@ import pytest
 import torch
 import yaml
 
-from custom_components.adapters import (
-    PromptFormat,
-    load_model_for_inference,
-    save_adapter,
-)
-from custom_components.errors import UserError
-from custom_components.prompt_formats import read_prompt_format
-from custom_components.token_cache import TokenCache
-from custom_components.training_state import check_resumed_config, find_checkpoint
+from custom_components.datasets.token_cache import TokenCache
+from custom_components.runs.checkpoints import find_checkpoint
+from custom_components.runs.resuming import check_resumed_config
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
+from custom_components.weights.adapted_model import load_model_for_inference
+from custom_components.weights.adapters import save_adapter
 from tests.conftest import CPU, PROJECT, loaded_model
-from tests.test_checkpoint_loading import as_meta_checkpoint, split_into_shards
-from tests.test_lora_single_device import arguments, rows  # noqa: F401 - rows is a fixture
+from tests.recipes.test_lora_single_device import arguments, rows  # noqa: F401 - rows is a fixture
+from tests.weights.test_checkpoint_loading import as_meta_checkpoint, split_into_shards
 
 WEIGHTS = "adapter_model.safetensors"
 

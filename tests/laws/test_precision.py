@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from custom_components.errors import UserError
-from custom_components.gradients import clip_gradients, update_adapters
-from custom_components.precision import resolved_device, resolved_dtype
+from custom_components.runtime.devices import resolved_device, resolved_dtype
+from custom_components.runtime.errors import UserError
+from custom_components.training.optimizer import clip_gradients, update_adapters
 from tests.conftest import CPU, TINY_LLAMA
-from tests.test_lora_single_device import tune_run
+from tests.recipes.test_lora_single_device import tune_run
 
 CUDA = torch.device("cuda")
 
@@ -41,7 +41,7 @@ def test_L13_bf16_is_refused_on_a_card_without_it(monkeypatch):
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_L13_on_the_cpu_auto_is_bf16_where_the_processor_has_it(monkeypatch, has_bf16, expected):
-    monkeypatch.setattr("custom_components.precision.cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr("custom_components.runtime.devices.cpu_has_bf16", lambda: has_bf16)
     dtype, words = resolved_dtype("auto", CPU)
     assert dtype is expected and "bf16 instructions" in words
 

@@ -13,19 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from custom_components.adapters import PromptFormat
-from custom_components.config import load_settings
-from custom_components.errors import UserError
-from custom_components.settings import TrainingSettings
-from custom_components.training_state import (
-    Progress,
-    TrainingState,
-    check_resumed_config,
-    find_checkpoint,
-    save_checkpoint,
-)
+from custom_components.config.reading import load_settings
+from custom_components.config.training_settings import TrainingSettings
+from custom_components.runs.checkpoints import find_checkpoint, save_checkpoint
+from custom_components.runs.resuming import check_resumed_config
+from custom_components.runtime.errors import UserError
+from custom_components.training.state import Progress, TrainingState
+from custom_components.transforms.prompt_format import PromptFormat
 from tests.conftest import PROJECT, loaded_model, with_random_adapters, write_checkpoint
-from tests.test_lora_single_device import TUNE, arguments, rows, tune_run  # noqa: F401 - rows is a fixture
+from tests.recipes.test_lora_single_device import TUNE, arguments, rows, tune_run  # noqa: F401 - rows is a fixture
 
 TIMING = {"step_seconds", "tokens_per_second", "peak_memory_gib"}
 # Dropout, packs, several epochs, validation, a partial last window: what an exact resume has to bring back.

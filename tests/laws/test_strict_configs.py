@@ -7,10 +7,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from custom_components.config import load_settings
-from custom_components.config_checks import known_annotations
-from custom_components.errors import UserError
-from custom_components.settings import GenerationSettings, TrainingSettings
+from custom_components.config.checks import known_annotations
+from custom_components.config.reading import load_settings
+from custom_components.config.task_settings import GenerationSettings
+from custom_components.config.training_settings import TrainingSettings
+from custom_components.runtime.errors import UserError
 from tests.conftest import PROJECT
 
 TINY = PROJECT / "configs/tiny_qlora.yaml"

@@ -7,12 +7,12 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from custom_components.batching import collate
-from custom_components.datasets import chat_dataset
-from custom_components.errors import UserError
-from custom_components.prompts import LLAMA2_TAGS
-from custom_components.row_formats import llama2_text_row
-from custom_components.transforms import Llama2ChatTransform
+from custom_components.datasets.batching import collate
+from custom_components.datasets.chat import chat_dataset
+from custom_components.datasets.row_formats import llama2_text_row
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.templates import LLAMA2_TAGS
 from tests.conftest import TINY_TOKENIZER
 
 PROCESSOR = sentencepiece.SentencePieceProcessor(model_file=str(TINY_TOKENIZER))

@@ -1,0 +1,121 @@
+"""Reading a YAML config and its command-line overrides, strictly, before anything is loaded.
+
+How a value is read: YAML file -> overrides (:mod:`overrides`) -> interpolation (OmegaConf) -> checks (:mod:`checks`)
+-> a settings object, see :mod:`settings`. Every value keeps its origin (file and line, or the
+override as typed), so that a problem can name it.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from custom_components.config.checks import checked_settings
+from custom_components.config.overrides import RawConfig, apply_override, interpolate
+from custom_components.config.renamed import rename_components
+from custom_components.config.settings import Settings
+from custom_components.runtime.errors import UserError
+
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+class YamlLoader(yaml.SafeLoader):
+    """SafeLoader that reads `2e-4` as a number, as YAML 1.2 and OmegaConf do; PyYAML's 1.1 rules ask for `2.0e-4`.
+
+    Keys are text: `on`, `1` and `null` are names that no setting has, not True, a number and None.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                key_node.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
+
+# Dates stay text: no key takes one, and OmegaConf holds none.
+YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -> SettingsType:
+    """The settings that `--config FILE key=value ...` describes.
+
+    Args:
+        settings_type: what the recipe reads, one of :mod:`settings`.
+        arguments: the command line without the program's name. `key=value` sets a key, dotted or top-level, and the
+            value may contain `=`; `~key` deletes one; a key given twice keeps the last value.
+
+    Raises:
+        UserError: with one message for every problem found.
+    """
+    config_path, overrides = _split_arguments(arguments)
+    raw = read_yaml(config_path)
+    renamed = rename_components(raw.values)
+    for override in overrides:
+        apply_override(raw, override, settings_type, YamlLoader)
+        renamed |= rename_components(raw.values)
+    for before, today in renamed.items():
+        print(f"{before} is now {today}: read as that")
+    for name, field in settings_type.model_fields.items():
+        if not field.is_required():
+            default = field.get_default()
+            raw.values.setdefault(name, str(default) if isinstance(default, Path) else default)
+    values, unresolved = interpolate(raw)
+    return checked_settings(settings_type, values, unresolved, raw.values, raw.origin)
+
+
+def read_yaml(path: Path) -> RawConfig:
+    """A YAML file with the line of every key. A key written twice keeps the last value."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file; configs/ holds those that come with the project") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read as text ({error})") from None
+    try:
+        root = yaml.compose(text, Loader=YamlLoader)
+        values = yaml.load(text, Loader=YamlLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, this is {type(values).__name__}")
+    raw = RawConfig(path, values)
+    _record_lines(root, "", raw)
+    return raw
+
+
+def write_yaml(settings: Settings, path: Path) -> None:
+    """Write the resolved settings, overrides and defaults included, in a form that `--config` reads back."""
+    values = settings.model_dump(mode="json")
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _record_lines(node: yaml.Node | None, prefix: str, raw: RawConfig) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = f"{prefix}{key_node.value}"
+            raw.origins[key] = f"{raw.path}:{key_node.start_mark.line + 1}"
+            _record_lines(value_node, f"{key}.", raw)
+
+
+def _split_arguments(arguments: Sequence[str]) -> tuple[Path, list[str]]:
+    config_path, overrides = None, []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if argument == "--config" and remaining:
+            config_path = remaining.pop(0)
+        elif argument.startswith("--config="):
+            config_path = argument.removeprefix("--config=")
+        else:
+            overrides.append(argument)
+    if config_path is None:
+        raise UserError("--config is missing: name a file, as in --config configs/tiny_qlora.yaml")
+    return Path(config_path), overrides

@@ -1,0 +1,123 @@
+"""What the training recipes read: every key with its type, range and default."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from custom_components.config.settings import AttentionModule, ComponentNode, Device, DtypeName, PathText, Settings
+from custom_components.runtime.errors import UserError
+
+
+class TrainingSettings(Settings):
+    """What recipes/lora_single_device.py reads."""
+
+    checkpoint_dir: PathText
+    output_dir: PathText
+    overwrite_output_dir: bool = False
+    resume_from_checkpoint: bool | str = False
+    init_adapter_from: PathText | None = None
+
+    lora_rank: PositiveInt
+    lora_alpha: Annotated[float, Field(gt=0)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_attn_modules: list[AttentionModule]
+    apply_lora_to_mlp: bool
+    apply_lora_to_output: bool = False
+    use_dora: bool = False
+    use_rslora: bool = False
+    quantize_base: bool
+    model: Annotated[dict[str, Any], ComponentNode()]
+
+    max_seq_len: Annotated[int, Field(ge=8)] | None = None
+    prompt_template: str | dict[str, str] = "llama2"
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    tokenizer: Annotated[dict[str, Any], ComponentNode()]
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    on_bad_row: Literal["error", "skip"] = "error"
+    cache_dir: PathText | None = Path("~/.cache/llama-lora-recipes")
+    dataset: Annotated[dict[str, Any], ComponentNode(supplied=("tokenizer",))]
+    dataset_val: Annotated[dict[str, Any] | None, ComponentNode(supplied=("tokenizer",))] = None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    run_val_every_n_steps: PositiveInt | None = None
+    packed: bool = False
+    group_by_length: bool = False
+    shuffle: bool = True
+    seed: Annotated[int, Field(ge=0, lt=2**43)] = 0
+
+    epochs: PositiveInt
+    max_steps_per_epoch: PositiveInt | None = None
+    batch_size: PositiveInt | Literal["auto"]
+    gradient_accumulation_steps: PositiveInt
+    optimizer: Annotated[dict[str, Any], ComponentNode(supplied=("params",))]
+    lr_scheduler: Annotated[dict[str, Any], ComponentNode(supplied=("step", "num_steps", "num_warmup_steps"))]
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    warmup_steps: NonNegativeInt | None = None
+    lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    early_stopping_patience: PositiveInt | None = None
+    save_every_n_steps: PositiveInt | None = None
+    keep_last_n_checkpoints: PositiveInt = 2
+    loss: Annotated[dict[str, Any], ComponentNode()]
+
+    device: Device = "auto"
+    dtype: DtypeName = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    enable_activation_checkpointing: bool | Literal["auto"] = "auto"
+    enable_activation_offloading: bool = False
+    quantized_cache: bool = False
+    verify_base: bool = False
+
+    log_every_n_steps: PositiveInt = 1
+    metric_logger: Annotated[dict[str, Any] | None, ComponentNode()] = None
+    sample_prompts: list[str] = []
+
+    def combination_problems(self) -> Iterator[tuple[str, str]]:
+        if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):
+            yield (
+                "lora_attn_modules",
+                "[] with apply_lora_to_mlp and apply_lora_to_output false leaves nothing to train",
+            )
+        if self.warmup_steps is not None and self.warmup_ratio > 0:
+            yield (
+                "warmup_steps",
+                f"{self.warmup_steps} beside warmup_ratio {self.warmup_ratio}: set one of them to null or 0",
+            )
+        if "lr" not in self.optimizer:
+            yield "optimizer.lr", "missing: the peak learning rate has no default"
+        if self.quantized_cache and self.cache_dir is None:
+            yield "quantized_cache", "true without a cache_dir: there is nowhere to keep the base"
+        if self.packed and self.group_by_length:
+            yield "group_by_length", "true beside packed: a pack holds rows of all lengths; set one of the two to false"
+        if self.dataset_val is not None and self.val_fraction is not None:
+            yield "val_fraction", f"{self.val_fraction} beside dataset_val: validate on one of the two"
+        if self.run_val_every_n_steps is not None and self.dataset_val is None and self.val_fraction is None:
+            yield "run_val_every_n_steps", "there is nothing to validate on; set dataset_val or val_fraction"
+        if self.early_stopping_patience is not None and self.dataset_val is None and self.val_fraction is None:
+            yield "early_stopping_patience", "there is nothing to validate on; set dataset_val or val_fraction"
+
+
+class PreviewSettings(TrainingSettings):
+    """What recipes/preview.py reads: a training config, and which rows to show."""
+
+    row: NonNegativeInt | None = None
+    num_rows: PositiveInt = 3
+
+
+def refuse_cuda_only_settings(settings: TrainingSettings, device: torch.device) -> None:
+    """What does nothing on the CPU is refused there.
+
+    bitsandbytes' paged optimizers page between CUDA and host memory, and on the CPU would warn and not page;
+    offloading moves activations to the host's memory.
+
+    Raises:
+        UserError: for such a setting on the CPU.
+    """
+    component = settings.optimizer["_component_"]
+    if device.type == "cpu" and component.rpartition(".")[2].startswith("Paged"):
+        raise UserError(f"optimizer._component_: {component} needs CUDA; on the CPU use torch.optim.AdamW or AdamW8bit")
+    if device.type == "cpu" and settings.enable_activation_offloading:
+        raise UserError("enable_activation_offloading: true needs CUDA; on the CPU set it to false")

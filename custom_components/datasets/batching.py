@@ -1,0 +1,134 @@
+"""Which rows go into which forward, and how they lie in it.
+
+The rows of a forward are laid end to end in one sequence, without padding. The order of the rows is a pure function of
+seed and epoch, so that resuming has nothing to remember.
+
+Dimensions: `T` tokens of all rows of a forward, `P` supervised positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+
+from custom_components.config.training_settings import TrainingSettings
+from custom_components.datasets.packing import grouped_by_length, pack_rows, row_order
+from custom_components.models.attention import RowLengths
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one forward, end to end.
+
+    Attributes:
+        tokens_1T: ids.
+        labels_1T: the id that each position has to predict, or torchtune's ignore index: shifted, row by row.
+        positions_1T: position in the row.
+        supervised_P: which of the T positions have a label. Found on the CPU: on a card a sum or a selection by a
+            boolean mask would make the host wait for it.
+        rows: the rows' lengths, which stand for the attention mask.
+    """
+
+    tokens_1T: Tensor
+    labels_1T: Tensor
+    positions_1T: Tensor
+    supervised_P: Tensor
+    rows: RowLengths
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens_1T.numel()
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        return self.supervised_P.numel()
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(
+            self.tokens_1T.to(device),
+            self.labels_1T.to(device),
+            self.positions_1T.to(device),
+            self.supervised_P.to(device),
+            self.rows.to(device),
+        )
+
+
+def collate(rows: Sequence[dict[str, list[int]]]) -> Batch:
+    """Lay rows of a :class:`ChatDataset` end to end.
+
+    Labels are shifted inside each row, before the rows are joined: shifted afterwards, the last position of a row
+    would have to predict the first token of the next.
+    """
+    tokens = [token for row in rows for token in row["tokens"]]
+    labels = [label for row in rows for label in (*row["labels"][1:], CROSS_ENTROPY_IGNORE_IDX)]
+    positions = [position for row in rows for position in range(len(row["tokens"]))]
+    labels_1T = torch.tensor([labels])
+    return Batch(
+        torch.tensor([tokens]),
+        labels_1T,
+        torch.tensor([positions]),
+        (labels_1T[0] != CROSS_ENTROPY_IGNORE_IDX).nonzero().squeeze(1),
+        RowLengths(tuple(len(row["tokens"]) for row in rows)),
+    )
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How rows become forwards and optimizer steps.
+
+    Attributes:
+        batch_size: rows of a forward; with `pack_capacity_tokens`, packs of a forward.
+        gradient_accumulation_steps: forwards of an optimizer step.
+        shuffle: another order each epoch.
+        seed: of the order.
+        pack_capacity_tokens: rows are joined into packs of up to this many tokens; None: they are not.
+        group_by_length: rows of a forward are of similar length.
+        max_steps_per_epoch: optimizer steps after which an epoch ends; None: all rows.
+    """
+
+    batch_size: int
+    gradient_accumulation_steps: int
+    shuffle: bool
+    seed: int
+    pack_capacity_tokens: int | None = None
+    group_by_length: bool = False
+    max_steps_per_epoch: int | None = None
+
+    @classmethod
+    def of(cls, settings: TrainingSettings, max_seq_len: int | None) -> "BatchPlan":
+        """The plan of a training config whose `batch_size` is a number; packs hold `max_seq_len` tokens."""
+        assert settings.batch_size != "auto"
+        return cls(
+            settings.batch_size,
+            settings.gradient_accumulation_steps,
+            settings.shuffle,
+            settings.seed,
+            pack_capacity_tokens=max_seq_len if settings.packed else None,
+            group_by_length=settings.group_by_length,
+            max_steps_per_epoch=settings.max_steps_per_epoch,
+        )
+
+    def steps(self, lengths: Sequence[int], epoch: int) -> list[list[list[int]]]:
+        """An epoch's optimizer steps, each a list of forwards, each a list of row indices.
+
+        A pure function of the lengths and the epoch. Every row is in one step; the last step may be smaller.
+        """
+        if self.pack_capacity_tokens is not None:
+            units = pack_rows(lengths, self.pack_capacity_tokens, self.seed, epoch, self.shuffle)
+        else:
+            order = row_order(len(lengths), self.seed, epoch, self.shuffle)
+            if self.group_by_length:
+                order = grouped_by_length(order, lengths, self.batch_size)
+            units = [[index] for index in order]
+        forwards = [[row for unit in some for row in unit] for some in _chunks(units, self.batch_size)]
+        return _chunks(forwards, self.gradient_accumulation_steps)[: self.max_steps_per_epoch]
+
+
+Item = TypeVar("Item")
+
+
+def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]

@@ -1,0 +1,211 @@
+"""From a source of dialogs to a data set ready to train on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NotRequired, TypedDict
+
+import numpy as np
+from pydantic import NonNegativeFloat, PositiveInt
+from tqdm import tqdm
+
+from custom_components.datasets.row_formats import RowFormat, format_by_name, recognised_format, renamed
+from custom_components.datasets.sources import BadRow, Row, read_rows
+from custom_components.datasets.token_cache import TokenCache
+from custom_components.datasets.tokenized_rows import ChatDataset, DatasetSummary, mixed
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.dialogs import ChatMessage
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+
+_NUM_ROWS_PER_ENCODE = 1024
+
+
+class WeightedSource(TypedDict):
+    """One of several sources; `weight` is how often its rows are seen in an epoch, by default 1; 0.5 takes half."""
+
+    source: str
+    weight: NotRequired[NonNegativeFloat]
+
+
+def chat_dataset(
+    tokenizer: Llama2ChatTransform,
+    source: str | list[WeightedSource],
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    max_rows: PositiveInt | None = None,
+    format: str | None = None,
+    column_map: dict[str, str] | None = None,
+    system_prompt: str | None = None,
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate",
+    on_bad_row: Literal["error", "skip"] = "error",
+    cache_dir: str | Path | None = None,
+) -> ChatDataset:
+    """Read and tokenize a source of dialogs, or several.
+
+    Args:
+        tokenizer: the transform, with the prompt template and `max_seq_len`.
+        source: a file, a folder or glob of them, or a data set's name on the hub, see :func:`read_rows`; or a list of
+            `{source, weight}`.
+        split, subset, revision: of a data set on the hub.
+        streaming: read a data set on the hub without downloading it whole, for those larger than the disk. Tokens are
+            held in memory, 5 bytes each, so that order, packing and resuming are the same as without.
+        max_rows: read so many rows of each source and no more.
+        format: one of :mod:`row_formats`; None: recognised from the columns.
+        column_map: the file's column for each of ours, where the names differ: `{prompt: question}`.
+        system_prompt: for dialogs that have none of their own.
+        on_overlong: what happens to rows over `max_seq_len`: "truncate" cuts them, without a false EOS.
+        on_bad_row: "skip" drops and counts rows that cannot be read as a dialog.
+        cache_dir: tokens of local files are kept here and read back by later runs; None: they are not.
+
+    Raises:
+        UserError: a source or row that cannot be read, by file and line; or no row with a token to train on.
+    """
+    reader = _Reader(
+        *(tokenizer, split, subset, revision, streaming, max_rows),
+        *(format, column_map or {}, system_prompt, on_overlong, on_bad_row),
+    )
+    sources = [WeightedSource(source=source)] if isinstance(source, str) else source
+    if not sources:
+        raise UserError("dataset.source: is an empty list; name a file or a data set on the hub")
+    parts = [(reader.cached(part["source"], cache_dir), part.get("weight", 1.0)) for part in sources]
+    return mixed(parts)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How the rows of a source become tokens; see :func:`chat_dataset`."""
+
+    tokenizer: Llama2ChatTransform
+    split: str
+    subset: str | None
+    revision: str | None
+    streaming: bool
+    max_rows: int | None
+    format: str | None
+    column_map: dict[str, str]
+    system_prompt: str | None
+    on_overlong: str
+    on_bad_row: str
+
+    def cached(self, source: str, cache_dir: str | Path | None) -> ChatDataset:
+        """The source's rows, from the cache where the same were tokenized alike before."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tokenizer"}
+        cache = TokenCache(cache_dir, source, [settings, self.tokenizer.fingerprint])
+        if (stored := cache.load()) is not None:
+            arrays, counts = stored
+            rows = np.arange(len(arrays["ends"]) - 1)
+            return ChatDataset(**arrays, rows=rows, summaries=[DatasetSummary(**{**counts, "source": source})])
+        dataset = self.read(source)
+        arrays = {"tokens": dataset._tokens, "is_masked": dataset._is_masked, "ends": dataset._ends}
+        cache.store(arrays, vars(dataset.summaries[0]))
+        return dataset
+
+    def read(self, source: str) -> ChatDataset:
+        summary = DatasetSummary(source)
+
+        def refuse_or_count(bad_row: BadRow) -> None:
+            if self.on_bad_row == "error":
+                raise bad_row
+            summary.num_rows += 1
+            summary.num_bad += 1
+
+        every_row = read_rows(
+            source,
+            self.split,
+            subset=self.subset,
+            revision=self.revision,
+            streaming=self.streaming,
+            on_bad_row=refuse_or_count,
+        )
+        rows = islice(every_row, self.max_rows)
+        first = next(rows)
+        row_format = self.row_format(first)
+        summary.format = row_format.name
+        token_chunks: list[np.ndarray] = []
+        mask_chunks: list[np.ndarray] = []
+        lengths: list[int] = []
+        first_text = ""
+        with tqdm(desc=f"tokenizing {source}", unit="row", leave=False, delay=2) as progress:
+            chunk = [first, *islice(rows, _NUM_ROWS_PER_ENCODE - 1)]
+            while chunk:
+                for location, tokens, mask in self.encode(chunk, row_format, summary):
+                    first_text = first_text or self.tokenizer.decode(tokens)[:200]
+                    if self.keeps(location, tokens, mask, summary):
+                        cut = self.tokenizer.max_seq_len
+                        token_chunks.append(np.array(tokens[:cut], np.int32))
+                        mask_chunks.append(np.array(mask[:cut], bool))
+                        lengths.append(len(tokens[:cut]))
+                progress.update(len(chunk))
+                chunk = list(islice(rows, _NUM_ROWS_PER_ENCODE))
+        if not lengths:
+            raise UserError(
+                f"dataset.source: no row of {source!r} has a token to train on within max_seq_len "
+                f"{self.tokenizer.max_seq_len}; the first is {first_text!r}"
+                + (f" ({summary.num_bad} bad rows were skipped)" if summary.num_bad else "")
+            )
+        summary.num_kept = len(lengths)
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        return ChatDataset(
+            np.concatenate(token_chunks), np.concatenate(mask_chunks), ends, np.arange(len(lengths)), [summary]
+        )
+
+    def row_format(self, first: Row) -> RowFormat:
+        try:
+            values = renamed(first.values, self.column_map)
+            if self.format is not None:
+                return format_by_name(self.format, values.keys())
+            return recognised_format(values.keys(), values, self.column_map.keys())
+        except ValueError as error:
+            raise UserError(f"{first.location}: {error}") from None
+
+    def encode(
+        self, rows: Sequence[Row], row_format: RowFormat, summary: DatasetSummary
+    ) -> Iterator[tuple[str, list[int], list[bool]]]:
+        """Location, tokens and mask of each of the rows that is a dialog."""
+        locations, dialogs = [], []
+        for row in rows:
+            summary.num_rows += 1
+            try:
+                dialog = self.dialog(row, row_format)
+                self.tokenizer.check(dialog)
+            except ValueError as error:
+                if self.on_bad_row == "error":
+                    raise UserError(f"{row.location}: {error}") from None
+                summary.num_bad += 1
+                continue
+            summary.num_empty_messages += any(not message.content for message in dialog)
+            locations.append(row.location)
+            dialogs.append(dialog)
+        for location, (tokens, mask) in zip(locations, self.tokenizer.encode_dialogs(dialogs), strict=True):
+            yield location, tokens, mask
+
+    def dialog(self, row: Row, row_format: RowFormat) -> list[ChatMessage]:
+        dialog = row_format.convert(renamed(row.values, self.column_map))
+        if self.system_prompt is not None and dialog[0].role == "user":
+            return [ChatMessage("system", self.system_prompt), *dialog]
+        return dialog
+
+    def keeps(self, location: str, tokens: list[int], mask: list[bool], summary: DatasetSummary) -> bool:
+        """Whether a row is trained on; counts it."""
+        cut = self.tokenizer.max_seq_len
+        if cut is not None and len(tokens) > cut:
+            if self.on_overlong == "error":
+                text = self.tokenizer.decode(tokens)[:60]
+                raise UserError(f"{location}: has {len(tokens)} tokens, max_seq_len is {cut}: {text!r}")
+            if self.on_overlong == "drop":
+                summary.num_overlong += 1
+                return False
+        # The first token is never predicted, so it does not count as supervised.
+        num_supervised = len(mask[1:cut]) - sum(mask[1:cut])
+        if num_supervised == 0:
+            summary.num_unsupervised += 1
+            return False
+        num_tokens = len(tokens[:cut])
+        summary.num_truncated += num_tokens < len(tokens)
+        summary.num_tokens += num_tokens
+        summary.num_supervised_tokens += num_supervised
+        summary.longest_row_tokens = max(summary.longest_row_tokens, num_tokens)
+        return True

@@ -1,0 +1,157 @@
+"""Files of prompts: rows in, the same rows with their answers out, as JSONL and in the same order."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from custom_components.datasets.row_converters import listed
+from custom_components.datasets.row_formats import recognised_format
+from custom_components.datasets.sources import Row, read_rows
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
+
+ANSWER, BASE_ANSWER = "answer", "answer_base"
+# Batches are made of rows of like length among this many times the batch's, and written when all of those are answered.
+_NUM_BATCHES_SORTED = 8
+
+
+def check_output_file(path: Path) -> None:
+    """Refuse a file that cannot be made.
+
+    Raises:
+        UserError: it exists already, its directory does not, or nothing can be written there.
+    """
+    try:
+        if not path.parent.is_dir():
+            raise UserError(f"output_file: there is no directory {str(path.parent)!r}")
+        path.touch(exist_ok=False)
+        path.unlink()
+    except FileExistsError:
+        raise UserError(f"output_file: {str(path)!r} exists already; delete it or name another") from None
+    except OSError as error:
+        raise UserError(f"output_file: {str(path)!r} cannot be written ({error.strerror}); name another") from None
+
+
+@dataclass(frozen=True)
+class FilePrompt:
+    """A row, and its prompt in tokens."""
+
+    row: Row
+    tokens: list[int]
+
+
+def read_prompts(
+    path: Path, tokenizer: Llama2ChatTransform, max_seq_len: int, answer_columns: Sequence[str]
+) -> list[FilePrompt]:
+    """The prompts of a file, all read and checked before the first is answered.
+
+    Args:
+        path: rows with `prompt` (and `system`), with `messages`, or in any format that is trained on; an answer at the
+            end of a row is not shown to the model.
+        max_seq_len: the model's context.
+        answer_columns: what is to be added to the rows.
+
+    Raises:
+        UserError: no such file, a row that is none of these, that leaves no room for an answer, or that has one of
+            `answer_columns` already: every bad row by file and line, up to ten.
+    """
+    if not path.exists():
+        raise UserError(f"prompts_file: there is no file {str(path)!r}")
+    prompts: list[FilePrompt] = []
+    problems: list[str] = []
+    try:
+        for row in read_rows(str(path), key="prompts_file", on_bad_row=lambda error: problems.append(str(error))):
+            try:
+                if taken := set(answer_columns) & set(row.values):
+                    raise ValueError(f"has {sorted(taken)[0]!r} already, under which the answer is written; rename it")
+                prompts.append(FilePrompt(row, prompt_tokens(tokenizer, row_dialog(row.values), max_seq_len)))
+            except ValueError as error:
+                problems.append(f"{row.location}: {error}")
+    except UserError as error:  # what is wrong with the file as a whole, behind what is wrong with its rows
+        raise UserError(*problems[:9], *error.messages) from None
+    if problems:
+        raise UserError(*problems[:10])
+    return prompts
+
+
+def one_prompt(text: str, tokenizer: Llama2ChatTransform, max_seq_len: int) -> FilePrompt:
+    """A single prompt that is in no file.
+
+    Raises:
+        UserError: it leaves no room for an answer, or contains one of the template's own marks.
+    """
+    values = {"prompt": text}
+    try:
+        return FilePrompt(Row(values, "prompt"), prompt_tokens(tokenizer, row_dialog(values), max_seq_len))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"prompt: {error}") from None
+
+
+def row_dialog(values: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row's dialog up to the question that is to be answered, as it would be trained.
+
+    Raises:
+        ValueError: the row holds none.
+    """
+    values = _with_an_answer(values)
+    try:
+        row_format = recognised_format(values, values)
+    except ValueError:
+        raise ValueError(f"has no question in {listed(values)}; name it 'prompt', or give 'messages'") from None
+    dialog = row_format.convert(values)[:-1]
+    if not dialog:
+        raise ValueError("is plain text without a question")
+    if not dialog[-1].content.strip():
+        raise ValueError("the prompt is empty")
+    return [{"role": message.role, "content": message.content} for message in dialog]
+
+
+def _with_an_answer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with some answer at its end: the converters of rows to train on ask for one."""
+    answer = "-"
+    messages = values.get("messages")
+    if isinstance(messages, list) and messages:
+        is_answered = isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
+        question = messages[: len(messages) - is_answered]
+        return {**values, "messages": [*question, {"role": "assistant", "content": answer}]}
+    return {**values, "completion": answer} if "prompt" in values else dict(values)
+
+
+def write_answers(
+    prompts: Sequence[FilePrompt],
+    output_file: Path,
+    batch_size: int,
+    answer_batch: Callable[[list[list[int]]], dict[str, list[str]]],
+) -> Iterator[int]:
+    """Answer all prompts; yields how many have been answered since the last time.
+
+    The rows are written in the file's order as soon as all before them are there, so that after an interruption the
+    file holds whole rows.
+
+    Args:
+        output_file: see :func:`check_output_file`.
+        answer_batch: from the tokens of up to `batch_size` prompts to the columns to add.
+    """
+    remaining = iter(prompts)
+    # Half a surrogate pair in another column is written as JSON spells it, and so as it was read.
+    with output_file.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        while window := list(islice(remaining, batch_size * _NUM_BATCHES_SORTED)):
+            by_length = sorted(range(len(window)), key=lambda index: -len(window[index].tokens))
+            answered: dict[int, dict[str, str]] = {}
+            num_written = 0
+            for start in range(0, len(window), batch_size):
+                indices = by_length[start : start + batch_size]
+                columns = answer_batch([window[index].tokens for index in indices])
+                for position, index in enumerate(indices):
+                    answered[index] = {name: texts[position] for name, texts in columns.items()}
+                while num_written in answered:
+                    values = window[num_written].row.values | answered[num_written]
+                    file.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
+                    num_written += 1
+                file.flush()
+                yield len(indices)

@@ -1,0 +1,69 @@
+"""Tokenized rows of local files, kept across runs."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from custom_components.datasets.sources import data_files
+from custom_components.runtime.atomic_files import whole_directory
+from custom_components.runtime.errors import UserError
+
+# Part of every key: raised whenever the same inputs would give other tokens.
+_VERSION = 1
+
+
+class TokenCache:
+    """The place of one source's tokens, keyed by the content of its files and by everything that decides its tokens.
+
+    Args:
+        cache_dir: the folder of all caches; None: nothing is kept.
+        source: a file, or a folder or glob of them; of a data set on the hub nothing is kept here.
+        decisive: whatever else decides the tokens, as JSON values.
+
+    Raises:
+        UserError: the source names no data, see :func:`data_files`.
+    """
+
+    def __init__(self, cache_dir: str | Path | None, source: str, decisive: Sequence[Any]) -> None:
+        files = data_files(source)
+        self._directory: Path | None = None
+        if cache_dir is not None and files:
+            digest = hashlib.sha256(json.dumps([_VERSION, *decisive], sort_keys=True).encode())
+            for file in files:
+                digest.update(file.suffix.encode())
+                try:
+                    with file.open("rb") as content:
+                        digest.update(hashlib.file_digest(content, "sha256").digest())
+                except OSError as error:
+                    raise UserError(f"dataset.source: {str(file)!r} cannot be read ({error.strerror})") from None
+            self._directory = Path(cache_dir).expanduser() / "tokens" / digest.hexdigest()[:32]
+
+    def load(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The arrays and counts stored before, or None."""
+        if self._directory is None or not self._directory.is_dir():
+            return None
+        try:
+            # note: not np.load, which takes zip files as well.
+            arrays: dict[str, np.ndarray] = {
+                path.stem: open_memmap(path, mode="r") for path in self._directory.glob("*.npy")
+            }
+            return arrays, json.loads((self._directory / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None  # damaged, or deleted meanwhile: it is made anew
+
+    def store(self, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:
+        """Keep arrays and counts; where the folder cannot be written, nothing is kept and the run goes on."""
+        if self._directory is None:
+            return
+        try:
+            with whole_directory(self._directory) as directory:
+                for name, values in arrays.items():
+                    np.save(directory / f"{name}.npy", values)
+                (directory / "summary.json").write_text(json.dumps(counts), encoding="utf-8")
+        except OSError as error:
+            print(f"cache_dir: the tokens are not kept, {str(self._directory)!r} cannot be written ({error.strerror})")

@@ -1,0 +1,145 @@
+"""A data set ready to train on: every row as token ids and a mask, and an account of what became of each."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Dataset
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+
+from custom_components.runtime.errors import UserError
+
+
+@dataclass
+class DatasetSummary:
+    """What became of the rows of a source, in counts."""
+
+    source: str
+    format: str = ""
+    num_rows: int = 0
+    num_kept: int = 0
+    num_bad: int = 0
+    num_overlong: int = 0
+    num_unsupervised: int = 0
+    num_truncated: int = 0
+    num_empty_messages: int = 0
+    num_tokens: int = 0
+    num_supervised_tokens: int = 0
+    longest_row_tokens: int = 0
+
+    def __str__(self) -> str:
+        losses = {
+            "dropped (bad rows)": self.num_bad,
+            "dropped (over max_seq_len)": self.num_overlong,
+            "dropped (nothing to train on)": self.num_unsupervised,
+            "truncated": self.num_truncated,
+            "with an empty question or answer": self.num_empty_messages,
+        }
+        return ", ".join(
+            [
+                f"{self.source} ({self.format}): {self.num_rows} rows, {self.num_kept} kept",
+                *(f"{count} {what}" for what, count in losses.items() if count),
+                f"{self.num_tokens} tokens, {self.num_supervised_tokens} supervised",
+                f"longest {self.longest_row_tokens}",
+            ]
+        )
+
+
+class ChatDataset(Dataset):
+    """Rows as `{"tokens": list[int], "labels": list[int]}`, held as flat arrays.
+
+    `labels[i]` is `tokens[i]` where that token is trained on, else torchtune's ignore index: not shifted yet.
+
+    Attributes:
+        summaries: one of each source.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        is_masked: np.ndarray,
+        ends: np.ndarray,
+        rows: np.ndarray,
+        summaries: Sequence[DatasetSummary],
+    ) -> None:
+        self._tokens = tokens
+        self._is_masked = is_masked
+        self._ends = ends  # row i lies in ends[i] .. ends[i + 1]
+        self._rows = rows  # which of the rows there are this data set's, in order
+        self.summaries = list(summaries)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return np.diff(self._ends)[self._rows].tolist()
+
+    @property
+    def sources(self) -> list[str]:
+        """The source of each row."""
+        # A mix holds the kept rows of its sources one after the other; `_rows` are numbers in that sequence.
+        source_ends = np.cumsum([summary.num_kept for summary in self.summaries])
+        return [self.summaries[source].source for source in np.searchsorted(source_ends, self._rows, side="right")]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row = slice(*self._ends[self._rows[index] : self._rows[index] + 2])
+        labels = np.where(self._is_masked[row], CROSS_ENTROPY_IGNORE_IDX, self._tokens[row])
+        return {"tokens": self._tokens[row].tolist(), "labels": labels.tolist()}
+
+    def rows(self, indices: Sequence[int]) -> "ChatDataset":
+        """A data set of some of the rows, which may repeat; the arrays are shared."""
+        return ChatDataset(self._tokens, self._is_masked, self._ends, self._rows[indices], self.summaries)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all rows, in order."""
+        contents = hashlib.sha256()
+        for index in range(len(self)):
+            contents.update(self.content_digest(index))
+        return contents.hexdigest()
+
+    def content_digest(self, index: int) -> bytes:
+        """A hash of a row's tokens and mask: equal for equal rows."""
+        row = slice(*self._ends[self._rows[index] : self._rows[index] + 2])
+        return hashlib.sha256(self._tokens[row].tobytes() + self._is_masked[row].tobytes()).digest()
+
+
+def split_validation(dataset: ChatDataset, val_fraction: float, seed: int) -> tuple[ChatDataset, ChatDataset]:
+    """A data set without, and one with, about `val_fraction` of its rows, drawn by `seed`.
+
+    Equal rows are drawn together, so that no validation row is trained on under another number.
+
+    Raises:
+        UserError: one of the two would be empty.
+    """
+    salt = seed.to_bytes(8, "little")
+    draws = [
+        int.from_bytes(hashlib.sha256(salt + dataset.content_digest(index)).digest()[:8], "little") / 2**64
+        for index in range(len(dataset))
+    ]
+    # The rows of the lowest draws, rather than those under the fraction, so that small sets get their share too.
+    threshold = sorted(draws)[min(len(draws) - 1, max(0, round(val_fraction * len(draws)) - 1))]
+    validation = [index for index, draw in enumerate(draws) if draw <= threshold]
+    training = [index for index, draw in enumerate(draws) if draw > threshold]
+    if not training:
+        raise UserError(f"val_fraction: {val_fraction} of {len(draws)} rows leaves nothing to train on; lower it")
+    return dataset.rows(training), dataset.rows(validation)
+
+
+def mixed(parts: Sequence[tuple[ChatDataset, float]]) -> ChatDataset:
+    """Parts end to end, each row as often as its part's weight says; a fraction takes evenly spread rows."""
+    tokens = np.concatenate([part._tokens for part, _ in parts])
+    is_masked = np.concatenate([part._is_masked for part, _ in parts])
+    lengths = np.concatenate([np.diff(part._ends) for part, _ in parts])
+    ends = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
+    rows, num_before = [], 0
+    for part, weight in parts:
+        num_taken = round(len(part) * weight)
+        rows.append(num_before + (np.arange(num_taken) * len(part)) // max(1, num_taken) % len(part))
+        num_before += len(part)
+    if not any(len(part_rows) for part_rows in rows):
+        raise UserError("dataset.source: the weights leave no row to train on")
+    return ChatDataset(tokens, is_masked, ends, np.concatenate(rows), [part.summaries[0] for part, _ in parts])

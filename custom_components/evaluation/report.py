@@ -1,0 +1,74 @@
+"""The results of an evaluation: a table for people, JSON for programs."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from custom_components.runtime.errors import UserError
+
+_NUM_COLUMNS = 80
+
+# The measures of one model over one subject (a source of rows, a task), by their names: `{"loss": 2.5}`.
+Measures = Mapping[str, float | int]
+
+
+def results_table(subjects: Mapping[str, Mapping[str, Measures]]) -> str:
+    """Every measure of every subject in a line, the models' values side by side, in at most 80 columns.
+
+    Args:
+        subjects: the measures of each model, by the subject's name and the model's; the same measures for each model.
+    """
+    models = list(next(iter(subjects.values())))
+    lines = [("", "", *models)]
+    for subject, by_model in subjects.items():
+        for measure in by_model[models[0]]:
+            values = (by_model[model][measure] for model in models)
+            lines.append((subject, measure.replace("_", " "), *map(_written, values)))
+            subject = ""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths[0] = min(widths[0], _NUM_COLUMNS - sum(width + 2 for width in widths[1:]))
+    return "\n".join(_line(cells, widths) for cells in lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    subject, measure, *values = cells
+    # The beginning gives way: the ends of paths tell them apart.
+    subject = subject if len(subject) <= widths[0] else f"…{subject[len(subject) - widths[0] + 1 :]}"
+    columns = [subject.ljust(widths[0]), measure.ljust(widths[1])]
+    return "  ".join([*columns, *map(str.rjust, values, widths[2:])]).rstrip()
+
+
+def _written(value: float | int) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
+
+
+@contextlib.contextmanager
+def results_file(path: Path | None) -> Iterator[dict[str, Any]]:
+    """A dict that is written to `path` as JSON when the block ends well; None: it is not written.
+
+    Raises:
+        UserError: nothing can be written there, found before the block begins.
+    """
+    results: dict[str, Any] = {}
+    if path is None:
+        yield results
+        return
+    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+    except OSError as error:
+        raise UserError(f"output_file: {str(path)!r} cannot be written ({error.strerror}); name another file") from None
+    try:
+        yield results
+        aside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""How well a model predicts the rows of a data set, and how near its own answers come to those of the rows.
+
+Dimensions: `T` tokens of all rows of a forward, `P` supervised positions, `C` positions of a chunk, `D` embed_dim,
+`V` vocab_size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.modules import TiedLinear, TransformerDecoder
+from tqdm import tqdm
+
+from custom_components.datasets.batching import Batch, BatchPlan, collate
+from custom_components.datasets.tokenized_rows import ChatDataset
+from custom_components.models.hidden_states import final_hidden_states
+from custom_components.runtime.errors import UserError
+
+_CHUNK_POSITIONS = 512  # positions whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Sums over supervised tokens, in float64: of their losses in nats, and of how many were the likeliest token."""
+
+    num_tokens: int = 0
+    loss_sum: float = 0.0
+    num_likeliest: int = 0
+
+    def __add__(self, other: "TokenScores") -> "TokenScores":
+        return TokenScores(
+            self.num_tokens + other.num_tokens,
+            self.loss_sum + other.loss_sum,
+            self.num_likeliest + other.num_likeliest,
+        )
+
+    @property
+    def loss(self) -> float:
+        """The mean over tokens, in nats."""
+        return self.loss_sum / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def token_accuracy(self) -> float:
+        return self.num_likeliest / self.num_tokens
+
+    @property
+    def measures(self) -> dict[str, float | int]:
+        return {
+            "supervised_tokens": self.num_tokens,
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "token_accuracy": self.token_accuracy,
+        }
+
+
+@torch.no_grad()
+def position_scores(model: TransformerDecoder, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each supervised position of a batch, in order: its label's log-probability, and whether no token is likelier.
+
+    Returns:
+        (P,) float64 in nats, and (P,) bool, on the CPU.
+    """
+    batch = batch.to(device)
+    hidden_1TD = final_hidden_states(model, batch.tokens_1T, batch.rows, batch.positions_1T)
+    return head_scores(hidden_1TD, model.output, batch.labels_1T)
+
+
+def head_scores(hidden_1TD: Tensor, output_head: nn.Module | TiedLinear, labels_1T: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`position_scores`; the logits of a chunk of supervised positions exist at a time, in fp32."""
+    is_supervised_T = labels_1T.flatten() != CROSS_ENTROPY_IGNORE_IDX
+    hidden_PD = hidden_1TD.flatten(0, 1)[is_supervised_T]
+    labels_P = labels_1T.flatten()[is_supervised_T]
+    log_probabilities, is_likeliest = [], []
+    for hidden_CD, labels_C in zip(hidden_PD.split(_CHUNK_POSITIONS), labels_P.split(_CHUNK_POSITIONS), strict=True):
+        logits_CV = output_head(hidden_CD).float()
+        label_logits_C = logits_CV.gather(1, labels_C.unsqueeze(1)).squeeze(1)
+        log_probabilities.append((label_logits_C - logits_CV.logsumexp(dim=1)).double().cpu())
+        is_likeliest.append((logits_CV.argmax(dim=1) == labels_C).cpu())
+    return torch.cat(log_probabilities), torch.cat(is_likeliest)
+
+
+def scores_by_source(
+    model: TransformerDecoder, dataset: ChatDataset, batch_size: int, device: torch.device
+) -> dict[str, TokenScores]:
+    """The scores of all supervised tokens of each source, and of all of them together as "all rows" where several.
+
+    Args:
+        batch_size: rows of one forward.
+
+    Raises:
+        UserError: a loss is NaN or infinite.
+    """
+    scores = {source: token_scores(model, rows, batch_size, device) for source, rows in rows_by_source(dataset).items()}
+    return scores if len(scores) == 1 else {**scores, "all rows": sum(scores.values(), TokenScores())}
+
+
+def token_scores(model: TransformerDecoder, dataset: ChatDataset, batch_size: int, device: torch.device) -> TokenScores:
+    """See :func:`scores_by_source`."""
+    assert not model.training
+    plan = BatchPlan(batch_size, 1, shuffle=False, seed=0)
+    total = TokenScores()
+    for [rows] in tqdm(plan.steps(dataset.lengths, epoch=0), "scoring", unit="forward", leave=False, delay=2):
+        log_probabilities_P, is_likeliest_P = position_scores(model, collate([dataset[row] for row in rows]), device)
+        total += TokenScores(len(log_probabilities_P), -log_probabilities_P.sum().item(), int(is_likeliest_P.sum()))
+        if not math.isfinite(total.loss_sum):
+            raise UserError(
+                f"the loss of the rows {rows}, counted from 0, is {total.loss_sum}: the checkpoint or the adapter is "
+                "damaged, or the dtype too narrow; try dtype=fp32"
+            )
+    return total
+
+
+def rows_by_source(dataset: ChatDataset) -> dict[str, ChatDataset]:
+    """The rows of each source of a data set, in the order of the sources; those without a row are left out."""
+    indices: dict[str, list[int]] = {summary.source: [] for summary in dataset.summaries}
+    for index, source in enumerate(dataset.sources):
+        indices[source].append(index)
+    return {source: dataset.rows(rows) for source, rows in indices.items() if rows}

@@ -1,0 +1,99 @@
+"""Model cards: the README.md of an adapter and of a merged model, for people and for the hub.
+
+Only what is known is said. Local files and directories are named by their last component: a card is made to be
+published, and where something lay on the machine that trained it is nobody's business.
+
+Front matter: huggingface.co/docs/hub/model-cards. `base_model` and `datasets` take names on the hub only.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from custom_components.weights.card import (
+    CARD_NAME,
+    FIRST_SECTION,
+    LAST_SECTION,
+    TAG,
+    card_metadata,
+    front_matter,
+    hub_name,
+    local_path,
+    markdown_link,
+)
+
+HOW_TO_LOAD_MERGED = """
+transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/merged")
+tokenizer = AutoTokenizer.from_pretrained("path/to/merged")
+```
+
+vLLM:
+
+```
+vllm serve path/to/merged
+```
+
+llama.cpp:
+
+```
+python convert_hf_to_gguf.py path/to/merged --outfile merged.gguf
+llama-cli -m merged.gguf
+```
+
+llama-lora-recipes:
+
+```
+tune run recipes/generate.py --config configs/generate.yaml checkpoint_dir=path/to/merged prompt="..."
+```
+"""
+
+
+def merged_card(
+    checkpoint_dir: Path, adapters: Sequence[tuple[Path, float]], merged_onto: Literal["original", "dequantized"]
+) -> str:
+    """The card of a base model that adapters were merged into, as Markdown with front matter.
+
+    What a run's card says of data, prompt format and training is taken over; of an adapter without such a card nothing
+    is said.
+
+    Args:
+        adapters: directories, each with its weight.
+        merged_onto: the base's weights as they are in the checkpoint, or as NF4 holds them.
+    """
+    base = hub_name(checkpoint_dir)
+    cards = [_own_card(adapter_dir) for adapter_dir, _ in adapters]
+    head = front_matter(
+        checkpoint_dir,
+        # The hub's "merge" is for models merged from several bases.
+        relation="finetune",
+        library_name="transformers",
+        tags=[TAG],
+        datasets=[name for card, _ in cards for name in (card.get("datasets") or [])],
+    )
+    parts = [
+        head,
+        f"\n# {markdown_link(base) or local_path(checkpoint_dir)} with "
+        f"{'a LoRA adapter' if len(adapters) == 1 else f'{len(adapters)} LoRA adapters'} merged in\n",
+        f"\nMerged with `llama-lora-recipes` into the base's {merged_onto} weights.\n",
+    ]
+    for (adapter_dir, weight), (_, facts) in zip(adapters, cards, strict=True):
+        if len(adapters) > 1 or weight != 1:
+            parts.append(f"\n**Adapter {local_path(adapter_dir)}, weight {weight:g}**\n")
+        if facts:
+            parts.append(f"{FIRST_SECTION}{facts}\n")
+    return "".join([*parts, LAST_SECTION, HOW_TO_LOAD_MERGED])
+
+
+def _own_card(adapter_dir: Path) -> tuple[dict[str, Any], str]:
+    """Front matter and sections, from data to losses, of a card that :func:`adapter_card` made; else empty."""
+    metadata = card_metadata(adapter_dir / CARD_NAME)
+    tags = metadata.get("tags")
+    if not isinstance(tags, list) or TAG not in tags:
+        return {}, ""
+    text = (adapter_dir / CARD_NAME).read_text(encoding="utf-8")
+    return metadata, text.partition(FIRST_SECTION)[2].rpartition(LAST_SECTION)[0].rstrip("\n")

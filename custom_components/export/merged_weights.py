@@ -1,0 +1,154 @@
+"""A checkpoint's weights with adapters merged into them, one tensor at a time, in fp32.
+
+LoRA and rsLoRA: W' = W + s B A; DoRA: W' = m (W + s B A) / ||W + s B A||, by rows; see :mod:`lora` for the papers.
+Several adapters with weights c: W' = W + the sum of c (W'_of_each - W), the linear combination of Ilharco et al. 2022,
+arXiv 2212.04089, section 2.
+
+Dimensions: `I` in_dim, `O` out_dim.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchtune.modules import TransformerDecoder
+
+from custom_components.models import nf4
+from custom_components.models.builders import lora_llama_from_config
+from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules, merged_weight
+from custom_components.models.shapes import LlamaShape, shape_from_checkpoint
+from custom_components.runtime.errors import UserError
+from custom_components.weights.adapted_model import model_for_adapter
+from custom_components.weights.adapters import load_adapter, modules_not_finite
+from custom_components.weights.checkpoint_loading import check_checkpoint
+
+EMBEDDING = "tok_embeddings.weight"
+OUTPUT_HEAD = "output.weight"
+
+
+class BaseWeights:
+    """The weights of a checkpoint, read one at a time under torchtune's names and in its row order.
+
+    Args:
+        checkpoint_dir: a Hugging Face or Meta directory.
+        dequantized: give the linear weights that a QLoRA run quantizes as they come out of NF4: what it computes with.
+
+    Attributes:
+        model: the model without adapters, on the meta device.
+        shapes: of every tensor, in the order in which they are stored.
+
+    Raises:
+        UserError: the checkpoint is not whole, or no Llama.
+    """
+
+    def __init__(self, checkpoint_dir: Path, *, dequantized: bool) -> None:
+        self.checkpoint_dir = checkpoint_dir
+        self.shape: LlamaShape = shape_from_checkpoint(checkpoint_dir)
+        with torch.device("meta"):
+            self.model: TransformerDecoder = lora_llama_from_config(
+                checkpoint_dir, lora_attn_modules=[], quantize_base=dequantized
+            )
+        self._sources = check_checkpoint(self.model, checkpoint_dir)
+        self.shapes = {name: source.shape for name, source in self._sources.items()}
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the embedding: checkpoints store all their matrices in one dtype."""
+        return self._sources[EMBEDDING].read().dtype
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in the dtype it is stored in, or in fp32 where it was quantized; the head of a tied model too.
+
+        It may be a view of the file's memory map: not to be changed in place.
+        """
+        if name == OUTPUT_HEAD and self.shape.tied_embeddings:
+            name = EMBEDDING
+        value = self._sources[name].read()
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, FrozenLinear) and module.quantize_base:
+            return nf4.dequantize(nf4.quantize(value), torch.float32)
+        return value
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """An adapter without its base: each module's A and B (and DoRA's magnitude) on the CPU, the frozen weight on meta.
+
+    Attributes:
+        weight: the factor of its change to the weights.
+        modules: by torchtune's module name.
+    """
+
+    directory: Path
+    weight: float
+    modules: dict[str, LoRALinear]
+
+    @property
+    def digest(self) -> str:
+        """A hash of its tensors: equal for equal adapters, wherever and in whatever format they lie."""
+        contents = hashlib.sha256()
+        for name, module in sorted(self.modules.items()):
+            contents.update(name.encode())
+            for parameter in module.adapter_params():
+                contents.update(module.get_parameter(parameter).detach().contiguous().numpy().tobytes())
+        return contents.hexdigest()
+
+
+def read_adapter(checkpoint_dir: Path, adapter_dir: Path, weight: float = 1.0) -> MergedAdapter:
+    """An adapter of a checkpoint's model, without reading the checkpoint's weights.
+
+    Raises:
+        UserError: an adapter that is not there, not of this model, or not finite.
+    """
+    model = model_for_adapter(checkpoint_dir, adapter_dir, quantize_base=False)
+    modules = adapter_modules(model)
+    for module in modules.values():
+        module.lora_a.to_empty(device="cpu")
+        module.lora_b.to_empty(device="cpu")
+        if module.use_dora:
+            module.magnitude = nn.Parameter(torch.empty(module.out_dim))
+    load_adapter(model, adapter_dir)
+    if broken := modules_not_finite(modules):
+        raise UserError(f"adapter_dir: {str(adapter_dir)!r}: the adapter of {broken[0]} is not finite; train it again")
+    return MergedAdapter(adapter_dir, weight, modules)
+
+
+class MergedWeights:
+    """A base's weights with adapters merged in, read one at a time as those of :class:`BaseWeights`.
+
+    Attributes:
+        shape: of the merged model. An adapter on a head that was the base's embedding makes two weights of them.
+        shapes: of every tensor.
+    """
+
+    def __init__(self, base: BaseWeights, adapters: Sequence[MergedAdapter]) -> None:
+        self._base = base
+        self._adapters = adapters
+        self.shapes = dict(base.shapes)
+        self.shape = base.shape
+        if base.shape.tied_embeddings and any("output" in adapter.modules for adapter in adapters):
+            self.shapes[OUTPUT_HEAD] = base.shapes[EMBEDDING]
+            self.shape = replace(base.shape, tied_embeddings=False)
+
+    @property
+    def num_values(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor: in fp32 where an adapter changes it, else as the base gives it."""
+        module_name = name.removesuffix(".weight")
+        changes = [
+            (adapter.weight, adapter.modules[module_name])
+            for adapter in self._adapters
+            if module_name in adapter.modules
+        ]
+        value = self._base.read(name)
+        return merged_weight(value, changes) if changes else value
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by name, in the order of `shapes`."""
+        for name in self.shapes:
+            yield name, self.read(name)

@@ -1,0 +1,137 @@
+"""What a training run will need, by kind of memory, before anything is loaded."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torchtune.modules import RMSNorm, TransformerDecoder
+
+from custom_components.config.components import instantiate
+from custom_components.config.training_settings import TrainingSettings
+from custom_components.memory.simulated_step import StepMemory, simulated_step
+from custom_components.models import nf4
+from custom_components.models.lora import FrozenLinear
+from custom_components.runtime.devices import NUM_LOADING_THREADS
+
+# What is no tensor of ours, measured above the imports: on the CPU machine code that oneDNN makes, bitsandbytes
+# where weights are NF4, the plot; on CUDA the libraries' workspaces (its context is not counted by torch).
+_OVERHEAD_BYTES = {"cpu": 42 * 2**20, "cuda": 64 * 2**20}
+_BITSANDBYTES_BYTES = 50 * 2**20
+# What the heap holds for a byte of a step's tensors. glibc 2.36 does not use a freed aligned block again for one of the
+# same size, and torch aligns all: measured 1.15 to 1.25. torch's allocator on CUDA is exact in the bytes it reports.
+_HEAP_SHARE = {"cpu": 1.22, "cuda": 1.0}
+# AdamW8bit and its like leave small tensors in 32 bits; this many parameters are enough to see the ratio.
+_OPTIMIZER_PROBE_SIZE = 2**16
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by kind, and the peak they come to.
+
+    Attributes:
+        num_parameters: of the base in NF4, of the base otherwise, and trained.
+        base_bytes: the frozen weights.
+        adapter_bytes: the trained parameters, in fp32.
+        gradient_bytes: theirs.
+        optimizer_bytes: the optimizer's state.
+        loading_bytes: what the weights that are being read take while the base is loaded.
+        step: what a forward and backward take.
+        num_layers: of the model.
+        overhead_bytes: what is no tensor.
+        heap_share: bytes that the allocator holds for a byte of a step's tensors.
+    """
+
+    num_parameters: dict[str, int]
+    base_bytes: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    loading_bytes: int
+    step: StepMemory
+    num_layers: int
+    overhead_bytes: int
+    heap_share: float
+
+    def peak_bytes(self, num_recomputed_layers: int) -> int:
+        """The most that is needed at one time, with so many layers recomputed."""
+        standing = self.base_bytes + self.adapter_bytes + self.overhead_bytes
+        step = round(self.heap_share * self.step.peak_bytes(self.num_layers, num_recomputed_layers))
+        # From a step's second forward on the gradients of all adapters stand beside what the forward takes.
+        return standing + max(self.loading_bytes, self.optimizer_bytes + self.gradient_bytes + step)
+
+    def num_recomputed_layers(self, available_bytes: int) -> int | None:
+        """The fewest layers to recompute so that the peak fits; None if it does not with all of them."""
+        fitting = (k for k in range(self.num_layers + 1) if self.peak_bytes(k) <= available_bytes)
+        return next(fitting, None)
+
+
+def estimate_memory(
+    model: TransformerDecoder,
+    settings: TrainingSettings,
+    dtype: torch.dtype,
+    device_type: str,
+    row_lengths: Sequence[int],
+) -> MemoryEstimate:
+    """The memory of a run whose largest forward has rows of these lengths.
+
+    Args:
+        model: on the meta device.
+        dtype: of the computation.
+        device_type: "cpu" or "cuda".
+        row_lengths: in tokens.
+    """
+    # Shared parameters, as those of tied embeddings, are named once.
+    frozen = [
+        (model.get_submodule(name.rpartition(".")[0]), parameter)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    ]
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    num_quantized = sum(
+        parameter.numel() for module, parameter in frozen if isinstance(module, FrozenLinear) and module.quantize_base
+    )
+    largest_bytes = dtype.itemsize * max(parameter.numel() for _, parameter in frozen)
+    overhead_bytes = _OVERHEAD_BYTES[device_type]
+    if device_type == "cpu":
+        overhead_bytes += _BITSANDBYTES_BYTES if num_quantized else 0
+        overhead_bytes += largest_bytes  # oneDNN packs a copy of the weight that it multiplies by
+    return MemoryEstimate(
+        num_parameters={
+            "NF4": num_quantized,
+            "other frozen": sum(parameter.numel() for _, parameter in frozen) - num_quantized,
+            "trained": num_trained,
+        },
+        base_bytes=sum(_frozen_bytes(module, parameter, dtype) for module, parameter in frozen),
+        adapter_bytes=4 * num_trained,
+        gradient_bytes=4 * num_trained,
+        optimizer_bytes=round(num_trained * optimizer_bytes_per_parameter(settings)),
+        loading_bytes=NUM_LOADING_THREADS * largest_bytes,
+        step=simulated_step(
+            model, dtype, device_type, tuple(row_lengths), instantiate(settings.loss), settings.neftune_noise_alpha
+        ),
+        num_layers=len(model.layers),
+        overhead_bytes=overhead_bytes,
+        heap_share=_HEAP_SHARE[device_type],
+    )
+
+
+def optimizer_bytes_per_parameter(settings: TrainingSettings) -> float:
+    """What the config's optimizer keeps for every parameter, found by letting it take a step."""
+    parameter = nn.Parameter(torch.zeros(_OPTIMIZER_PROBE_SIZE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # paged optimizers say that they do not page on the CPU
+        optimizer = instantiate(settings.optimizer, [parameter])
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    state = optimizer.state[parameter].values()
+    num_bytes = sum(value.nbytes for value in state if isinstance(value, torch.Tensor) and value.numel() > 1)
+    return num_bytes / _OPTIMIZER_PROBE_SIZE
+
+
+def _frozen_bytes(module: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> int:
+    if isinstance(module, FrozenLinear) and module.quantize_base:
+        weight = nf4.empty(parameter.shape, dtype, torch.device("meta"))
+        return sum(tensor.nbytes for tensor in nf4.stored_tensors(weight))
+    return parameter.numel() * (4 if isinstance(module, RMSNorm) else dtype.itemsize)

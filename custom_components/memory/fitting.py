@@ -1,0 +1,204 @@
+"""Choosing rows of a forward and recomputed layers so that a run fits its device: `auto` in the config."""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from heapq import nlargest
+
+import torch
+from torchtune.modules import TransformerDecoder
+from torchtune.training import OffloadActivations
+
+from custom_components.config.components import instantiate
+from custom_components.config.training_settings import TrainingSettings
+from custom_components.datasets.batching import collate
+from custom_components.memory.estimate import estimate_memory, optimizer_bytes_per_parameter
+from custom_components.runtime.process_memory import usable_bytes
+from custom_components.training.gradients import NOWHERE_ELSE, accumulate_gradients
+
+# A weight is dequantized once a forward; beyond this many tokens that is too little of it for a fuller one to pay.
+_ENOUGH_FORWARD_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a step is cut and what of it is recomputed.
+
+    Attributes:
+        batch_size: rows of a forward; with packs, packs.
+        gradient_accumulation_steps: forwards of an optimizer step.
+        num_recomputed_layers: of the first so many layers only the input is kept.
+        words: what was chosen and why; empty if the config left nothing to choose.
+    """
+
+    batch_size: int
+    gradient_accumulation_steps: int
+    num_recomputed_layers: int
+    words: str = ""
+
+
+def fit_to_device(
+    settings: TrainingSettings,
+    model: TransformerDecoder,
+    lengths: Sequence[int],
+    max_seq_len: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Fit:
+    """What the config's `batch_size` and `enable_activation_checkpointing` come to on this device.
+
+    With `batch_size: auto`, `gradient_accumulation_steps` are the rows of an optimizer step, whatever the forwards. The
+    largest forward that fits without recomputing a layer is taken; if no forward does, one row's, with as few layers
+    recomputed as it needs.
+
+    Args:
+        model: on the meta device.
+        lengths: of the rows, in tokens.
+        max_seq_len: what a pack holds.
+    """
+    num_layers = len(model.layers)
+    checkpointing = settings.enable_activation_checkpointing
+    if settings.batch_size != "auto" and checkpointing != "auto":
+        return Fit(settings.batch_size, settings.gradient_accumulation_steps, num_layers if checkpointing else 0)
+    available_bytes = usable_bytes(device)
+    fits = possible_fits(settings, lengths, max_seq_len)
+    if available_bytes is None:
+        return replace(fits[-1], words="this system does not say how much memory is free: nothing is recomputed")
+    gib = available_bytes / 2**30
+    for fit in fits:
+        row_lengths = largest_forward(lengths, max_seq_len, fit.batch_size, is_packed=settings.packed)
+        estimate = estimate_memory(model, settings, dtype, device.type, row_lengths)
+        if checkpointing == "auto":
+            num_recomputed_layers = estimate.num_recomputed_layers(available_bytes)
+            is_last = fit is fits[-1]
+            is_fitting = num_recomputed_layers == 0 or (is_last and num_recomputed_layers is not None)
+        else:
+            num_recomputed_layers = num_layers if checkpointing else 0
+            is_fitting = estimate.peak_bytes(num_recomputed_layers) <= available_bytes
+        if is_fitting:
+            assert num_recomputed_layers is not None
+            peak_gib = estimate.peak_bytes(num_recomputed_layers) / 2**30
+            words = f"about {peak_gib:.1f} GiB at the peak, of {gib:.1f} usable"
+            return replace(fit, num_recomputed_layers=num_recomputed_layers, words=words)
+    num_recomputed_layers = 0 if checkpointing is False else num_layers
+    peak_gib = estimate.peak_bytes(num_recomputed_layers) / 2**30
+    words = f"about {peak_gib:.1f} GiB at the peak, more than the {gib:.1f} usable: it may not fit"
+    return replace(fits[-1], num_recomputed_layers=num_recomputed_layers, words=words)
+
+
+def possible_fits(settings: TrainingSettings, lengths: Sequence[int], max_seq_len: int | None) -> list[Fit]:
+    """The cuts of a step that the config allows, from the fullest forwards to the smallest; nothing is recomputed."""
+    if settings.batch_size != "auto":
+        return [Fit(settings.batch_size, settings.gradient_accumulation_steps, 0)]
+    num_step_rows = settings.gradient_accumulation_steps
+    sizes = [size for size in range(num_step_rows, 0, -1) if num_step_rows % size == 0]
+    return [
+        Fit(size, num_step_rows // size, 0)
+        for size in sizes
+        if size == 1
+        or sum(largest_forward(lengths, max_seq_len, size, is_packed=settings.packed)) <= _ENOUGH_FORWARD_TOKENS
+    ]
+
+
+def largest_forward(
+    lengths: Sequence[int], max_seq_len: int | None, batch_size: int, *, is_packed: bool
+) -> tuple[int, ...]:
+    """The lengths of the rows in the largest forward that may come; a pack is as one row."""
+    if is_packed:
+        assert max_seq_len is not None
+        return (max_seq_len,) * batch_size
+    return tuple(nlargest(batch_size, lengths))
+
+
+def tried_fit(
+    fit: Fit,
+    model: TransformerDecoder,
+    settings: TrainingSettings,
+    lengths: Sequence[int],
+    max_seq_len: int | None,
+    device: torch.device,
+) -> Fit:
+    """On CUDA, what `auto` came to is tried with the largest step that may come, and made smaller until it fits.
+
+    Args:
+        model: with its weights, on the device.
+
+    Raises:
+        torch.OutOfMemoryError: the smallest does not fit either.
+    """
+    if device.type != "cuda" or not fit.words:
+        return fit
+    loss_function, scaler = instantiate(settings.loss), torch.amp.GradScaler(device.type, enabled=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_optimizer_bytes = round(sum(p.numel() for p in trained) * optimizer_bytes_per_parameter(settings))
+
+    def try_step(fit: Fit) -> None:
+        row_lengths = largest_forward(lengths, max_seq_len, fit.batch_size, is_packed=settings.packed)
+        batch = collate([{"tokens": [0] * length, "labels": [0] * length} for length in row_lengths])
+        # In the second forward the gradients stand, and what the optimizer will keep.
+        optimizer_state = torch.empty(num_optimizer_bytes, dtype=torch.uint8, device=device)
+        try:
+            accumulate_gradients(
+                model.train(),
+                [batch] * min(2, fit.gradient_accumulation_steps),
+                loss_function,
+                scaler,
+                num_recomputed_layers=fit.num_recomputed_layers,
+                neftune_noise_alpha=settings.neftune_noise_alpha,
+                activations_kept=OffloadActivations() if settings.enable_activation_offloading else NOWHERE_ELSE,
+                device=device,
+            )
+        finally:
+            model.zero_grad(set_to_none=True)
+            del optimizer_state
+
+    fit = first_fitting(
+        fit,
+        len(model.layers),
+        may_recompute=settings.enable_activation_checkpointing == "auto",
+        may_shrink=settings.batch_size == "auto",
+        try_step=try_step,
+    )
+    torch.cuda.reset_peak_memory_stats(device)  # what did not fit is not to count as the run's peak
+    return fit
+
+
+def first_fitting(
+    fit: Fit, num_layers: int, *, may_recompute: bool, may_shrink: bool, try_step: Callable[[Fit], None]
+) -> Fit:
+    """The first cut, from `fit` on to smaller ones, whose largest step the device does not refuse.
+
+    Args:
+        may_recompute, may_shrink: whether the config leaves recomputing and the rows of a forward open.
+        try_step: runs the largest step; raises `torch.OutOfMemoryError` where it does not fit.
+
+    Raises:
+        torch.OutOfMemoryError: the smallest does not fit either.
+    """
+    while True:
+        try:
+            try_step(fit)
+            return fit
+        except torch.OutOfMemoryError:
+            if may_shrink and fit.batch_size > 1:
+                num_step_rows = fit.batch_size * fit.gradient_accumulation_steps
+                size = next(size for size in range(fit.batch_size - 1, 0, -1) if num_step_rows % size == 0)
+                fit = replace(fit, batch_size=size, gradient_accumulation_steps=num_step_rows // size)
+            elif may_recompute and fit.num_recomputed_layers < num_layers:
+                fit = replace(fit, num_recomputed_layers=num_layers)
+            else:
+                raise
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def describe_fit(fit: Fit, settings: TrainingSettings, num_layers: int) -> None:
+    """What `auto` came to, where the config left something to choose."""
+    if not fit.words:
+        return
+    chosen = []
+    if settings.batch_size == "auto":
+        chosen.append(f"batch_size {fit.batch_size}, gradient_accumulation_steps {fit.gradient_accumulation_steps}")
+    if settings.enable_activation_checkpointing == "auto":
+        chosen.append(f"{fit.num_recomputed_layers} of {num_layers} layers recomputed in the backward")
+    print(f"auto: {'; '.join(chosen)} ({fit.words})")

@@ -1,0 +1,23 @@
+"""Llama models with LoRA adapters: what a config may name as `model`."""
+
+from custom_components.models.builders import (
+    lora_llama,
+    lora_llama2_7b,
+    lora_llama2_13b,
+    lora_llama2_70b,
+    lora_llama_from_config,
+    lora_open_llama_3b,
+    lora_tinyllama_1b,
+)
+from custom_components.models.lora import LoRALinear
+
+__all__ = [
+    "LoRALinear",
+    "lora_llama",
+    "lora_llama2_13b",
+    "lora_llama2_70b",
+    "lora_llama2_7b",
+    "lora_llama_from_config",
+    "lora_open_llama_3b",
+    "lora_tinyllama_1b",
+]

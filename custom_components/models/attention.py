@@ -1,0 +1,215 @@
+"""Causal self-attention over rows that are padded, cached or laid end to end.
+
+Dimensions: `B` batch, `S` positions, `L` positions attended to, `T` tokens of one row, `D` embed_dim, `N` query heads,
+`K` key/value heads, `H` head_dim.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtune.modules import KVCache
+
+from custom_components.models.blockwise_attention import attend_blockwise
+from custom_components.models.lora import lora_linears
+
+# Behind them, the scores of a block leave the processor's caches, and torch's own kernel is as fast.
+_MAX_BLOCKWISE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """Stands for the mask of rows laid end to end in one sequence: attention is causal and never leaves a row.
+
+    The mask itself, (S, S), is never built.
+
+    Attributes:
+        lengths: in tokens.
+        boundaries: where rows begin and end, (num_rows + 1,), int32, for the kernels that take all rows at once, which
+            are CUDA's.
+    """
+
+    lengths: tuple[int, ...]
+    boundaries: Tensor | None = field(default=None, compare=False)
+
+    def to(self, device: torch.device) -> "RowLengths":
+        if device.type != "cuda":
+            return self
+        boundaries = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        return replace(self, boundaries=boundaries.to(device))
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query self-attention with rotary positions, for torchtune's TransformerSelfAttentionLayer.
+
+    Parameter names are those of torchtune's MultiHeadAttention. It is ours for three things that one cannot do: rows
+    laid end to end without a dense mask, one product for the adapters of q, k and v, and a cache that is read only as
+    far as it is filled.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_proj: nn.Module,
+        k_proj: nn.Module,
+        v_proj: nn.Module,
+        output_proj: nn.Module,
+        pos_embeddings: nn.Module,
+    ) -> None:
+        super().__init__()
+        assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.q_proj = q_proj
+        self.k_proj = k_proj
+        self.v_proj = v_proj
+        self.output_proj = output_proj
+        self.pos_embeddings = pos_embeddings
+        self.kv_cache: KVCache | None = None
+        self.cache_enabled = False
+
+    def setup_cache(self, batch_size: int, dtype: torch.dtype, max_seq_len: int) -> None:
+        """Make the key/value cache; torchtune's protocol."""
+        self.kv_cache = KVCache(batch_size, max_seq_len, self.num_kv_heads, self.head_dim, dtype)
+        self.cache_enabled = True
+
+    def reset_cache(self) -> None:
+        """Empty the cache that `setup_cache` made."""
+        assert self.kv_cache is not None
+        self.kv_cache.reset()
+
+    def forward(
+        self,
+        input_BSD: Tensor,
+        _same_input_BSD: Tensor | None = None,
+        *,
+        mask: Tensor | RowLengths | None = None,
+        input_pos: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            input_BSD: the normalized hidden states.
+            mask: None: causal over each of the B rows. A boolean (B, S, L) tensor: True where position s attends to l;
+                with a cache, L is how far it is filled. :class:`RowLengths`: B is 1, the sequence is rows end to end.
+            input_pos: positions for the rotary embedding, (B, S); default 0 .. S-1.
+
+        Returns:
+            (B, S, D).
+        """
+        batch_size, seq_len, _ = input_BSD.shape
+        query, key, value = lora_linears(input_BSD, (self.q_proj, self.k_proj, self.v_proj))
+        query_BSNH = query.view(batch_size, seq_len, self.num_heads, self.head_dim)
+        key_BSKH = key.view(batch_size, seq_len, self.num_kv_heads, self.head_dim)
+        value_BKSH = value.view(batch_size, seq_len, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        query_BNSH = self.pos_embeddings(query_BSNH, input_pos=input_pos).transpose(1, 2)
+        key_BKSH = self.pos_embeddings(key_BSKH, input_pos=input_pos).transpose(1, 2)
+        if isinstance(mask, RowLengths):
+            output_BNSH = attend_within_rows(query_BNSH, key_BKSH, value_BKSH, mask)
+        else:
+            if self.kv_cache is not None and self.cache_enabled:
+                assert mask is not None
+                key_cache_BKMH, value_cache_BKMH = self.kv_cache.update(key_BKSH, value_BKSH)
+                key_BKSH = key_cache_BKMH[:batch_size, :, : mask.shape[-1]]
+                value_BKSH = value_cache_BKMH[:batch_size, :, : mask.shape[-1]]
+            output_BNSH = F.scaled_dot_product_attention(
+                query_BNSH,
+                key_BKSH,
+                value_BKSH,
+                attn_mask=None if mask is None else mask.unsqueeze(1),
+                is_causal=mask is None,
+                enable_gqa=self.num_heads != self.num_kv_heads,
+            )
+        output_BSD = output_BNSH.transpose(1, 2).reshape(batch_size, seq_len, self.num_heads * self.head_dim)
+        return self.output_proj(output_BSD)
+
+
+# note: the lengths differ from step to step, and the compiler would compile every layer again for each of them.
+@torch.compiler.disable
+def attend_within_rows(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, rows: RowLengths) -> Tensor:
+    """Causal attention inside each row of a sequence of rows: (1, N, S, H)."""
+    is_on_cpu = rows.boundaries is None
+    if is_on_cpu and query_1NSH.element_size() == 2 and max(rows.lengths) <= _MAX_BLOCKWISE_TOKENS:
+        return attend_blockwise(query_1NSH, key_1KSH, value_1KSH, rows.lengths)
+    if query_1NSH.is_cuda and _variable_length_kernel_works(
+        query_1NSH.device, query_1NSH.dtype, query_1NSH.shape[1], key_1KSH.shape[1], query_1NSH.shape[3]
+    ):
+        return attend_within_rows_at_once(query_1NSH, key_1KSH, value_1KSH, rows)
+    return attend_row_by_row(query_1NSH, key_1KSH, value_1KSH, rows)
+
+
+def attend_row_by_row(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, rows: RowLengths) -> Tensor:
+    """`attend_within_rows` as one call a row, on any device."""
+    inputs_of_rows = zip(
+        query_1NSH.split(rows.lengths, dim=2),
+        key_1KSH.split(rows.lengths, dim=2),
+        value_1KSH.split(rows.lengths, dim=2),
+        strict=True,
+    )
+    outputs = [_causal_attention(*inputs_of_row) for inputs_of_row in inputs_of_rows]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _causal_attention(query_1NTH: Tensor, key_1KTH: Tensor, value_1KTH: Tensor) -> Tensor:
+    if query_1NTH.is_meta:
+        # For tensors without values torch would take the computation that keeps all probabilities, as no device does.
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query_1NTH, key_1KTH, value_1KTH, is_causal=True
+        )[0]
+    num_sharing = query_1NTH.shape[1] // key_1KTH.shape[1]
+    if query_1NTH.is_cuda and num_sharing > 1:
+        # Cards without flash attention share key/value heads only in the computation that keeps all probabilities.
+        key_1KTH, value_1KTH = (tensor.repeat_interleave(num_sharing, dim=1) for tensor in (key_1KTH, value_1KTH))
+    return F.scaled_dot_product_attention(
+        query_1NTH, key_1KTH, value_1KTH, is_causal=True, enable_gqa=query_1NTH.shape[1] != key_1KTH.shape[1]
+    )
+
+
+def attend_within_rows_at_once(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, rows: RowLengths) -> Tensor:
+    """`attend_within_rows` in one call of torch's variable-length flash attention (CUDA, 16 bits)."""
+    assert rows.boundaries is not None
+    longest = max(rows.lengths)
+    # note: not in every torch of the supported range.
+    attend: Callable[..., Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    output_SNH = attend(
+        query_1NSH[0].transpose(0, 1),
+        key_1KSH[0].transpose(0, 1),
+        value_1KSH[0].transpose(0, 1),
+        rows.boundaries,
+        rows.boundaries,
+        longest,
+        longest,
+        window_size=(-1, 0),  # causal
+        **({"enable_gqa": True} if query_1NSH.shape[1] != key_1KSH.shape[1] else {}),
+    )
+    return output_SNH.transpose(0, 1).unsqueeze(0)
+
+
+@functools.cache
+def _variable_length_kernel_works(
+    device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
+) -> bool:
+    """Whether this torch and this card have the kernel for these heads, found by trying it against the row loop."""
+    lengths = (5, 3)
+    # note: a generator of its own, or the step's first dropout would be another one where it is recomputed.
+    random = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
+    query_1NSH = random(1, num_heads, sum(lengths), head_dim).to(dtype)
+    key_1KSH, value_1KSH = random(2, 1, num_kv_heads, sum(lengths), head_dim).to(dtype)
+    rows = RowLengths(lengths).to(device)
+    try:
+        output_1NSH = attend_within_rows_at_once(query_1NSH, key_1KSH, value_1KSH, rows)
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, TypeError, RuntimeError, ValueError):
+        return False
+    return torch.allclose(output_1NSH, attend_row_by_row(query_1NSH, key_1KSH, value_1KSH, rows), atol=2e-2, rtol=2e-2)

@@ -1,0 +1,55 @@
+"""The forward of a model up to its output head."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torchtune.modules import TransformerDecoder
+
+from custom_components.models.attention import RowLengths
+
+
+def final_hidden_states(
+    model: TransformerDecoder,
+    tokens: Tensor,
+    mask: Tensor | RowLengths | None,
+    positions: Tensor,
+    *,
+    num_recomputed_layers: int = 0,
+    neftune_noise_alpha: float | None = None,
+) -> Tensor:
+    """What `model` gives its output head: normalized hidden states, (B, S, embed_dim), for (B, S) tokens.
+
+    `model(...)` itself projects every position on the vocabulary and refuses more tokens than the context, which rows
+    laid end to end have.
+
+    Args:
+        mask, positions: see :class:`SelfAttention`.
+        num_recomputed_layers: of so many layers, the first, keep only the input for the backward and compute the rest
+            again there.
+        neftune_noise_alpha: noise on the embeddings while the model trains, see :func:`neftune_noise`.
+    """
+    hidden = model.tok_embeddings(tokens)
+    if neftune_noise_alpha is not None and model.training:
+        hidden = hidden + neftune_noise(hidden, mask, neftune_noise_alpha)
+    for index, layer in enumerate(model.layers):
+        if index < num_recomputed_layers:
+            hidden = checkpoint(layer, hidden, mask=mask, input_pos=positions, use_reentrant=False)
+        else:
+            hidden = layer(hidden, mask=mask, input_pos=positions)
+    return model.norm(hidden)
+
+
+def neftune_noise(embeddings: Tensor, mask: Tensor | RowLengths | None, alpha: float) -> Tensor:
+    """NEFTune's noise: uniform in [-1, 1] times alpha / sqrt(L * embed_dim), L the length of the token's row.
+
+    Jain et al. 2023, arXiv 2310.05914, algorithm 1.
+
+    Args:
+        embeddings: (B, S, embed_dim).
+        mask: rows laid end to end say their lengths; otherwise every row is S long.
+    """
+    lengths = mask.lengths if isinstance(mask, RowLengths) else (embeddings.shape[1],)
+    scales = [embeddings.new_full((length, 1), alpha / math.sqrt(length * embeddings.shape[2])) for length in lengths]
+    return torch.empty_like(embeddings).uniform_(-1, 1) * torch.cat(scales)

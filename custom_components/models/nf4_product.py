@@ -1,0 +1,112 @@
+"""Products with frozen weights, 4-bit or dense, that keep no dequantized copy."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchao.dtypes.nf4tensor import NF4Tensor
+
+from custom_components.models.nf4 import (
+    BLOCK_SIZE,
+    bitsandbytes_dequantizes,
+    block_scalers,
+    dequantize,
+    dequantize_with_bitsandbytes,
+    from_stored_tensors,
+    stored_tensors,
+)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`input @ weight.T` that keeps the 4-bit weight for the backward, never a dequantized copy.
+
+    The weight is kept beside autograd: it is no reason to make the product again where a layer is recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return _product(input, weight, transposed=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return _product(grad_output, ctx.weight, transposed=True), None
+
+
+# On the CPU, weights of a band, which are dequantized and multiplied while the processor's caches hold them.
+_NUM_WEIGHTS_OF_BAND = 2**22
+# A dequantized weight of the CPU's backward, of each dtype; see `_dense_of_bands`.
+_shared_memory: dict[torch.dtype, Tensor] = {}
+
+
+def _product(input: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
+    """`input @ weight.T`, or transposed `input @ weight`; never a view."""
+    if isinstance(weight, NF4Tensor) and torch.compiler.is_compiling():
+        return _opaque_product(input, stored_tensors(weight), list(weight.shape), transposed)
+    if not isinstance(weight, NF4Tensor) or not _is_read_in_bands(weight):
+        dense = dequantize(weight, input.dtype) if isinstance(weight, NF4Tensor) else weight
+        return input @ dense if transposed else F.linear(input, dense)
+    if transposed:
+        return input @ _dense_of_bands(weight, input.dtype)
+    output = input.new_empty(*input.shape[:-1], len(weight))
+    rows, output_rows = input.flatten(0, -2), output.flatten(0, -2)
+    for band, dense_band in _dequantized_bands(weight, input.dtype):
+        torch.mm(rows, dense_band.T, out=output_rows[:, band])
+    return output
+
+
+def _is_read_in_bands(weight: NF4Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.numel() > _NUM_WEIGHTS_OF_BAND and bitsandbytes_dequantizes("cpu")
+
+
+def _dequantized_bands(weight: NF4Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of each band and their dequantized weights, one band after the other."""
+    num_rows, num_columns = weight.shape
+    num_rows_of_band = max(_NUM_WEIGHTS_OF_BAND // num_columns // BLOCK_SIZE, 1) * BLOCK_SIZE  # whole blocks
+    scalers = block_scalers(weight)
+    for start in range(0, num_rows, num_rows_of_band):
+        band = slice(start, min(start + num_rows_of_band, num_rows))
+        weights = slice(band.start * num_columns, band.stop * num_columns)
+        codes = weight.quantized_data[weights.start // 2 : weights.stop // 2]
+        band_scalers = scalers[weights.start // BLOCK_SIZE : weights.stop // BLOCK_SIZE]
+        yield band, dequantize_with_bitsandbytes(codes, band_scalers, [-1, num_columns], dtype)
+
+
+def _dense_of_bands(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
+    """The dequantized weight, for a product that is made before the next weight is asked for.
+
+    All are written to the same memory, because fresh memory costs three times as much as the dequantizing: the system
+    zeroes it page by page, and the gaps it leaves are not filled.
+    """
+    if dtype not in _shared_memory or _shared_memory[dtype].numel() < weight.numel():
+        with torch.inference_mode(False):  # or training could not write to what answering made
+            _shared_memory[dtype] = torch.empty(weight.numel(), dtype=dtype)
+    dense = _shared_memory[dtype][: weight.numel()].view(weight.shape)
+    for band, dense_band in _dequantized_bands(weight, dtype):
+        dense[band] = dense_band
+    return dense
+
+
+# note: seen as two operations, forward and backward dequantize the same weight, and the compiler keeps it from one to
+# the other: 16 bits a weight for all layers.
+@torch.library.custom_op("llama_lora_recipes::nf4_product", mutates_args=())
+def _opaque_product(input: Tensor, stored: Sequence[Tensor], shape: Sequence[int], transposed: bool) -> Tensor:
+    weight = from_stored_tensors(stored, torch.Size(shape), input.dtype)
+    return _product(input, weight, transposed=transposed)
+
+
+@_opaque_product.register_fake
+def _(input: Tensor, stored: Sequence[Tensor], shape: Sequence[int], transposed: bool) -> Tensor:
+    return input.new_empty(*input.shape[:-1], shape[1] if transposed else shape[0])
+
+
+def linear(input: Tensor, weight: Tensor) -> Tensor:
+    """`input @ weight.T` for an ordinary or an NF4 weight; a new tensor that no one else holds.
+
+    Args:
+        input: (..., in_dim).
+        weight: (out_dim, in_dim), frozen: it gets no gradient.
+    """
+    return _FrozenProduct.apply(input, weight)

@@ -1,0 +1,142 @@
+"""The sizes of Llama-architecture models, by name and from a checkpoint's own config."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from custom_components.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """Everything that tells one Llama-architecture model from another.
+
+    Attributes:
+        vocab_size: rows of the embedding.
+        num_kv_heads: key/value heads; fewer than `num_heads` is grouped-query attention.
+        intermediate_dim: width of the feed-forward.
+        max_seq_len: the context, in tokens.
+        rope_base: base of the rotary frequencies (`rope_theta`).
+        tied_embeddings: the output head is the embedding's weight.
+    """
+
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    embed_dim: int
+    intermediate_dim: int
+    max_seq_len: int
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+
+# Llama 2: Touvron et al. 2023, arXiv 2307.09288, table 1 and appendix A.2.1; intermediate sizes and epsilon from the
+# config.json of meta-llama/Llama-2-{7b,13b,70b}-hf. The others from the config.json of their repositories.
+LLAMA2_7B = LlamaShape(32_000, 32, 32, 32, 4096, 11_008, 4096)
+LLAMA2_13B = LlamaShape(32_000, 40, 40, 40, 5120, 13_824, 4096)
+LLAMA2_70B = LlamaShape(32_000, 80, 64, 8, 8192, 28_672, 4096)
+OPEN_LLAMA_3B = LlamaShape(32_000, 26, 32, 32, 3200, 8640, 2048, norm_eps=1e-6)
+TINYLLAMA_1B = LlamaShape(32_000, 22, 32, 4, 2048, 5632, 2048)
+
+
+def shape_from_checkpoint(checkpoint_dir: Path) -> LlamaShape:
+    """The shape that a checkpoint directory states: Hugging Face's config.json or Meta's params.json.
+
+    Raises:
+        UserError: no such directory, no config in it, or a model that is no plain Llama, by the name of what differs.
+    """
+    if not checkpoint_dir.is_dir():
+        raise UserError(
+            f"checkpoint_dir: {str(checkpoint_dir)!r} is not a directory; download a model with "
+            f"`tune download REPOSITORY --output-dir {checkpoint_dir} --ignore-patterns '*.bin'`"
+        )
+    if (checkpoint_dir / "config.json").is_file():
+        return _shape_from_hugging_face(checkpoint_dir / "config.json")
+    if (checkpoint_dir / "params.json").is_file():
+        return _shape_from_meta(checkpoint_dir / "params.json")
+    raise UserError(
+        f"checkpoint_dir: {str(checkpoint_dir)!r} has neither config.json nor params.json; is the download whole?"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); download the file again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {type(values).__name__}, not a mapping; download the file again")
+    return values
+
+
+def _shape_from_hugging_face(path: Path) -> LlamaShape:
+    config = _read_json(path)
+    # transformers 5 writes rope_parameters where 4 wrote rope_theta and rope_scaling.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    refusals = {
+        "model_type": config.get("model_type") not in ("llama", None) and config.get("model_type"),
+        "hidden_act": config.get("hidden_act", "silu") != "silu" and config.get("hidden_act"),
+        "attention_bias": config.get("attention_bias", False),
+        "mlp_bias": config.get("mlp_bias", False),
+        "sliding_window": config.get("sliding_window"),
+        "rope scaling": rope_type != "default" and rope_type,
+        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
+    }
+    for name, value in refusals.items():
+        if value:
+            raise UserError(
+                f"{path}: {name} = {value!r} is not supported; this package trains plain Llama architectures"
+            )
+    try:
+        num_heads, embed_dim = config["num_attention_heads"], config["hidden_size"]
+        shape = LlamaShape(
+            vocab_size=config["vocab_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            embed_dim=embed_dim,
+            intermediate_dim=config["intermediate_size"],
+            max_seq_len=config.get("max_position_embeddings", 2048),
+            rope_base=rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            tied_embeddings=config.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: the key {error} is missing; is this a Llama checkpoint's config.json?") from None
+    head_dim = config.get("head_dim") or shape.head_dim
+    if head_dim * num_heads != embed_dim:
+        raise UserError(
+            f"{path}: head_dim {head_dim} times {num_heads} heads is not hidden_size {embed_dim}: not supported"
+        )
+    return shape
+
+
+def _shape_from_meta(path: Path) -> LlamaShape:
+    """Meta's params.json; the feed-forward's width follows meta-llama/llama @689c7f2, model.py, class FeedForward."""
+    params = _read_json(path)
+    try:
+        embed_dim, num_heads = params["dim"], params["n_heads"]
+        multiple_of = params.get("multiple_of", 256)
+        intermediate_dim = int(params.get("ffn_dim_multiplier", 1.0) * int(2 * (4 * embed_dim) / 3))
+        return LlamaShape(
+            # Llama 2's params.json says -1: the tokenizer knows, and it has 32,000 pieces.
+            vocab_size=params["vocab_size"] if params.get("vocab_size", -1) > 0 else LLAMA2_7B.vocab_size,
+            num_layers=params["n_layers"],
+            num_heads=num_heads,
+            num_kv_heads=params.get("n_kv_heads") or num_heads,
+            embed_dim=embed_dim,
+            intermediate_dim=multiple_of * ((intermediate_dim + multiple_of - 1) // multiple_of),
+            max_seq_len=LLAMA2_7B.max_seq_len,
+            rope_base=params.get("rope_theta", 10_000.0),
+            norm_eps=params["norm_eps"],
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: the key {error} is missing; is this Meta's params.json?") from None

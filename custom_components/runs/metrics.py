@@ -1,0 +1,86 @@
+"""metrics.jsonl, one JSON object a line, and the plot of its losses."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchtune.modules import TransformerDecoder
+
+from custom_components.generation.sample_answers import answer_sample_prompts
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+
+
+class MetricsFile:
+    """Appends records to a file, flushed one by one, so that a killed run has every step it finished."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        # NaN and infinity are no JSON; the gradient norm of a step that the fp16 scaler left out is one of them.
+        finite = {
+            key: None if value in (math.inf, -math.inf) or value != value else value for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records; a last line that was torn by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def keep_metrics_until(before: Path, path: Path, step: int) -> None:
+    """Write to `path` the records of `before` up to a step; a resumed run will write those after it again."""
+    kept = [record for record in read_metrics(before) if record["step"] <= step]
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def plot_losses(metrics_path: Path, plot_path: Path) -> None:
+    """Draw training and validation loss over the optimizer steps."""
+    # note: matplotlib keeps its list of fonts in the home directory, unless it is told of another before its import.
+    with tempfile.TemporaryDirectory() as font_list_dir:
+        os.environ.setdefault("MPLCONFIGDIR", font_list_dir)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+    records = read_metrics(metrics_path)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            marker = marker or ("o" if len(points) == 1 else "")
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.5, markersize=4)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per supervised token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(plot_path, dpi=120)
+
+
+def write_samples(
+    path: Path, step: int, model: TransformerDecoder, tokenizer: Llama2ChatTransform, prompts: Sequence[str]
+) -> None:
+    """Append the model's answers, one JSON object a line."""
+    answers = answer_sample_prompts(model, tokenizer, prompts)
+    samples = MetricsFile(path)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        samples.write({"step": step, "prompt": prompt, "answer": answer})
+    samples.close()

@@ -1,0 +1,67 @@
+"""Parameter groups, gradient clipping and the optimizer step of the adapters."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from custom_components.models.lora import LoRALinear
+from custom_components.runtime.errors import UserError
+
+
+def adapter_parameter_groups(model: nn.Module, lr: float, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
+    """A model's trained parameters as an optimizer's parameter groups, each with its rate.
+
+    Args:
+        lr: the rate of A, and of all but B.
+        lora_plus_ratio: LoRA+'s lambda: B's rate is `lr` times this, in a second group. None: one group of all.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if lora_plus_ratio is None:
+        return [{"params": trained, "lr": lr}]
+    b_weights = [module.lora_b.weight for module in model.modules() if isinstance(module, LoRALinear)]
+    b_ids = {id(weight) for weight in b_weights}
+    others = [parameter for parameter in trained if id(parameter) not in b_ids]
+    return [{"params": others, "lr": lr}, {"params": b_weights, "lr": lr * lora_plus_ratio}]
+
+
+def clip_gradients(optimizer: Optimizer, scaler: GradScaler, clip_grad_norm: float | None) -> Tensor:
+    """Undo the scaler's scale and shorten the gradient of all parameters to `clip_grad_norm`; returns its norm."""
+    scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_grad_norm is None else clip_grad_norm)
+
+
+def update_adapters(
+    optimizer: Optimizer, scaler: GradScaler, loss: float, grad_norm: float, step: int, forwards: list[list[int]]
+) -> bool:
+    """Take the optimizer's step; returns whether the scaler left it out because fp16 gradients overflowed.
+
+    Raises:
+        UserError: loss or gradient are not finite, and no scaler can help.
+    """
+    # Gradients may overflow where the loss does not, and a scale below 1 is too small for overflow to be the reason.
+    may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1 and math.isfinite(loss)
+    is_skipped = may_overflow and not math.isfinite(grad_norm)
+    if not is_skipped:
+        stop_if_not_finite(loss, grad_norm, step, forwards)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return is_skipped
+
+
+def stop_if_not_finite(loss: float, grad_norm: float, step: int, forwards: list[list[int]]) -> None:
+    """Refuse to go on from a step whose loss or gradient is NaN or infinite.
+
+    Raises:
+        UserError: with the step and its rows.
+    """
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise UserError(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}; the rows of the step are {forwards}, "
+            "counted from 0. Look at them with recipes/preview.py, or lower optimizer.lr"
+        )

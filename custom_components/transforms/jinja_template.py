@@ -1,0 +1,132 @@
+"""A prompt format as a Jinja chat template in a tokenizer_config.json, for transformers and what reads its files.
+
+What the template renders has the tokens of :class:`Llama2ChatTransform`, with the tokenizer of :mod:`tokenizer_json`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from custom_components.transforms.templates import LLAMA2_TAGS, MarkedTemplate, prompt_template
+
+# note: every tag strips the line break before it, so that nothing but expressions puts text into the prompt.
+_START = """\
+{%- if messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] %}
+{%- set dialog = messages[1:] %}
+{%- else %}
+{%- set system = default_system %}
+{%- set dialog = messages %}
+{%- endif %}
+{%- for message in messages %}
+{%- for mark in marks %}
+{%- if mark in message['content'] %}
+{{- raise_exception('a message contains ' + mark + ', which is how the chat format marks its parts') }}
+{%- endif %}
+{%- endfor %}
+{%- endfor %}
+{%- for message in dialog %}
+{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}
+{{- raise_exception('after an optional system message, user and assistant have to take turns') }}
+{%- endif %}
+"""
+_LLAMA2_TURN = """\
+{%- if message['role'] == 'user' %}
+{%- set content = message['content'] %}
+{%- if loop.first and system is not none %}
+{%- set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content %}
+{%- endif %}
+{{- bos + '[INST] ' + (content | trim) + ' [/INST]' }}
+{%- else %}
+{{- ' ' + (message['content'] | trim) + ' ' + eos }}
+{%- endif %}
+"""
+# A prompt that is left open loses the spaces at its end: they belong to the answer's first word.
+_MARKED_TURN = """\
+{%- if message['role'] == 'user' %}
+{%- set prompt = before_user + message['content'] + before_answer %}
+{%- if loop.first and system is not none %}
+{%- set prompt = before_system + system + after_system + prompt %}
+{%- endif %}
+{{- bos + (prompt.rstrip(' ') if loop.last else prompt) }}
+{%- else %}
+{{- message['content'] + after_answer + eos }}
+{%- endif %}
+"""
+_END = "{%- endfor %}"
+
+
+def chat_template(description: str | dict[str, str], system_prompt: str | None, control_pieces: dict[str, str]) -> str:
+    """The Jinja template of a prompt format.
+
+    A message that holds the text of a control token, or one of Llama 2's tags, is refused: what reads the rendered
+    text would take it for the token.
+
+    Args:
+        description: a template's name or parts, as :func:`prompt_template` takes them.
+        system_prompt: for dialogs that have none of their own.
+        control_pieces: see :func:`control_pieces_of`.
+
+    Raises:
+        UserError: no such template.
+    """
+    template = prompt_template(description)
+    constants: dict[str, str | None | list[str]] = {
+        "bos": control_pieces["bos_token"],
+        "eos": control_pieces["eos_token"],
+        "marks": [*control_pieces.values()],
+        "default_system": system_prompt,
+    }
+    if isinstance(template, MarkedTemplate):
+        turn = _MARKED_TURN
+        before_system, _, after_system = template.system.partition("{content}")
+        before_user, _, after_user = template.user.partition("{content}")
+        before_answer, _, after_answer = template.assistant.partition("{content}")
+        constants |= {
+            "default_system": template.default_system if system_prompt is None else system_prompt,
+            **{"before_system": before_system, "after_system": after_system},
+            **{"before_user": before_user, "before_answer": after_user + before_answer, "after_answer": after_answer},
+        }
+    else:
+        turn = _LLAMA2_TURN
+        constants["marks"] = [*control_pieces.values(), *LLAMA2_TAGS]
+    definitions = "".join(f"{{%- set {name} = {_literal(value)} %}}\n" for name, value in constants.items())
+    return definitions + _START + turn + _END
+
+
+def control_pieces_of(tokenizer_model: Path) -> dict[str, str]:
+    """The texts of a SentencePiece model's control tokens, by the names that transformers has for them."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
+    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    return {name: processor.id_to_piece(index) for name, index in ids.items()}
+
+
+def tokenizer_config(
+    control_pieces: dict[str, str], max_seq_len: int, template: str | None, *, is_fast: bool
+) -> dict[str, Any]:
+    """tokenizer_config.json beside a tokenizer.model that is Llama 2's or made like it.
+
+    Args:
+        max_seq_len: the model's context, in tokens.
+        template: the chat template, or None where it is not known.
+        is_fast: there is a tokenizer.json, to be taken as it is. LlamaTokenizer takes only its vocabulary and merges.
+    """
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast" if is_fast else "LlamaTokenizer",
+        # For LlamaTokenizer of transformers 5, which else puts no space before the first word after a control token:
+        # 29961 for 518.
+        "legacy": True,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        **control_pieces,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_seq_len,
+        **({"chat_template": template} if template is not None else {}),
+    }
+
+
+def _literal(value: str | None | list[str]) -> str:
+    # Jinja's literals have JSON's escapes, but for those of characters beyond 16 bits, which stay as they are.
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)

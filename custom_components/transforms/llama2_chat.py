@@ -1,0 +1,233 @@
+"""From messages to token ids and a mask, exactly as Meta trained Llama 2's chat models."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import sentencepiece
+from torchtune.modules import TransformerDecoder
+
+from custom_components.runtime.errors import UserError
+from custom_components.transforms import templates as prompts
+from custom_components.transforms.dialogs import ChatMessage, chat_messages
+from custom_components.transforms.templates import Turn
+
+
+class Llama2ChatTransform:
+    """Llama 2's tokenizer and chat format, as a torchtune model transform.
+
+    Args:
+        path: the checkpoint's SentencePiece model, `tokenizer.model`.
+        max_seq_len: rows are cut to this many tokens; None: never. A row that is cut gets no EOS.
+        system_prompt: for dialogs that have none of their own; None: no system prompt, as Meta's default is.
+        prompt_template: "llama2", "alpaca", "human_response", "none", or one's own, see :func:`prompt_template`.
+        train_on: "assistant": every answer; "last_assistant": the last answer of a dialog; "all": the prompts as well.
+            An answer that its row marks with weight 0 is never trained on.
+
+    Raises:
+        UserError: there is no such file, or it is no SentencePiece model.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        max_seq_len: int | None = None,
+        system_prompt: str | None = None,
+        prompt_template: str | dict[str, str] = "llama2",
+        train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
+    ) -> None:
+        if not Path(path).is_file():
+            raise UserError(
+                f"tokenizer.path: {str(path)!r} is not a file; it is the checkpoint's SentencePiece tokenizer.model"
+            )
+        self.max_seq_len = max_seq_len
+        self.system_prompt = system_prompt
+        self.prompt_template = prompt_template
+        self.train_on = train_on
+        self._template = prompts.prompt_template(prompt_template)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except RuntimeError:
+            raise UserError(f"tokenizer.path: {str(path)!r} is not a SentencePiece model; download it again") from None
+        self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
+        self.pad_id = 0  # nothing here pads; torchtune's collators ask for it
+        self.stop_tokens = [self.eos_id]
+        self._newline_ids = self._processor.encode("\n")
+        self._check_that_answers_can_be_split_off(path)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    @property
+    def fingerprint(self) -> list[Any]:
+        """Everything that decides the tokens of a row, as JSON values: the tokenizer's content and the settings."""
+        tokenizer_digest = hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
+        return [tokenizer_digest, self.max_seq_len, self.system_prompt, self.prompt_template, self.train_on]
+
+    def check(self, dialog: Sequence[ChatMessage]) -> None:
+        """Refuse a dialog that the template cannot spell.
+
+        Raises:
+            ValueError: for a message that contains one of the template's own marks.
+        """
+        self._turns(dialog)
+
+    def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
+        """Tokenize one row: torchtune's transform protocol.
+
+        Args:
+            sample: `{"messages": [...]}`, dicts with role and content or torchtune Messages.
+            inference: leave the last turn open, for the model to answer. A last assistant message without text, as
+                torchtune's generate recipe adds it, stands for that open turn.
+
+        Returns:
+            the sample without its messages, and `tokens`, a list of ids, and `mask`, True where not trained on.
+
+        Raises:
+            ValueError: for messages that are no dialog.
+        """
+        messages = list(sample["messages"])
+        if inference and messages and _is_empty_answer(messages[-1]):
+            messages.pop()
+        tokens, mask = self.encode_dialogs([chat_messages(messages)])[0]
+        rest = {key: value for key, value in sample.items() if key != "messages"}
+        return {**rest, "tokens": tokens[: self.max_seq_len], "mask": mask[: self.max_seq_len]}
+
+    def tokenize_messages(self, messages: Sequence[Any], add_end_tokens: bool = True) -> tuple[list[int], list[bool]]:
+        """torchtune's tokenizer protocol: the tokens and mask of `__call__`."""
+        row = self({"messages": messages}, inference=not add_end_tokens)
+        return row["tokens"], row["mask"]
+
+    def encode_dialogs(self, dialogs: Sequence[Sequence[ChatMessage]]) -> list[tuple[list[int], list[bool]]]:
+        """Tokens and mask of many dialogs at once, uncut. A batch of thousands is tokenized faster than one by one.
+
+        Raises:
+            ValueError: for a message that contains one of the template's own marks.
+        """
+        turns_by_dialog = [self._turns(dialog) for dialog in dialogs]
+        turns = [turn for dialog_turns in turns_by_dialog for turn in dialog_turns]
+        encoded_turns = iter(self._encode_turns(turns))
+        encoded_dialogs = []
+        for dialog_turns in turns_by_dialog:
+            tokens: list[int] = []
+            mask: list[bool] = []
+            for turn_tokens, turn_mask in islice(encoded_turns, len(dialog_turns)):
+                tokens += turn_tokens
+                mask += turn_mask
+            encoded_dialogs.append((tokens, mask))
+        return encoded_dialogs
+
+    def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
+        """Plain text to ids; torchtune's tokenizer protocol."""
+        return [self.bos_id] * add_bos + self._processor.encode(text) + [self.eos_id] * add_eos
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Ids to text, control tokens left out. Ids beyond the tokenizer, of a padded vocabulary, are left out too."""
+        return self._processor.decode([int(token) for token in token_ids if token < self.vocab_size])
+
+    def ids_of_pieces(self, pieces: Sequence[str]) -> list[int]:
+        """The ids of control tokens and other pieces by name, such as `</s>`.
+
+        Raises:
+            UserError: the tokenizer has no such piece.
+        """
+        ids = [self._processor.piece_to_id(piece) for piece in pieces]
+        if unknown := [piece for piece, index in zip(pieces, ids, strict=True) if index == self._processor.unk_id()]:
+            raise UserError(
+                f"stop_tokens: the tokenizer has no {unknown}; is this the tokenizer of the adapter's base?"
+            )
+        return ids
+
+    def text_of_pieces(self, token_ids: Sequence[int]) -> str:
+        """Ids to text as they are, for people: control tokens by name, spaces kept, broken characters replaced."""
+        parts: list[bytes] = []
+        for token in token_ids:
+            if token >= self.vocab_size:
+                parts.append(f"<{token}>".encode())
+            elif self._processor.is_byte(token):
+                parts.append(bytes([int(self._processor.id_to_piece(token)[3:-1], 16)]))
+            else:
+                parts.append(self._processor.id_to_piece(token).replace("\u2581", " ").encode())
+        return b"".join(parts).decode(errors="replace")
+
+    def _turns(self, dialog: Sequence[ChatMessage]) -> list[Turn]:
+        if self.system_prompt is not None and dialog[0].role == "user":
+            dialog = [ChatMessage("system", self.system_prompt), *dialog]
+        turns = prompts.dialog_turns(dialog, self._template)
+        if self.train_on == "last_assistant":
+            turns[:-1] = [replace(turn, is_trained=False) for turn in turns[:-1]]
+        return turns
+
+    def _encode_turns(self, turns: Sequence[Turn]) -> Iterable[tuple[list[int], list[bool]]]:
+        """BOS + prompt + answer + EOS of each turn; what is trained follows from the position."""
+        prompts_ids = self._processor.encode([turn.prompt for turn in turns])
+        # The newline keeps SentencePiece from putting its dummy space before an answer that has a prompt before it.
+        answers_ids = self._processor.encode([("\n" if turn.prompt else "") + (turn.answer or "") for turn in turns])
+        for turn, prompt_ids, answer_ids in zip(turns, prompts_ids, answers_ids, strict=True):
+            prompt_mask = [True] + [self.train_on != "all"] * len(prompt_ids)
+            if turn.answer is None:
+                yield [self.bos_id, *prompt_ids], prompt_mask
+            else:
+                closed_ids = [*answer_ids[len(self._newline_ids) if turn.prompt else 0 :], self.eos_id]
+                yield [self.bos_id, *prompt_ids, *closed_ids], prompt_mask + [not turn.is_trained] * len(closed_ids)
+
+    def _check_that_answers_can_be_split_off(self, path: str | Path) -> None:
+        """Meta encodes prompt and answer in one call; apart they give the same ids where no piece spans the seam.
+
+        An answer begins with a space or after a newline, so the seam is safe if no piece has a space after another
+        character and none has a newline: so it is in every Llama tokenizer (SentencePiece's split_by_whitespace).
+        """
+        pieces = (self._processor.id_to_piece(index) for index in range(self.vocab_size))
+        crossing = next((piece for piece in pieces if "\u2581" in piece.lstrip("\u2581") or "\n" in piece), None)
+        if crossing is not None or self._processor.encode("\nx")[: len(self._newline_ids)] != self._newline_ids:
+            raise UserError(
+                f"tokenizer.path: {str(path)!r} joins words into one piece ({crossing!r}) or drops newlines; "
+                "Llama's tokenizers do not, and this one cannot be used for the chat format"
+            )
+
+
+def _is_empty_answer(message: Any) -> bool:
+    role, content = (
+        (message.get("role"), message.get("content"))
+        if isinstance(message, Mapping)
+        else (message.role, message.text_content)
+    )
+    return role == "assistant" and not content
+
+
+def fit_tokenizer(tokenizer: Llama2ChatTransform, model: TransformerDecoder) -> None:
+    """Hold a tokenizer against the model it feeds, and set its `max_seq_len` to the model's context where it has none.
+
+    Raises:
+        UserError: the tokenizer knows ids that the embedding has no row for.
+    """
+    num_embeddings = model.tok_embeddings.num_embeddings
+    if tokenizer.vocab_size > num_embeddings:
+        raise UserError(
+            f"tokenizer.path: the tokenizer has {tokenizer.vocab_size} pieces, the model embeds {num_embeddings}; "
+            "name the tokenizer.model of this checkpoint"
+        )
+    if tokenizer.vocab_size < num_embeddings:
+        print(f"the tokenizer has {tokenizer.vocab_size} pieces, the model's padded vocabulary {num_embeddings}")
+    if tokenizer.max_seq_len is not None and tokenizer.max_seq_len > model.max_seq_len:
+        print(f"max_seq_len {tokenizer.max_seq_len} is capped to the model's context of {model.max_seq_len} tokens")
+    tokenizer.max_seq_len = min(tokenizer.max_seq_len or model.max_seq_len, model.max_seq_len)
+
+
+def prompt_tokens(tokenizer: Llama2ChatTransform, dialog: Sequence[dict[str, str]], max_seq_len: int) -> list[int]:
+    """A dialog that ends with the user's message as tokens, its last turn left open.
+
+    Raises:
+        UserError: it leaves no room for an answer in the context.
+        ValueError: it is no dialog, or a message contains one of the template's own marks.
+    """
+    # Not by the transform's call, which cuts at `tokenizer.max_seq_len`: that is for rows to train on.
+    [(tokens, _)] = tokenizer.encode_dialogs([chat_messages(dialog)])
+    if len(tokens) >= max_seq_len:
+        raise UserError(f"prompt: {len(tokens)} tokens leave no room for an answer in a context of {max_seq_len}")
+    return tokens

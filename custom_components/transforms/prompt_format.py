@@ -1,0 +1,84 @@
+"""The tokenizer and prompt format that an adapter or a merge was trained with, for all that asks it questions."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+
+PROMPT_FORMAT_NAME = "prompt_format.yaml"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How the prompts looked that an adapter was trained on, and the tokens that end an answer."""
+
+    prompt_template: str | dict[str, str]
+    system_prompt: str | None
+    stop_tokens: list[str]
+
+
+def read_prompt_format(directory: Path) -> PromptFormat | None:
+    """The prompt format of an adapter or a merge; None where it states none, as those of other tools.
+
+    Raises:
+        UserError: what it states is no prompt format.
+    """
+    path = directory / PROMPT_FORMAT_NAME
+    if not path.exists():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return TypeAdapter(PromptFormat).validate_python(vars(PromptFormat(**values)))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(f"{path}: not a prompt format ({problem['loc'][0]}: {problem['msg']})") from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a prompt format ({' '.join(str(error).split())})") from None
+
+
+def stated_prompt_format(checkpoint_dir: Path, adapter_dir: Path | None) -> PromptFormat | None:
+    """The prompt format of an adapter, or else of the merge it is on."""
+    of_adapter = read_prompt_format(adapter_dir) if adapter_dir else None
+    return of_adapter or read_prompt_format(checkpoint_dir)
+
+
+def tokenizer_of_adapter(
+    checkpoint_dir: Path,
+    adapter_dir: Path | None,
+    *,
+    prompt_template: str | dict[str, str] | None = None,
+    system_prompt: str | None = None,
+) -> Llama2ChatTransform:
+    """The checkpoint's tokenizer with the prompt format and stop tokens of an adapter.
+
+    Args:
+        adapter_dir: None, or an adapter that states no prompt format: that of the merge in `checkpoint_dir`, if it is
+            one, else Llama 2's.
+        prompt_template, system_prompt: say otherwise; where another was trained with, a warning says so.
+
+    Raises:
+        UserError: no tokenizer there, an unknown template, a damaged prompt format, or stop tokens that the tokenizer
+            does not have.
+    """
+    trained = stated_prompt_format(checkpoint_dir, adapter_dir)
+    chosen: dict[str, Any] = {}
+    for name, told, default in (("prompt_template", prompt_template, "llama2"), ("system_prompt", system_prompt, None)):
+        trained_value = getattr(trained, name) if trained else default
+        if trained and told is not None and told != trained_value:
+            print(f"warning: {name} is {told!r}, it was trained with {trained_value!r}", file=sys.stderr)
+        chosen[name] = trained_value if told is None else told
+    tokenizer = Llama2ChatTransform(checkpoint_dir / "tokenizer.model", **chosen)
+    if trained is not None:
+        tokenizer.stop_tokens = tokenizer.ids_of_pieces(trained.stop_tokens)
+    return tokenizer
+
+
+def write_prompt_format(prompt_format: PromptFormat, directory: Path) -> None:
+    text = yaml.safe_dump(vars(prompt_format), sort_keys=False, allow_unicode=True)
+    (directory / PROMPT_FORMAT_NAME).write_text(text, encoding="utf-8")

@@ -1,0 +1,136 @@
+"""Dialogs as text: what is shown to the model, what it has to answer, and where one ends and the other begins."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.dialogs import PLAIN_TEXT_ROLE, ChatMessage
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt and its answer as they are tokenized: BOS + prompt + answer + EOS.
+
+    An open turn, the last of a dialog that asks for an answer, has answer None and no EOS.
+    """
+
+    prompt: str
+    answer: str | None
+    is_trained: bool = True
+
+
+LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+PromptTemplate = Callable[[Sequence[ChatMessage]], list[Turn]]
+
+
+def llama2_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
+    """A dialog in Llama 2's chat format.
+
+    Meta's `chat_completion`, repository meta-llama/llama @689c7f2, llama/generation.py: the system prompt goes inside
+    the first user message, `strip()` is applied to the folded text, one space stands before and after the answer.
+
+    Raises:
+        ValueError: for a message that contains one of the format's tags, as Meta refuses it.
+    """
+    for message in messages:
+        if tag := next((tag for tag in LLAMA2_TAGS if tag in message.content), None):
+            raise ValueError(f"{message.role} message contains {tag!r}, which is how the chat format marks its parts")
+    system, exchanges = _exchanges(messages)
+    turns: list[Turn] = []
+    for user, answer in exchanges:
+        folded = user.content if system is None or turns else f"<<SYS>>\n{system}\n<</SYS>>\n\n{user.content}"
+        prompt = f"[INST] {folded.strip()} [/INST]"
+        turns.append(Turn(prompt, f" {answer.content.strip()} ", answer.is_trained) if answer else Turn(prompt, None))
+    return turns
+
+
+@dataclass(frozen=True)
+class MarkedTemplate:
+    """A template of marks around each message's `{content}`.
+
+    A turn is the system part (in the first turn), the user part and what stands before the answer's `{content}`; the
+    answer is trained with what stands after it.
+
+    Attributes:
+        system, user, assistant: text with one `{content}`.
+        default_system: the system prompt of dialogs that have none; None: they get no system part.
+    """
+
+    user: str
+    assistant: str
+    system: str = "{content}\n\n"
+    default_system: str | None = None
+
+    def __call__(self, messages: Sequence[ChatMessage]) -> list[Turn]:
+        system, exchanges = _exchanges(messages)
+        system = self.default_system if system is None else system
+        before_answer, _, after_answer = self.assistant.partition("{content}")
+        turns: list[Turn] = []
+        for user, answer in exchanges:
+            prompt = "" if system is None or turns else self.system.replace("{content}", system)
+            prompt += self.user.replace("{content}", user.content) + before_answer
+            # Spaces at the seam go with the answer: SentencePiece joins a space with the word after it.
+            stripped = prompt.rstrip(" ")
+            seam = prompt[len(stripped) :]
+            if answer is None:
+                turns.append(Turn(stripped, None))
+            else:
+                turns.append(Turn(stripped, seam + answer.content + after_answer, answer.is_trained))
+        return turns
+
+
+# Alpaca: tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT["prompt_no_input"]; an input follows its instruction.
+_ALPACA_SYSTEM = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+TEMPLATES: dict[str, PromptTemplate] = {
+    "llama2": llama2_turns,
+    "alpaca": MarkedTemplate(
+        user="### Instruction:\n{content}\n\n", assistant="### Response:\n{content}", default_system=_ALPACA_SYSTEM
+    ),
+    "human_response": MarkedTemplate(user="### HUMAN:\n{content}\n\n", assistant="### RESPONSE:\n{content}"),
+    "none": MarkedTemplate(user="{content}", assistant="{content}"),
+}
+
+
+def prompt_template(description: str | Mapping[str, str]) -> PromptTemplate:
+    """A template by its name, or one's own as `{system, user, assistant}` with `{content}` in each.
+
+    Raises:
+        UserError: no such name, another key, or a part without exactly one `{content}`.
+    """
+    if isinstance(description, str):
+        if description not in TEMPLATES:
+            raise UserError(
+                f"prompt_template: {description!r} is none of {', '.join(TEMPLATES)}; for one of your own give "
+                "{system: ..., user: ..., assistant: ...} with {content} in each"
+            )
+        return TEMPLATES[description]
+    unknown = set(description) - {"system", "user", "assistant"}
+    missing = {"user", "assistant"} - set(description)
+    if unknown or missing:
+        raise UserError(
+            f"prompt_template: has the keys {sorted(description)}; it needs user and assistant, and may have system"
+        )
+    for name, part in description.items():
+        if part.count("{content}") != 1:
+            raise UserError(f"prompt_template.{name}: {part!r} has to hold {{content}} once, where the message goes")
+    return MarkedTemplate(**description)
+
+
+def dialog_turns(messages: Sequence[ChatMessage], template: PromptTemplate) -> list[Turn]:
+    """The turns of a dialog in a template, or of plain text: one answer without a prompt."""
+    if messages[0].role == PLAIN_TEXT_ROLE:
+        return [Turn("", message.content) for message in messages]
+    return template(messages)
+
+
+def _exchanges(
+    messages: Sequence[ChatMessage],
+) -> tuple[str | None, list[tuple[ChatMessage, ChatMessage | None]]]:
+    """The system prompt, and each user message with its answer; the last may have none."""
+    system = messages[0].content if messages[0].role == "system" else None
+    rest = messages[1:] if system is not None else messages
+    return system, list(zip_longest(rest[::2], rest[1::2]))

@@ -1,0 +1,209 @@
+"""Adapters on disk: written in PEFT's format, read in PEFT's and torchtune's.
+
+What PEFT's config has no place for, the prompt format the adapter was trained with, is in a file of its own.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchtune.modules import TiedLinear, TransformerDecoder
+
+from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
+from custom_components.runtime.atomic_files import whole_directory
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.prompt_format import PromptFormat, write_prompt_format
+from custom_components.weights.adapter_files import WEIGHTS_NAME, StoredAdapter, rope_heads, stored_adapter
+from custom_components.weights.card import CARD_NAME
+from custom_components.weights.names import halve_rope_rows
+from custom_components.weights.peft_format import (
+    BASE_WEIGHTS,
+    CONFIG_NAME,
+    TARGETS,
+    VARIANTS,
+    hugging_face_module,
+    peft_key,
+)
+
+
+def save_adapter(
+    model: TransformerDecoder,
+    adapter_dir: Path,
+    base_model: str,
+    prompt_format: PromptFormat,
+    card: str | None = None,
+) -> None:
+    """Write the model's adapter, whole or not at all.
+
+    Args:
+        adapter_dir: replaced if it exists.
+        base_model: what PEFT's users load the adapter on: a name on the hub, or a directory.
+        card: the text of its README.md; None: it gets none.
+    """
+    modules = adapter_modules(model)
+    first = next(iter(modules.values()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "target_modules": target_names(modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        **{key: True for key in VARIANTS if getattr(first, key)},
+    }
+    num_kv_heads = model.layers[0].attn.num_kv_heads
+    tensors = {}
+    for module_name, module in modules.items():
+        for parameter in module.adapter_params():
+            name = f"{module_name}.{parameter}"
+            tensor, num_heads = module.get_parameter(parameter), rope_heads(name, model.num_heads, num_kv_heads)
+            rows = tensor if num_heads is None else halve_rope_rows(tensor, num_heads)
+            tensors[peft_key(name)] = rows.detach().cpu().contiguous()
+    with whole_directory(adapter_dir) as directory:
+        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        write_prompt_format(prompt_format, directory)
+        if card is not None:
+            (directory / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def load_adapter(model: TransformerDecoder, adapter_dir: Path) -> None:
+    """Give the model's adapters the values of an adapter's directory, PEFT's or torchtune's, in place.
+
+    Raises:
+        UserError: see :func:`check_adapter_fits` and :func:`copy_into_adapter`.
+    """
+    copy_into_adapter(model, check_adapter_fits(model, adapter_dir))
+
+
+def copy_into_adapter(model: TransformerDecoder, stored: dict[str, Tensor]) -> None:
+    """Give the model's adapters the values that :func:`check_adapter_fits` returned, in place.
+
+    Args:
+        model: with its frozen weights loaded, or of :func:`model_for_adapter`.
+
+    Raises:
+        UserError: the adapter brings embeddings or an output head other than the model's.
+    """
+    for name in BASE_WEIGHTS:
+        if name in stored and not (base_weight := _base_weight(model, name)).is_meta:
+            check_same_base(name, stored[name], base_weight)
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            if name not in BASE_WEIGHTS:
+                model.get_parameter(name).copy_(tensor)
+
+
+def check_adapter_fits(model: TransformerDecoder, adapter_dir: Path) -> dict[str, Tensor]:
+    """An adapter's tensors by the names of the model's parameters, if they are those of `model`.
+
+    The config is held against the model as well: with another scaling the same tensors are another adapter.
+
+    Args:
+        model: may be on the meta device.
+
+    Raises:
+        UserError: no adapter there, another rank, scaling or targets; missing, unexpected or misshapen tensors, by
+            name; a damaged file.
+    """
+    stored = stored_adapter(adapter_dir)
+    problems = _problems_of_settings(model, stored) or _problems_of_tensors(model, stored)
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"the adapter {str(adapter_dir)!r} does not fit this model: {'; '.join(problems[:5])}{more}")
+    num_kv_heads = model.layers[0].attn.num_kv_heads
+    return {name: stored.read(name, model.num_heads, num_kv_heads) for name in stored.tensors}
+
+
+def check_adapter_was_trained(model: nn.Module) -> None:
+    """Refuse an adapter that changes nothing.
+
+    Raises:
+        UserError: every B is zero, or a value is not finite.
+    """
+    modules = adapter_modules(model)
+    if not any(module.lora_b.weight.any() for module in modules.values()):
+        raise UserError(
+            "optimizer.lr: every B of the adapter is still zero, nothing was learned; raise the learning rate"
+        )
+    if broken := modules_not_finite(modules):
+        raise UserError(f"optimizer.lr: the adapter of {broken[0]} is not finite; lower the learning rate")
+
+
+def modules_not_finite(modules: Mapping[str, LoRALinear]) -> list[str]:
+    """The names of those whose adapter has a NaN or an infinite value."""
+    return [
+        name
+        for name, module in modules.items()
+        if not all(module.get_parameter(parameter).isfinite().all() for parameter in module.adapter_params())
+    ]
+
+
+def _problems_of_settings(model: TransformerDecoder, stored: StoredAdapter) -> list[str]:
+    """Another rank, scaling or targets: what the many tensors that do not fit have in common."""
+    modules = adapter_modules(model)
+    if not modules:
+        return ["the model has no adapters"]
+    built, config = next(iter(modules.values())), stored.config
+    settings = {
+        "lora_rank": (config.rank, built.rank),
+        "lora_alpha": (config.alpha, built.alpha),
+        "use_rslora": (config.use_rslora, built.use_rslora),
+        "use_dora": (stored.use_dora, built.use_dora),
+        "target_modules": (target_names(stored.modules), target_names(modules)),
+    }
+    return [f"{key} is {theirs}, the model's {ours}" for key, (theirs, ours) in settings.items() if theirs != ours]
+
+
+def _problems_of_tensors(model: TransformerDecoder, stored: StoredAdapter) -> list[str]:
+    expected = {
+        f"{name}.{parameter}": tuple(module.get_parameter(parameter).shape)
+        for name, module in adapter_modules(model).items()
+        for parameter in module.adapter_params()
+    }
+    brought = {name: tuple(_base_weight(model, name).shape) for name in BASE_WEIGHTS if name in stored.tensors}
+    problems = [f"{stored.key(name)} is missing" for name in expected if name not in stored.tensors]
+    for name, tensor in stored.tensors.items():
+        shape = (expected | brought).get(name)
+        if shape is None:
+            problems.append(f"{tensor.stored_name} has no place in the model")
+        elif tensor.shape != shape:
+            problems.append(f"{tensor.stored_name} has shape {tensor.shape}, the model {shape}")
+    linears = [name for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
+    targeted = {name for name in linears if stored.config.targets(hugging_face_module(name))}
+    problems += [
+        f"{hugging_face_module(name)} is " + ("one of" if name in targeted else "none of") + " its target_modules and "
+        f"has {'no' if name in targeted else 'a'} tensor"
+        for name in linears
+        if (name in targeted) != (name in stored.modules)
+    ]
+    return problems
+
+
+def check_same_base(name: str, of_adapter: Tensor, of_model: Tensor) -> None:
+    # note: equal up to a rounding to bfloat16 on either side. Anything else is another base model.
+    if of_adapter.shape != of_model.shape or not torch.allclose(
+        of_model.cpu().float(), of_adapter.float(), rtol=2**-8, atol=1e-6
+    ):
+        raise UserError(
+            f"the adapter holds the {name} of its base model, and it is not checkpoint_dir's: it was trained on "
+            "another model, or with changed embeddings; name that model"
+        )
+
+
+def _base_weight(model: TransformerDecoder, name: str) -> Tensor:
+    is_embedding = name == "tok_embeddings.weight" or isinstance(model.output, TiedLinear)
+    return model.tok_embeddings.weight if is_embedding else model.output.weight
+
+
+def target_names(modules: Iterable[str]) -> list[str]:
+    """PEFT's target_modules for the names of modules."""
+    names = {name.rpartition(".")[2] for name in modules}
+    return sorted(target for target, name in TARGETS.items() if name in names)

@@ -1,0 +1,74 @@
+"""The parts that a model card of an adapter and of a merged model share."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from custom_components.weights.checkpoint_files import base_model_name
+
+CARD_NAME = "README.md"
+
+TAG = "llama-lora-recipes"
+FIRST_SECTION = "\n## Data\n\n"
+LAST_SECTION = "\n## How to load it\n"
+
+
+def front_matter(
+    checkpoint_dir: Path, *, relation: str, library_name: str, tags: list[str], datasets: list[str]
+) -> str:
+    base = hub_name(checkpoint_dir)
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=relation if base else None,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        library_name=library_name,
+        pipeline_tag="text-generation",
+        tags=tags,
+        **_licence(checkpoint_dir),
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _licence(checkpoint_dir: Path) -> dict[str, Any]:
+    """The licence that the base's own card states, if it has a card."""
+    stated = card_metadata(checkpoint_dir / CARD_NAME)
+    licence = {key: stated[key] for key in ("license", "license_name") if isinstance(stated.get(key), str)}
+    # A link to a file beside the base's card leads nowhere from here.
+    if str(stated.get("license_link", "")).startswith("https://"):
+        licence["license_link"] = stated["license_link"]
+    return licence if "license" in licence else {}
+
+
+def card_metadata(path: Path) -> dict[str, Any]:
+    try:
+        return metadata_load(path) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def hub_name(checkpoint_dir: Path) -> str | None:
+    name = base_model_name(checkpoint_dir)
+    return None if name == str(checkpoint_dir) else name
+
+
+def local_path(path: Path | str) -> str:
+    return f"`{path_name(path)}`"
+
+
+def path_name(path: Path | str) -> str:
+    return Path(path).absolute().name  # note: Path(".") has no name
+
+
+def markdown_link(hub_name: str | None, kind: str = "") -> str | None:
+    return f"[{hub_name}](https://huggingface.co/{kind}{hub_name})" if hub_name else None
+
+
+def plain_text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

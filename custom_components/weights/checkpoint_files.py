@@ -1,0 +1,183 @@
+"""The tensors of a checkpoint directory under torchtune's names, read one at a time.
+
+Hugging Face: one or many safetensors, else .bin files. Meta: consolidated.*.pth, any number of shards.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torchtune.models.convert_weights import _FROM_HF, _FROM_META
+
+from custom_components.models.shapes import LlamaShape
+from custom_components.runtime.errors import UserError
+from custom_components.weights.names import interleave_rope_rows
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on disk: where it is and what its shape is, before it is read."""
+
+    file: Path
+    stored_name: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def stored_tensors(checkpoint_dir: Path, shape: LlamaShape) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by torchtune's name. Reads headers only; `read()` of each reads its values.
+
+    Raises:
+        UserError: no weights, a shard of the index that is not there, a damaged file, a tensor no Llama has.
+    """
+    if any(checkpoint_dir.glob("*.safetensors")) or (checkpoint_dir / "model.safetensors.index.json").exists():
+        files = _shards(checkpoint_dir, "model.safetensors.index.json", "*.safetensors")
+        tensors = [tensor for file in files for tensor in tensors_of_file(file)]
+    elif any(checkpoint_dir.glob("pytorch_model*.bin")) or (checkpoint_dir / "pytorch_model.bin.index.json").exists():
+        files = _shards(checkpoint_dir, "pytorch_model.bin.index.json", "pytorch_model*.bin")
+        tensors = [tensor for file in files for tensor in tensors_of_file(file)]
+    elif files := sorted(checkpoint_dir.glob("consolidated.*.pth")):
+        return _by_tune_name(_joined_meta_shards(files), _FROM_META)
+    else:
+        raise UserError(f"checkpoint_dir: no *.safetensors, *.bin or consolidated.*.pth in {str(checkpoint_dir)!r}")
+    return {
+        name: _interleaved(tensor, shape) if name.endswith(("q_proj.weight", "k_proj.weight")) else tensor
+        for name, tensor in _by_tune_name(tensors, _FROM_HF).items()
+    }
+
+
+def tensors_of_file(file: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file, or of a pickle of named tensors.
+
+    Raises:
+        UserError: a damaged file, or a pickle of anything else.
+    """
+    return _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+
+
+def _interleaved(tensor: StoredTensor, shape: LlamaShape) -> StoredTensor:
+    num_heads = shape.num_heads if "q_proj" in tensor.stored_name else shape.num_kv_heads
+
+    def read() -> Tensor:
+        return interleave_rope_rows(tensor.read(), num_heads)
+
+    return StoredTensor(tensor.file, tensor.stored_name, tensor.shape, read)
+
+
+def _shards(checkpoint_dir: Path, index_name: str, pattern: str) -> list[Path]:
+    index_path = checkpoint_dir / index_name
+    if not index_path.exists():
+        # note: some repositories hold an adapter beside the model.
+        return sorted(path for path in checkpoint_dir.glob(pattern) if not path.name.startswith("adapter_"))
+    try:
+        names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
+        # Only what lies in the directory that was named: ../ and absolute paths are some other file.
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index_path}: not an index with a weight_map; download the file again") from None
+    if outside:
+        raise UserError(f"{index_path}: names the shard {outside[0]!r}, which is not in its own directory")
+    missing = [name for name in names if not (checkpoint_dir / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{index_path}: names {len(missing)} of {len(names)} shards that are not there ({', '.join(missing)}); "
+            "download them again"
+        )
+    return [checkpoint_dir / name for name in names]
+
+
+def _safetensors(file: Path) -> list[StoredTensor]:
+    try:
+        # note: left open on purpose. The tensors are views of its memory map, read when `read` is called.
+        handle = safe_open(file, framework="pt")
+        return [
+            StoredTensor(file, name, tuple(handle.get_slice(name).get_shape()), partial(handle.get_tensor, name))
+            for name in handle.keys()  # noqa: SIM118 - not a mapping
+        ]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        # note: weights_only, or a downloaded file could run code; mmap, or the whole shard is copied into memory.
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file}: not a whole file of plain tensors ({reason}); download it again") from None
+    if not isinstance(stored, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in stored.items()
+    ):
+        raise UserError(f"{file}: holds other things than named tensors; name the file of a state dict")
+    return stored
+
+
+def _pickled(file: Path) -> list[StoredTensor]:
+    return [
+        StoredTensor(file, name, tuple(tensor.shape), partial(_identity, tensor))
+        for name, tensor in _load_pickle(file).items()
+    ]
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+# Which dimension Meta's model-parallel layers split (meta-llama/llama @689c7f2, model.py: ColumnParallelLinear 0,
+# RowParallelLinear and ParallelEmbedding 1); norms are in every shard whole.
+_META_SPLIT_DIMENSION = {
+    **dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0),
+    **dict.fromkeys(("wo", "w2", "tok_embeddings"), 1),
+}
+
+
+def _joined_meta_shards(files: list[Path]) -> list[StoredTensor]:
+    shards = [_load_pickle(file) for file in files]
+    joined = []
+    for name, first in shards[0].items():
+        dimension = _META_SPLIT_DIMENSION.get(name.split(".")[-2])
+        if lacking := [str(file) for file, shard in zip(files, shards, strict=True) if name not in shard]:
+            raise UserError(f"{lacking[0]}: has no {name!r}, which {files[0]} has; download it again")
+        if dimension is None:
+            joined.append(StoredTensor(files[0], name, tuple(first.shape), partial(_identity, first)))
+            continue
+        shape = list(first.shape)
+        shape[dimension] = sum(shard[name].shape[dimension] for shard in shards)
+        read = partial(torch.cat, [shard[name] for shard in shards], dimension)
+        joined.append(StoredTensor(files[0], name, tuple(shape), read))
+    return joined
+
+
+def _by_tune_name(tensors: Iterable[StoredTensor], names: dict[str, str | None]) -> dict[str, StoredTensor]:
+    by_name, unexpected = {}, []
+    for tensor in tensors:
+        layer = re.search(r"\.(\d+)\.", tensor.stored_name)
+        pattern = re.sub(r"\.\d+\.", ".{}.", tensor.stored_name, count=1)
+        if pattern == "rope.freqs" or pattern.endswith("rotary_emb.inv_freq"):
+            continue  # computed, not trained: old checkpoints carry it along
+        tune_name = names.get(pattern)
+        if tune_name is None:
+            unexpected.append(tensor)
+        else:
+            by_name[tune_name.format(layer[1]) if layer else tune_name] = tensor
+    if unexpected:
+        raise UserError(
+            f"{unexpected[0].file}: holds {len(unexpected)} tensors that no Llama model has "
+            f"(the first: {unexpected[0].stored_name!r}); is this another architecture, or an adapter?"
+        )
+    return by_name
+
+
+def base_model_name(checkpoint_dir: Path) -> str:
+    """The hub name of a downloaded checkpoint, which `tune download` leaves beside it, else the directory."""
+    try:
+        return json.loads((checkpoint_dir / "original_repo_id.json").read_text(encoding="utf-8"))["repo_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(checkpoint_dir)

@@ -1,0 +1,171 @@
+"""Streaming a checkpoint's weights onto a model that was built on the meta device."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchtune.modules import RMSNorm, TransformerDecoder
+from tqdm import tqdm
+
+from custom_components.models import nf4
+from custom_components.models.lora import FrozenLinear, LoRALinear
+from custom_components.models.shapes import LlamaShape, shape_from_checkpoint
+from custom_components.runtime.devices import NUM_LOADING_THREADS
+from custom_components.runtime.errors import UserError
+from custom_components.weights.checkpoint_files import StoredTensor, stored_tensors
+from custom_components.weights.quantized_cache import QuantizedCache
+
+
+def load_base_weights(
+    model: TransformerDecoder,
+    checkpoint_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantized_cache_dir: Path | None = None,
+) -> None:
+    """Give a model on the meta device its frozen weights, and its adapters their initial values, in place.
+
+    Each tensor is read, brought to torchtune's row order, quantized or cast once, and dropped: beside the model there
+    are never more than a few weights in memory. Adapters are drawn from torch's global generator, on the CPU, so that
+    they are the same on every device.
+
+    Args:
+        model: of `lora_llama` or a named builder, built under `torch.device("meta")`.
+        checkpoint_dir: a Hugging Face or Meta directory.
+        dtype: of everything that is not NF4, and of the products with what is.
+        quantized_cache_dir: where NF4 weights are kept for the next start, see :class:`QuantizedCache`; None: nowhere.
+
+    Raises:
+        UserError: before the first weight is read, if the checkpoint is not this model, whole.
+    """
+    sources = check_checkpoint(model, checkpoint_dir)
+    shape = shape_from_checkpoint(checkpoint_dir)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.eps = shape.norm_eps  # Llama 2's chat models state another than the base models
+
+    quantized = {
+        f"{name}.weight": module.weight.shape
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenLinear) and module.quantize_base
+    }
+    cache = cached = None
+    if quantized_cache_dir is not None and quantized:
+        cache = QuantizedCache(quantized_cache_dir, checkpoint_dir, shape)
+        cached = cache.weights(quantized, dtype, device)
+
+    def load(name: str) -> None:
+        module_name, _, parameter_name = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if name in quantized:
+            if cached is not None:
+                value = cached.read(name, quantized[name])
+            else:
+                value = nf4.quantize(sources[name].read().to(device), dtype)
+        else:
+            # Norms stay in fp32, which is what they compute in.
+            # note: copy, or the parameter is a view of the file's memory map and changes with the file.
+            stored_dtype = torch.float32 if isinstance(module, RMSNorm) else dtype
+            value = sources[name].read().to(device, stored_dtype, copy=True)
+        setattr(module, parameter_name, nn.Parameter(value, requires_grad=False))
+
+    with ThreadPoolExecutor(NUM_LOADING_THREADS) as threads, torch.no_grad():
+        # note: gone through one by one, so that an error in a thread is raised here.
+        for _ in tqdm(threads.map(load, sources), "loading", len(sources), unit="tensor", leave=False, delay=1):
+            pass
+    if cache is not None and cached is None:
+        cache.store({name: model.get_parameter(name).data for name in quantized})
+    if isinstance(model.output, LoRALinear) and shape.tied_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    _initialize_adapters(model, device)
+    model.to(device)  # what is left: rope's cache
+
+
+def check_checkpoint(model: TransformerDecoder, checkpoint_dir: Path) -> dict[str, StoredTensor]:
+    """The tensors on disk for every frozen parameter of `model`, if the checkpoint is this model, whole.
+
+    Raises:
+        UserError: it is not. No weight has been read.
+    """
+    shape = shape_from_checkpoint(checkpoint_dir)
+    _check_same_model(model, shape, checkpoint_dir)
+    sources = _with_tied_embeddings(stored_tensors(checkpoint_dir, shape), shape)
+    frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    _check_tensors(model, frozen_names, sources, checkpoint_dir)
+    return sources
+
+
+def unquantized_modules(model: TransformerDecoder) -> list[str]:
+    """Linear layers of the blocks that do not divide into NF4's blocks, and that so stay in the compute dtype."""
+    return [
+        name
+        for name, module in model.layers.named_modules()
+        if isinstance(module, FrozenLinear) and not module.quantize_base
+    ]
+
+
+def _initialize_adapters(model: TransformerDecoder, device: torch.device) -> None:
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            for linear in (module.lora_a, module.lora_b):
+                linear.to_empty(device="cpu")
+            module.initialize_parameters()
+            module.lora_a.to(device)
+            module.lora_b.to(device)
+            if module.use_dora:
+                module.initialize_dora_magnitude()
+
+
+def _check_same_model(model: TransformerDecoder, shape: LlamaShape, checkpoint_dir: Path) -> None:
+    """What tensor shapes do not show: with other heads or another rotary base a model loads and is wrong."""
+    attention = model.layers[0].attn
+    built = {
+        "num_layers": len(model.layers),
+        "num_heads": model.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "rope_base": attention.pos_embeddings.base,
+        "vocab_size": model.tok_embeddings.num_embeddings,
+    }
+    for name, value in built.items():
+        if value != getattr(shape, name):
+            raise UserError(
+                f"checkpoint_dir: {str(checkpoint_dir)!r} has {name} {getattr(shape, name)}, the config's model "
+                f"has {value}; name its builder, or ...builders.lora_llama_from_config, in model._component_"
+            )
+
+
+def _with_tied_embeddings(sources: dict[str, StoredTensor], shape: LlamaShape) -> dict[str, StoredTensor]:
+    """Tied checkpoints store the one weight under either name, or both."""
+    if not shape.tied_embeddings:
+        return sources
+    sources = dict(sources)
+    head = sources.pop("output.weight", None)
+    if head is not None:
+        sources.setdefault("tok_embeddings.weight", head)
+    return sources
+
+
+def _check_tensors(
+    model: TransformerDecoder, names: list[str], sources: dict[str, StoredTensor], checkpoint_dir: Path
+) -> None:
+    problems = [f"{name} is missing" for name in names if name not in sources]
+    problems += [f"{source.stored_name} is not of this model" for name, source in sources.items() if name not in names]
+    for name in names:
+        expected = tuple(model.get_parameter(name).shape)
+        if name in sources and sources[name].shape != expected:
+            problems.append(f"{sources[name].stored_name} has shape {sources[name].shape}, the model {expected}")
+    if problems:
+        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise UserError(f"checkpoint_dir: {str(checkpoint_dir)!r} does not hold this model: {listed}")
+
+
+def frozen_checksum(model: TransformerDecoder) -> str:
+    """A hash of every byte of the frozen parameters, NF4 storage included."""
+    checksum = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            for tensor in nf4.stored_tensors(parameter.data):
+                checksum.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return checksum.hexdigest()

@@ -1,0 +1,172 @@
+"""What PEFT's files of a LoRA adapter mean: the names of the tensors and the entries of adapter_config.json.
+
+Format: huggingface/peft 0.21.2, src/peft/utils/save_and_load.py (keys), src/peft/tuners/lora/config.py (config) and
+`check_target_module_exists` in src/peft/tuners/tuners_utils.py (which layers a config targets).
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtune.models.convert_weights import _FROM_HF
+
+from custom_components.runtime.errors import UserError
+from custom_components.weights.names import HUGGING_FACE_NAMES
+
+CONFIG_NAME = "adapter_config.json"
+VARIANTS = ("use_rslora", "use_dora")  # named alike by PEFT, the builders and LoRALinear
+TARGETS = {
+    **{"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"},
+    **{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "lm_head": "output"},
+}
+BASE_WEIGHTS = ("tok_embeddings.weight", "output.weight")  # with an adapter on the head PEFT saves it too
+
+_PARTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_TUNE_PARTS = {part.removesuffix(".weight"): tune for tune, part in _PARTS.items()}
+
+# The prefix is absent where transformers saved with save_peft_format=False; torch.compile adds one; the adapter's name
+# stays where a model's own state dict was saved.
+_PEFT_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?:_orig_mod\.)?(?P<module>.+?)"
+    r"\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+)
+# `BASE_WEIGHTS`: wrapped in an adapter, or plain where the vocabulary was resized.
+_PEFT_BASE_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?:_orig_mod\.)?(?P<module>lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight"
+)
+
+# Entries with which the tensors alone are not the adapter, or not all of it.
+_UNSUPPORTED = (
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "target_parameters"),
+    *("lora_bias", "layers_pattern", "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
+    *("arrow_config", "kasa_config", "velora_config", "monteclora_config"),
+)
+# These change the frozen weights as well, which an adapter's file does not hold.
+_UNSUPPORTED_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What an adapter_config.json says.
+
+    Attributes:
+        target_modules: a regular expression of whole module names, or ends of them; "all-linear": all but the head.
+        exclude_modules: of the same form; these are not adapted whatever `target_modules` says.
+        layers_to_transform: numbers of the layers that are adapted; None: all.
+    """
+
+    path: Path
+    rank: int
+    alpha: float
+    target_modules: str | list[str]
+    exclude_modules: str | list[str]
+    layers_to_transform: list[int] | None
+    use_rslora: bool
+    use_dora: bool
+
+    def targets(self, module: str) -> bool:
+        """Whether a linear layer, by Hugging Face's name (model.layers.0.self_attn.q_proj), has an adapter."""
+        if self.exclude_modules and _matches(self.exclude_modules, module):
+            return False
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            return module != "lm_head"
+        if self.layers_to_transform is not None and isinstance(self.target_modules, list):
+            layer = re.search(r"\.(\d+)\.", module)
+            if layer is None or int(layer[1]) not in self.layers_to_transform:
+                return False
+        return _matches(self.target_modules, module)
+
+
+def read_peft_config(adapter_dir: Path) -> PeftConfig:
+    """The config of an adapter's directory.
+
+    Raises:
+        UserError: there is none, it is not that of a LoRA adapter, or it asks for what is not built here.
+    """
+    path = adapter_dir / CONFIG_NAME
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if (kind := entries.get("peft_type", "LORA")) != "LORA":
+            raise UserError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be loaded")
+        layers = entries.get("layers_to_transform")
+        config = PeftConfig(
+            path=path,
+            rank=_number(entries, "r", int),
+            alpha=_number(entries, "lora_alpha", (int, float)),
+            target_modules=_names(entries, "target_modules"),
+            exclude_modules=_names(entries, "exclude_modules") if entries.get("exclude_modules") else [],
+            layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
+            use_rslora=bool(entries.get("use_rslora")),
+            use_dora=bool(entries.get("use_dora")),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a LoRA adapter's config ({type(error).__name__}: {error})") from None
+    unsupported = [f"{key} is {entries[key]!r}" for key in _UNSUPPORTED if entries.get(key)]
+    if (bias := entries.get("bias", "none")) != "none":
+        unsupported.append(f"bias is {bias!r}, Llama's layers have none")
+    if str(initialization := entries.get("init_lora_weights")).lower().startswith(_UNSUPPORTED_INITIALIZATIONS):
+        unsupported.append(f"init_lora_weights is {initialization!r}, which changes the base model too")
+    if unsupported:
+        raise UserError(f"{path}: {'; '.join(unsupported)}: such an adapter cannot be built here")
+    return config
+
+
+def peft_key(parameter: str) -> str:
+    """PEFT's key of an adapter's parameter, layers.0.attn.q_proj.lora_a.weight for example."""
+    part = next(part for part in _PARTS if parameter.endswith(f".{part}"))
+    return f"base_model.model.{hugging_face_module(parameter.removesuffix(f'.{part}'))}.{_PARTS[part]}"
+
+
+def parameter_name(key: str) -> str | None:
+    """The model's parameter that PEFT's key is of, in any spelling that PEFT writes; None: no Llama has it."""
+    if match := _PEFT_KEY.fullmatch(key):
+        part = _TUNE_PARTS[match["part"]]
+        is_known = match["module"].rpartition(".")[2] in TARGETS
+    elif match := _PEFT_BASE_KEY.fullmatch(key):
+        part, is_known = "weight", True
+    else:
+        return None
+    module = _renamed(match["module"], _FROM_HF)
+    return f"{module}.{part}" if is_known and module else None
+
+
+def hugging_face_module(module: str) -> str:
+    """model.layers.0.self_attn.q_proj for layers.0.attn.q_proj."""
+    name = _renamed(module, HUGGING_FACE_NAMES)
+    assert name, module
+    return name
+
+
+def _renamed(module: str, names: Mapping[str, str | None]) -> str | None:
+    layer = re.search(r"\.(\d+)\.", module)
+    pattern = re.sub(r"\.\d+\.", ".{}.", module, count=1)
+    name = names.get(f"{pattern}.weight")
+    return name.format(layer[1] if layer else "").removesuffix(".weight") if name else None
+
+
+def _matches(targets: str | list[str], module: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _number(entries: dict[str, Any], key: str, kinds: Any) -> Any:
+    value = entries[key]
+    if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{key} is {value!r}")
+    return value
+
+
+def _names(entries: dict[str, Any], key: str) -> str | list[str]:
+    value = entries[key]
+    if isinstance(value, str):
+        re.compile(value)
+        return value
+    if not value or not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{key} is {value!r}")
+    return value

@@ -1,0 +1,264 @@
+"""Rows as messages: every published spelling, and a ValueError for every other."""
+
+import contextlib
+import json
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from custom_components.datasets.row_formats import FORMATS, format_by_name, recognised_format, renamed
+from custom_components.datasets.sources import read_rows
+from custom_components.transforms.dialogs import ChatMessage
+from custom_components.transforms.templates import TEMPLATES, dialog_turns
+
+
+def converted(row: dict) -> list[tuple[str, str]]:
+    messages = recognised_format(row.keys(), row).convert(row)
+    return [(message.role, message.content) for message in messages]
+
+
+QA = [("user", "Who?"), ("assistant", "Me.")]
+HUMAN_GPT = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [{"role": r, "content": c} for r, c in QA]}, QA),
+        ({"messages": [{"role": r, "content": c} for r, c in [("system", ""), *QA]]}, QA),
+        ({"conversations": HUMAN_GPT, "id": "a"}, QA),
+        ({"conversations": [{"from": "system", "value": "Be."}, *HUMAN_GPT], "system": "x"}, [("system", "Be."), *QA]),
+        ({"conversations": [{"from": r, "value": c} for r, c in QA]}, QA),
+        ({"conversations": [{"role": r, "content": c} for r, c in QA]}, QA),
+        ({"instruction": "Who?", "output": "Me."}, QA),
+        ({"instruction": "Who?", "input": "", "output": "Me.", "text": "Below ..."}, QA),
+        ({"instruction": "Who?", "input": "x", "output": "Me."}, [("user", "Who?\n\nx"), ("assistant", "Me.")]),
+        ({"instruction": "Who?", "input": None, "output": "Me.", "history": [["Who?", "Me."]]}, QA * 2),
+        ({"instruction": "Who?", "output": "Me.", "history": None, "system": None}, QA),
+        ({"prompt": "Who?", "completion": "Me."}, QA),
+        ({"prompt": "Who?", "completion": "Me.", "system": "Be."}, [("system", "Be."), *QA]),
+        ({"prompt": "Who?", "completion": "Me.", "system": " "}, QA),
+        ({"text": "<s>[INST] Who? [/INST] Me. </s><s>[INST] Who? [/INST] Me."}, QA * 2),
+        (
+            {"text": "[INST] <<SYS>>\nBe.\n<</SYS>>\n\nWho? [/INST] Me. [INST] Who? [/INST] Me."},
+            [("system", "Be.")] + QA * 2,
+        ),
+        ({"text": "<s>[INST]  [/INST] Me. </s>\n"}, [("user", ""), ("assistant", "Me.")]),
+        ({"text": "### HUMAN:\nWho?\n\n### RESPONSE:\nMe."}, QA),
+        (
+            {"text": "Be.\n### Human: Who?\n### Assistant: Me.\n### Human: Who?\n### Assistant: Me."},
+            [("system", "Be.")] + QA * 2,
+        ),
+        ({"text": "### Human: Who?### Assistant: Me.### Human: Now explain it to a dog"}, QA),
+        (
+            {"text": "### Instruction:\nWho?\n\n### Input:\nx\n\n### Response:\nMe."},
+            [("user", "Who?\n\nx"), ("assistant", "Me.")],
+        ),
+        ({"text": "### System:\nBe.\n\n### User:\nWho?\n\n### Assistant:\nMe."}, [("system", "Be."), *QA]),
+        (
+            {"text": "### Human: Who?\n### Input: a\n### Assistant: Me."},
+            [("user", "Who?\n### Input: a"), ("assistant", "Me.")],
+        ),
+        ({"text": "Once upon a time", "system": "x"}, [("text", "Once upon a time")]),
+        ({"text": "A heading\n### Instruction: none follows"}, [("text", "A heading\n### Instruction: none follows")]),
+    ],
+)
+def test_a_published_spelling_is_recognised_and_read(row, expected):
+    assert converted(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"messages": "hi"}, "'messages' holds 'hi' where a list is due"),
+        ({"messages": ["hi"]}, "message 1 is 'hi' where an object"),
+        ({"messages": []}, "there are no messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 is of role 'tool'"),
+        ({"messages": [{"role": "user", "content": "x"}] * 2}, "message 2 is of role 'user' where 'assistant' is due"),
+        ({"messages": [{"role": "user", "content": "Unanswered?"}]}, "no answer to learn: 'Unanswered\\?'"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1 holds None where text is due"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " \n"}]},
+            "message 2, of role 'assistant', is empty",
+        ),
+        ({"conversations": HUMAN_GPT[1:]}, "message 1 is of role 'assistant' where 'user' is due"),
+        (
+            {"conversations": [{"from": "observation", "value": "x"}]},
+            "message 1 is from 'observation', not one of system",
+        ),
+        ({"conversations": [{"from": "human"}]}, "message 1 has the keys 'from', it needs 'from' and 'value'"),
+        ({"instruction": "", "output": "x"}, "message 1, of role 'user', is empty"),
+        ({"instruction": "x", "output": None}, "'output' holds None where text is due"),
+        (
+            {"instruction": "x", "output": "y", "history": [["a"]]},
+            "'history' holds \\['a'\\] where \\[question, answer\\]",
+        ),
+        ({"instruction": "x", "output": "y", "history": 7}, "'history' holds 7 where a list"),
+        ({"prompt": "x", "completion": ""}, "message 2, of role 'assistant', is empty"),
+        ({"prompt": "x", "completion": "y", "system": {"a": 1}}, "'system' holds {'a': 1} where text is due"),
+        (
+            {"prompt": "x", "completion": "cut emoji \ud83d"},
+            r"assistant message has half a surrogate pair, in 'cut emoji \\ud83d'",
+        ),
+        ({"text": "<s>[INST] a [/INST] b </s> and " + "more" * 99}, "leaves the form .* at ' and more"),
+        (
+            {"text": "### Human: a\n### Human: b\n### Assistant: c"},
+            "message 2 is of role 'user' where 'assistant' is due",
+        ),
+        ({"text": "### Human: a\n### Assistant: "}, "message 2, of role 'assistant', is empty"),
+        ({"text": None}, "'text' holds None, by which no format can be told; name one with dataset.format"),
+    ],
+)
+def test_a_bad_row_is_a_value_error_that_shows_it(row, problem):
+    with pytest.raises(ValueError, match=problem) as raised:
+        converted(row)
+    assert len(str(raised.value)) < 200
+
+
+def test_a_row_without_a_column_of_the_first_rows_format_names_both():
+    with pytest.raises(ValueError, match="there is no column 'completion', but 'answer', 'prompt'"):
+        FORMATS["prompt_completion"].convert({"prompt": "x", "answer": "y"})
+
+
+def test_a_text_row_that_does_not_follow_the_first_rows_format_is_an_error_and_not_plain_text():
+    for name in ("llama2_text", "marked_text"):
+        with pytest.raises(ValueError, match="Once upon"):
+            FORMATS[name].convert({"text": "Once upon a time"})
+
+
+def test_weights_of_answers_are_kept():
+    messages = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}] + HUMAN_GPT
+    assert [m.is_trained for m in FORMATS["sharegpt"].convert({"conversations": messages})] == [True, False, True, True]
+
+
+def test_columns_of_no_format_are_listed_with_those_of_all_formats():
+    with pytest.raises(ValueError, match="the columns 'answer', 'question'; known are messages: messages;.*column_map"):
+        recognised_format(["question", "answer"], {"question": "a", "answer": "b"})
+
+
+def test_a_format_by_name():
+    assert format_by_name("text", ["text"]) is FORMATS["text"]
+    with pytest.raises(ValueError, match="'share_gpt' is none of messages, .*; nearest is 'sharegpt'"):
+        format_by_name("share_gpt", ["conversations"])
+    with pytest.raises(ValueError, match="'alpaca' needs the column 'output', the rows have 'answer', 'instruction'"):
+        format_by_name("alpaca", ["instruction", "answer"])
+
+
+def test_renamed_columns():
+    row = {"question": "Who?", "answer": "Me.", "prompt": "shadowed", "id": 7}
+    column_map = {"prompt": "question", "completion": "answer"}
+    assert renamed(row, column_map) == {"prompt": "Who?", "completion": "Me.", "id": 7}
+    assert renamed({"prompt": "a", "completion": "b"}, {"prompt": "completion", "completion": "prompt"}) == {
+        "prompt": "b",
+        "completion": "a",
+    }
+    with pytest.raises(ValueError, match="column_map.prompt: there is no column 'question', but 'answer', 'id'"):
+        renamed({"answer": "Me.", "id": 7}, column_map)
+
+
+def test_mapped_columns_decide_between_formats():
+    row = {"messages": [], "prompt": "a", "completion": "b"}
+    assert recognised_format(row.keys(), row).name == "messages"
+    assert recognised_format(row.keys(), row, ["prompt", "completion"]).name == "prompt_completion"
+    with pytest.raises(ValueError, match="column_map gives 'promt'"):
+        recognised_format(row.keys(), row, ["promt"])
+
+
+prose = (
+    st.text(string.ascii_letters + " \n#:", min_size=1).map(str.strip).filter(lambda text: text and "###" not in text)
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(prose, prose), min_size=1, max_size=4), st.sampled_from(["llama2", "alpaca", "human_response"])
+)
+def test_what_a_template_writes_is_parsed_back(exchanges, template):
+    messages = [ChatMessage("system", "Be.")]
+    for question, answer in exchanges:
+        messages += [ChatMessage("user", question), ChatMessage("assistant", answer)]
+    turns = dialog_turns(messages, TEMPLATES[template])
+    text = "\n".join(turn.prompt + (turn.answer or "") for turn in turns)
+    if template == "llama2":
+        text = "".join(f"<s>{turn.prompt}{turn.answer}</s>" for turn in turns)
+    assert converted({"text": text}) == [(message.role, message.content) for message in messages]
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["user", "gpt", "system", "[INST]"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "weight", "x"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+COLUMNS = sorted({column for f in FORMATS.values() for column in (*f.columns, *f.optional_columns)})
+marked_prose = st.lists(
+    st.sampled_from(["<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "\n", " ", "a"])
+    | st.sampled_from(
+        [f"### {mark}:" for mark in ("Human", "Assistant", "HUMAN", "RESPONSE", "Input", "System", "Response")]
+    )
+).map("".join)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from([*COLUMNS, "other"]), anything | marked_prose))
+def test_nothing_but_a_value_error_comes_of_any_row(row):
+    for row_format in FORMATS.values():
+        try:
+            messages = row_format.convert(row)
+        except ValueError:
+            continue
+        assert messages
+        assert all(isinstance(message.content, str) for message in messages)
+    with contextlib.suppress(ValueError):
+        recognised_format(row.keys(), row)
+
+
+def test_parsing_does_not_slow_down_on_white_space():
+    """A pattern that tries every way to share spaces out would take hours here."""
+    for text in ("[INST] a [/INST] b </s>" + " " * 200_000 + "x", "<s>" * 50_000 + " " * 50_000, "### Human:" * 20_000):
+        for name in ("llama2_text", "marked_text"):
+            with pytest.raises(ValueError):
+                FORMATS[name].convert({"text": text})
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("alpaca.json", "alpaca"),
+        ("openai_messages.jsonl", "messages"),
+        ("sharegpt.json", "sharegpt"),
+        ("prompt_completion.jsonl", "prompt_completion"),
+    ],
+)
+def test_real_rows_of_every_format(test_data, file, name):
+    rows = [row.values for row in read_rows(str(test_data(f"formats/{file}")))]
+    row_format = recognised_format(rows[0].keys(), rows[0])
+    assert row_format.name == name
+    dialogs = [row_format.convert(row) for row in rows]
+    assert len(dialogs) == 100
+    originals = json.dumps(rows)
+    for dialog in dialogs:
+        assert [message.role for message in dialog] == ["user", "assistant"] * (len(dialog) // 2)
+        assert all(json.dumps(message.content)[1:-1] in originals for message in dialog[1::2])
+
+
+def test_real_rows_of_llama2_text(test_data):
+    rows = [row.values for row in read_rows(str(test_data("guanaco_llama2_1k/train.parquet")))]
+    row_format = recognised_format(rows[0].keys(), rows[0])
+    assert row_format.name == "llama2_text"
+    dialogs = [row_format.convert(row) for row in rows]
+    assert len(dialogs) == 1000
+    assert sum(len(dialog) > 2 for dialog in dialogs) == 353
+    for row, dialog in zip(rows, dialogs, strict=True):
+        turns = zip(dialog[::2], dialog[1::2], strict=True)
+        rendered = "".join(f"<s>[INST] {question.content} [/INST] {answer.content} </s>" for question, answer in turns)
+        assert "".join(rendered.split()) == "".join(row["text"].split())

@@ -1,0 +1,182 @@
+"""llama.cpp itself on our GGUF files: the same tokens, logits and answers. Needs `pip install llama-cpp-python`."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from custom_components.datasets.sources import read_rows
+from custom_components.export.gguf import write_gguf
+from custom_components.export.merged_weights import BaseWeights
+from custom_components.generation.decoding import generate
+from custom_components.generation.incremental import IncrementalLlama
+from custom_components.generation.sampling import Sampling
+from custom_components.transforms.jinja_template import chat_template, control_pieces_of
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.weights.adapted_model import load_model_for_inference
+from tests.conftest import CPU, PROJECT, TINY_LLAMA, loaded_model
+
+pytestmark = pytest.mark.slow
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not there: pip install llama-cpp-python")
+
+TEXTS = [
+    *("Once upon a time", "a", " leading space", "trailing space ", "line\nbreaks\n\nand\ttabs", "1234567890"),
+    *("café Zürich 日本語 🦙", "</s> is only text", "[INST] Hello [/INST]", "CAPS and MiXed", "a_b-c(d)[e]{f}"),
+]
+DIALOGS = [
+    ["Hello"],
+    ["  Hello  ", " Hi there! ", "And now?\n"],
+    ["Zürich 日本語?", "Yes.", "1 + 1", "2", "Thank you."],
+]
+# f16 has 11 significant bits, in the weights and in what llama.cpp multiplies them with; logits are sums of many such
+# products. Relative to the largest logit.
+F16_TOLERANCE = 5e-3
+Q8_0_TOLERANCE = 1e-1
+
+
+def export(checkpoint_dir: Path, path: Path, quantization: str = "f16") -> Path:
+    weights = BaseWeights(checkpoint_dir, dequantized=False)
+    tokenizer_model = checkpoint_dir / "tokenizer.model"
+    write_gguf(
+        path,
+        weights.shape,
+        ((name, weights.read(name)) for name in weights.shapes),
+        tokenizer_model=tokenizer_model,
+        quantization=quantization,
+        chat_template=chat_template("llama2", None, control_pieces_of(tokenizer_model)),
+        name="exported",
+    )
+    return path
+
+
+@contextmanager
+def in_llama_cpp(path: Path) -> Iterator:
+    model = llama_cpp.Llama(str(path), n_ctx=0, n_threads=1, logits_all=True, verbose=False)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def llama_cpp_answer(model, prompt: list[int], max_new_tokens: int) -> list[int]:
+    answer: list[int] = []
+    for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
+        if token == model.token_eos() or len(answer) == max_new_tokens:
+            break
+        answer.append(token)
+    return answer
+
+
+def llama_cpp_logits(model, tokens: list[int]) -> Tensor:
+    model.reset()
+    model.eval(tokens)
+    return torch.from_numpy(np.array(model.scores[: len(tokens)]))
+
+
+def chat(turns: list[str]) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(turns)]
+
+
+def checkpoint_directory(name: str, make_checkpoint, test_data) -> Path:
+    if name == "tiny Llama":
+        return TINY_LLAMA / "checkpoint"
+    if name == "stories260K":
+        return test_data("stories260K")
+    if name == "Llama 2's tokenizer":
+        directory = make_checkpoint(vocab_size=32_000)
+        (directory / "tokenizer.model").write_bytes(test_data("llama2_tokenizer/tokenizer.model").read_bytes())
+        return directory
+    return make_checkpoint(tie_word_embeddings=True, vocab_size=1088, rope_theta=50_000.0, rms_norm_eps=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tiny Llama", "Llama 2's tokenizer", "tied and padded"])
+def test_texts_and_dialogs_have_our_tokens(make_checkpoint, test_data, tmp_path, name):
+    directory = checkpoint_directory(name, make_checkpoint, test_data)
+    tokenizer = Llama2ChatTransform(directory / "tokenizer.model")
+    path = export(directory, tmp_path / "model.gguf")
+    with in_llama_cpp(path) as model:
+        for text in TEXTS:
+            assert model.tokenize(text.encode(), add_bos=True) == tokenizer.encode(text, add_eos=False), text
+        template = llama_cpp.llama_chat_format.Jinja2ChatFormatter(
+            model.metadata["tokenizer.chat_template"], eos_token="</s>", bos_token="<s>"
+        )
+        for turns in DIALOGS:
+            rendered = template(messages=chat(turns)).prompt.encode()
+            expected = tokenizer({"messages": chat(turns)}, inference=True)["tokens"]
+            assert model.tokenize(rendered, add_bos=False, special=True) == expected, turns
+
+
+@pytest.mark.parametrize("quantization, tolerance", [("f16", F16_TOLERANCE), ("q8_0", Q8_0_TOLERANCE)])
+@pytest.mark.parametrize("name", ["tiny Llama", "stories260K", "tied and padded"])
+def test_logits_are_ours_up_to_rounding(make_checkpoint, test_data, tmp_path, name, quantization, tolerance):
+    directory = checkpoint_directory(name, make_checkpoint, test_data)
+    path = export(directory, tmp_path / "model.gguf", quantization)
+    tokens = Llama2ChatTransform(directory / "tokenizer.model").encode(" ".join(TEXTS), add_eos=False)
+    with torch.no_grad():
+        expected_TV = loaded_model(directory, lora_attn_modules=[], apply_lora_to_mlp=False)(torch.tensor([tokens]))[0]
+    with in_llama_cpp(path) as model:
+        logits_TV = llama_cpp_logits(model, tokens)
+    assert (logits_TV - expected_TV).abs().max() <= tolerance * expected_TV.abs().max()
+
+
+def test_stories_are_told_alike_but_where_two_words_are_as_likely(test_data, tmp_path):
+    directory = test_data("stories260K")
+    tokenizer = Llama2ChatTransform(directory / "tokenizer.model")
+    path = export(directory, tmp_path / "model.gguf")
+    base = load_model_for_inference(directory, None, False, torch.float32, CPU)
+    prompts = [
+        tokenizer.encode(text, add_eos=False)
+        for text in ("Once upon a time", "The little dog", "Tim was a big boy.", '"No!" said the cat', "Lily")
+    ]
+    answers = generate(
+        IncrementalLlama(base), prompts, max_new_tokens=200, stop_tokens=[tokenizer.eos_id], sampling=Sampling()
+    )
+    with in_llama_cpp(path) as model:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            theirs = llama_cpp_answer(model, prompt, max_new_tokens=200)
+            if theirs == answer:
+                continue
+            num_same = next(index for index, (a, b) in enumerate(zip(theirs, answer, strict=False)) if a != b)
+            with torch.no_grad():
+                logits_V = base(torch.tensor([prompt + answer[:num_same]]))[0, -1]
+            margin = logits_V[answer[num_same]] - logits_V[theirs[num_same]]
+            assert margin <= F16_TOLERANCE * logits_V.abs().max(), tokenizer.decode(prompt + answer[: num_same + 1])
+
+
+def test_the_demo_merged_and_exported_answers_every_held_out_question_alike(tmp_path):
+    """Greedy, by llama.cpp's own chat with the template in the file, against generate on the merged directory."""
+    run_dir, merged_dir, gguf_dir = tmp_path / "run", tmp_path / "merged", tmp_path / "gguf"
+    merge = [
+        *("recipes/merge.py", "--config", "configs/merge.yaml", f"checkpoint_dir={TINY_LLAMA / 'checkpoint'}"),
+        f"adapter_dir={run_dir / 'adapter'}",
+    ]
+    for command in (
+        ["recipes/lora_single_device.py", "--config", "configs/tiny_qlora.yaml", f"output_dir={run_dir}"],
+        [*merge, f"output_dir={merged_dir}"],
+        [*merge, f"output_dir={gguf_dir}", "format=gguf", "quantization=f16"],
+    ):
+        tune = Path(sys.executable).with_name("tune")
+        subprocess.run([tune, "run", *command], cwd=PROJECT, check=True, timeout=300)
+
+    tokenizer = Llama2ChatTransform(merged_dir / "tokenizer.model")
+    questions = [row.values["messages"][:1] for row in read_rows(str(TINY_LLAMA / "data/held_out.jsonl"))]
+    prompts = [tokenizer({"messages": question}, inference=True)["tokens"] for question in questions]
+    model = IncrementalLlama(load_model_for_inference(merged_dir, None, False, torch.float32, CPU))
+    answers = generate(model, prompts, max_new_tokens=16, stop_tokens=[tokenizer.eos_id], sampling=Sampling())
+    different = []
+    [path] = gguf_dir.glob("*.gguf")
+    with in_llama_cpp(path) as model:
+        for question, answer in zip(questions, answers, strict=True):
+            completion = model.create_chat_completion(
+                messages=question, temperature=0.0, repeat_penalty=1.0, max_tokens=16
+            )
+            theirs = completion["choices"][0]["message"]["content"]
+            if theirs.strip() != tokenizer.decode(answer).strip():
+                different.append((question[0]["content"], tokenizer.decode(answer), theirs))
+    assert not different, f"{len(different)} of {len(questions)} answers differ: {different[:5]}"

@@ -1,0 +1,108 @@
+"""`auto`: what fits is found, said, and the rows of an optimizer step stay as they were."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+
+from custom_components.config.components import instantiate
+from custom_components.config.reading import load_settings
+from custom_components.config.training_settings import TrainingSettings
+from custom_components.memory import fitting
+from custom_components.memory.estimate import estimate_memory
+from custom_components.memory.fitting import Fit, first_fitting, fit_to_device, largest_forward
+from custom_components.memory.simulated_step import simulated_step
+from custom_components.training.loss import LinearCrossEntropy
+from tests.conftest import CPU, PROJECT
+
+LENGTHS = [30, 20, 10, 25] * 8
+
+
+@pytest.fixture(autouse=True)
+def in_project(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+
+
+def training_settings(*overrides):
+    return load_settings(TrainingSettings, ["--config", "configs/tiny_qlora.yaml", *overrides])
+
+
+@pytest.fixture(scope="module")
+def model():
+    settings = load_settings(TrainingSettings, ["--config", str(PROJECT / "configs/tiny_qlora.yaml")])
+    with torch.device("meta"):
+        return instantiate(settings.model | {"checkpoint_dir": PROJECT / settings.model["checkpoint_dir"]})
+
+
+def fit(model, monkeypatch, usable_gib, *overrides):
+    monkeypatch.setattr(fitting, "usable_bytes", lambda device: int(usable_gib * 2**30))
+    settings = training_settings("gradient_accumulation_steps=12", *overrides)
+    return fit_to_device(settings, model, LENGTHS, 256, torch.bfloat16, CPU)
+
+
+def test_batch_size_auto_keeps_the_rows_of_a_step(model, monkeypatch):
+    auto = ("batch_size=auto", "enable_activation_checkpointing=auto")
+    roomy = fit(model, monkeypatch, 100, *auto)
+    assert (roomy.batch_size, roomy.gradient_accumulation_steps, roomy.num_recomputed_layers) == (12, 1, 0)
+    settings = training_settings(*auto)
+    peak_gib = {
+        size: estimate_memory(model, settings, torch.bfloat16, "cpu", [30] * size).peak_bytes(0) / 2**30
+        for size in (1, 4, 12)
+    }
+    assert peak_gib[1] < peak_gib[4] < peak_gib[12]
+    tight = fit(model, monkeypatch, peak_gib[4], *auto)
+    assert tight.batch_size * tight.gradient_accumulation_steps == 12
+    assert 4 <= tight.batch_size < 12 and tight.num_recomputed_layers == 0
+    too_tight = fit(model, monkeypatch, 0.01, *auto)
+    assert too_tight.batch_size == 1 and too_tight.num_recomputed_layers == len(model.layers)
+    assert "may not fit" in too_tight.words
+
+
+def test_only_what_does_not_fit_is_recomputed(model, monkeypatch):
+    overrides = ("batch_size=8", "packed=true", "enable_activation_checkpointing=auto")
+    settings = training_settings(*overrides)
+    estimate = estimate_memory(model, settings, torch.bfloat16, "cpu", [256] * 8)
+    num_layers = len(model.layers)
+    peaks = [estimate.peak_bytes(number) for number in range(num_layers + 1)]
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] > peaks[-1]
+    assert fit(model, monkeypatch, 100, *overrides).num_recomputed_layers == 0
+    some = fit(model, monkeypatch, (peaks[2] + 1) / 2**30, *overrides)
+    assert some.num_recomputed_layers == 2 and some.batch_size == 8
+
+
+def test_only_the_cpu_keeps_probabilities_of_attention(model):
+    """The kernels of a card keep none: how its tokens are divided into rows is all the same to a layer."""
+    step_of = partial(simulated_step, model, torch.bfloat16, loss_function=LinearCrossEntropy())
+    kept_bytes = {
+        (device_type, lengths): step_of(device_type, lengths).kept_layer_bytes
+        for device_type in ("cpu", "cuda")
+        for lengths in ((64,) * 4, (256,))
+    }
+    assert kept_bytes["cuda", (64,) * 4] == kept_bytes["cuda", (256,)]
+    assert kept_bytes["cpu", (64,) * 4] < kept_bytes["cpu", (256,)]
+
+
+def test_nothing_is_chosen_where_the_config_says_it_all(model, monkeypatch):
+    assert fit(model, monkeypatch, 0, "batch_size=3", "enable_activation_checkpointing=true") == Fit(3, 12, 4)
+
+
+def test_the_largest_forward():
+    assert largest_forward(LENGTHS, 256, 3, is_packed=False) == (30, 30, 30)
+    assert largest_forward(LENGTHS, 256, 2, is_packed=True) == (256, 256)
+
+
+@pytest.mark.parametrize(
+    "fitting_fit",
+    [Fit(8, 1, 0), Fit(4, 2, 0), Fit(1, 8, 0), Fit(1, 8, 4)],
+    ids=lambda fit: str(dataclasses.astuple(fit)),
+)
+def test_what_the_device_refuses_is_made_smaller(fitting_fit):
+    def try_step(fit):
+        if (fit.batch_size, -fit.num_recomputed_layers) > (fitting_fit.batch_size, -fitting_fit.num_recomputed_layers):
+            raise torch.OutOfMemoryError
+
+    assert first_fitting(Fit(8, 1, 0), 4, may_recompute=True, may_shrink=True, try_step=try_step) == fitting_fit
+    if fitting_fit.batch_size < 8:
+        with pytest.raises(torch.OutOfMemoryError):
+            first_fitting(Fit(8, 1, 4), 4, may_recompute=False, may_shrink=False, try_step=try_step)

@@ -1,0 +1,167 @@
+"""The training recipe as a user runs it: `tune run` in a subprocess, on the embedded model or a smaller random one."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import PROJECT
+
+TUNE = Path(sys.executable).with_name("tune")
+
+
+def tune_run(*arguments: str, recipe: str = "lora_single_device", **environment: str) -> subprocess.CompletedProcess:
+    command = [str(TUNE), "run", f"recipes/{recipe}.py", *arguments]
+    return subprocess.run(
+        command, cwd=PROJECT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    questions = [("What is it?", "A word."), ("And that?", "Another, longer word."), ("Who?", "Nobody.")]
+    dialogs = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in questions]
+    path.write_text("".join(json.dumps({"messages": dialog}) + "\n" for dialog in dialogs))
+    return path
+
+
+def arguments(checkpoint, rows, output_dir, *overrides):
+    return [
+        *("--config", "configs/llama_qlora.yaml", f"checkpoint_dir={checkpoint}", f"dataset.source={rows}"),
+        *("device=cpu", f"output_dir={output_dir}", "batch_size=2", "gradient_accumulation_steps=1", "cache_dir=null"),
+        *overrides,
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A short run of the embedded model with the demo's own config."""
+    output_dir = tmp_path_factory.mktemp("runs") / "with = in its name"
+    result = tune_run(
+        *("--config", "configs/tiny_qlora.yaml", "max_steps_per_epoch=6", f"output_dir={output_dir}"),
+        *("lora_rank=32", "sample_prompts=['Who?']", "cache_dir=null", "run_val_every_n_steps=4"),
+    )
+    return result, output_dir
+
+
+def test_a_run_writes_what_it_says(finished_run):
+    result, output_dir = finished_run
+    assert result.returncode == 0, result.stderr
+    assert "Skipping import" not in result.stdout + result.stderr
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    metrics = [record for record in records if "loss" in record]
+    validations = [record for record in records if "val_loss" in record]
+    assert [record["step"] for record in validations] == [4, 6, 8, 12]
+    assert all(record["val_perplexity"] == math.exp(record["val_loss"]) for record in validations)
+    assert f"step {min(validations, key=lambda record: record['val_loss'])['step']}'s, the best by" in result.stdout
+    assert [record["step"] for record in metrics] == list(range(1, 13))
+    assert [record["epoch"] for record in metrics] == [0] * 6 + [1] * 6
+    assert set(metrics[0]) == {
+        *("step", "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "step_seconds"),
+        *("tokens_per_second", "peak_memory_gib"),
+    }
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert all(record["lr"] > 0 for record in metrics)
+    assert (output_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (output_dir / "adapter").iterdir()) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "prompt_format.yaml"),
+    ]
+    assert json.loads((output_dir / "adapter/adapter_config.json").read_text())["r"] == 32
+    assert sorted(path.name for path in output_dir.iterdir() if not path.name.startswith(".")) == [
+        *("adapter", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "samples.jsonl"),
+    ]
+    for words in (
+        "1200 rows, 1200 kept",
+        "trained parameters in fp32 over a base in NF4",
+        "12 steps",
+        "before  ",
+        "after   ",
+    ):
+        assert words in result.stdout
+
+
+def test_the_written_config_runs_again(finished_run, tmp_path):
+    _, output_dir = finished_run
+    overrides = (f"output_dir={tmp_path / 'again'}", "sample_prompts=[]", "epochs=1", "max_steps_per_epoch=1")
+    result = tune_run("--config", str(output_dir / "config.yaml"), *overrides)
+    assert result.returncode == 0, result.stderr
+    first = [
+        json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+        for folder in (output_dir, tmp_path / "again")
+    ]
+    assert first[0]["loss"] == first[1]["loss"]
+
+
+def test_L16_two_runs_are_bit_equal_and_another_seed_is_not(make_checkpoint, rows, tmp_path):
+    checkpoint = make_checkpoint()
+    adapters = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        result = tune_run(*arguments(checkpoint, rows, tmp_path / name, f"seed={seed}", "lora_dropout=0.1", "epochs=2"))
+        assert result.returncode == 0, result.stderr
+        adapters.append(load_file(tmp_path / name / "adapter/adapter_model.safetensors"))
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+    assert not any(torch.equal(adapters[0][key], adapters[2][key]) for key in adapters[0])
+
+
+def test_generate_answers_with_and_without_the_adapter(finished_run):
+    _, output_dir = finished_run
+    common = ["--config", "configs/generate.yaml", "checkpoint_dir=examples/tiny_llama/checkpoint", "device=cpu"]
+    result = tune_run(
+        *common, f"adapter_dir={output_dir}/adapter", "prompt=Name: a = ${b}", "compare=true", recipe="generate"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("base   ") and "\ntuned  " in result.stdout
+    assert tune_run(*common, "prompt=Who?", "temperature=1", "top_k=5", recipe="generate").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["lora_rnak=32"], "lora_rnak: unknown key; did you mean 'lora_rank'? (override 'lora_rnak=32')"),
+        (["checkpoint_dir=nowhere"], "'nowhere' is not a directory"),
+        (["device=cuda:7"], "device: 'cuda:7' is not there"),
+        (["output_dir=/proc/nothing"], "output_dir: '/proc/nothing' cannot be written"),
+        (["dataset.source=no.jsonl"], "there is no file 'no.jsonl'"),
+        (["tokenizer.path=README.md"], "is not a SentencePiece model"),
+        (["model._component_=custom_components.models.lora_llama2_7b"], "has num_layers 2"),
+        (["optimizer.lr=0"], "every B of the adapter is still zero"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_2(make_checkpoint, rows, tmp_path, overrides, words):
+    model_overrides = ["~model.checkpoint_dir"] if "lora_llama2_7b" in overrides[0] else []
+    result = tune_run(*arguments(make_checkpoint(), rows, tmp_path / "out", *overrides, *model_overrides))
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and words in errors[0], result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out/adapter").exists()
+
+
+def test_a_run_does_not_overwrite_another(make_checkpoint, rows, finished_run):
+    """`make demo`, whose config says overwrite_output_dir: true, shows the other side."""
+    _, output_dir = finished_run
+    before = (output_dir / "metrics.jsonl").read_text()
+    result = tune_run(*arguments(make_checkpoint(), rows, output_dir))
+    assert result.returncode == 2
+    assert "holds the results of a run" in result.stderr
+    assert (output_dir / "metrics.jsonl").read_text() == before
+
+
+def test_real_weights_and_conversations(test_data, tmp_path):
+    """The command line of the README on a real checkpoint and a real data set."""
+    checkpoint = test_data("stories260K/config.json").parent
+    source = test_data("guanaco_llama2_1k/train.parquet")
+    result = tune_run(
+        *("--config", "configs/llama_qlora.yaml", f"checkpoint_dir={checkpoint}", f"dataset.source={source}"),
+        *("device=cpu", "max_steps_per_epoch=2", "lora_rank=32", f"output_dir={tmp_path / 'out'}", "cache_dir=null"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "1000 rows" in result.stdout and "3 with an empty question or answer" in result.stdout
+    assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["r"] == 32

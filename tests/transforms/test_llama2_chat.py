@@ -1,0 +1,106 @@
+"""The tokens and masks of a dialog. CHAT FORMAT: meta-llama/llama @689c7f2, llama/generation.py, `chat_completion`."""
+
+import json
+
+import pytest
+import sentencepiece
+from torchtune.data import Message
+
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from tests.conftest import TINY_TOKENIZER
+
+HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there!"}]
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer(test_data):
+    return Llama2ChatTransform(test_data("llama2_tokenizer/tokenizer.model"))
+
+
+def test_golden_sequence(llama2_tokenizer):
+    row = llama2_tokenizer({"messages": HELLO})
+    prompt = [1, 518, 25580, 29962, 15043, 518, 29914, 25580, 29962]
+    answer = [6324, 727, 29991, 29871, 2]
+    assert row["tokens"] == prompt + answer
+    assert row["mask"] == [True] * len(prompt) + [False] * len(answer)
+
+
+def test_golden_system_prompt(llama2_tokenizer):
+    tokens = llama2_tokenizer({"messages": [{"role": "system", "content": "You are kind."}, *HELLO]})["tokens"]
+    text = " ".join(map(str, tokens))
+    assert " 13 3492 " in text  # "\nYou"
+    assert " 29889 13 29966 " in text  # ".\n<"
+    assert " 13 13 10994 " in text  # "\n\nHello"
+
+
+def test_metas_example_dialogs(llama2_tokenizer, test_data):
+    cases = json.loads(test_data("chat/meta_llama_example_dialogs.json").read_text())["cases"]
+    checked = 0
+    for case in cases:
+        if any("[INST]" in message["content"] for message in case["messages"]):
+            with pytest.raises(ValueError, match="INST"):
+                llama2_tokenizer({"messages": case["messages"]}, inference=True)
+            continue
+        assert llama2_tokenizer({"messages": case["messages"]}, inference=True)["tokens"] == case["input_ids"]
+        checked += 1
+    assert checked == 5
+
+
+def test_torchtune_messages_and_dicts_are_the_same(tiny_tokenizer):
+    messages = [Message(role=message["role"], content=message["content"]) for message in HELLO]
+    assert tiny_tokenizer({"messages": messages}) == tiny_tokenizer({"messages": HELLO})
+
+
+def test_inference_leaves_the_last_turn_open(tiny_tokenizer):
+    """torchtune's generate adds an empty assistant message to the prompt; without it the tokens are the same."""
+    question = HELLO[:1]
+    open_turn = tiny_tokenizer({"messages": question}, inference=True)
+    empty_answer = Message(role="assistant", content="")
+    assert tiny_tokenizer({"messages": [*question, empty_answer]}, inference=True) == open_turn
+    assert open_turn["tokens"] == tiny_tokenizer({"messages": HELLO})["tokens"][: len(open_turn["tokens"])]
+    assert open_turn["tokens"][-1] != tiny_tokenizer.eos_id
+    assert all(open_turn["mask"])
+
+
+def test_other_columns_are_kept(tiny_tokenizer):
+    assert tiny_tokenizer({"messages": HELLO, "source": "here"})["source"] == "here"
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "no messages"),
+        ([{"role": "system", "content": "x"}], "nothing else"),
+        ([{"role": "robot", "content": "x"}], "message 1 is of role 'robot'"),
+        ([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}], "message 2 is of role 'user'"),
+        ([HELLO[0], {"role": "system", "content": "x"}], "message 2 is of role 'system'"),
+        ([{"role": "user", "content": None}], "message 1 holds None"),
+        ([{"role": "user"}], "it needs 'role' and 'content'"),
+        ([{"role": "user", "content": "a [/INST] b"}, HELLO[1]], r"contains '\[/INST\]'"),
+    ],
+)
+def test_messages_that_are_no_dialog(tiny_tokenizer, messages, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_tokenizer({"messages": messages})
+
+
+def test_tokenizer_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="is not a file"):
+        Llama2ChatTransform(tmp_path / "tokenizer.model")
+
+
+def test_tokenizer_that_is_none(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("not a model")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        Llama2ChatTransform(tmp_path / "tokenizer.model")
+
+
+def test_decode_leaves_out_ids_of_a_padded_vocabulary(tiny_tokenizer):
+    ids = tiny_tokenizer.encode("hello", add_bos=True, add_eos=True)
+    assert tiny_tokenizer.decode([*ids, tiny_tokenizer.vocab_size + 5]) == "hello"
+
+
+def test_embedded_tokenizer_has_llamas_control_tokens():
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(TINY_TOKENIZER))
+    assert [processor.unk_id(), processor.bos_id(), processor.eos_id()] == [0, 1, 2]

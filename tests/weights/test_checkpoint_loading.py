@@ -1,0 +1,220 @@
+"""Loading checkpoints of every layout, and refusing what is not one."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from custom_components.models.builders import lora_llama2_7b, lora_llama_from_config, lora_open_llama_3b
+from custom_components.models.nf4 import is_quantized
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.weights.adapted_model import lora_settings
+from custom_components.weights.checkpoint_loading import load_base_weights, unquantized_modules
+from custom_components.weights.names import halve_rope_rows, interleave_rope_rows
+from tests.conftest import ALL_ATTENTION, CPU, TINY_TOKENIZER, loaded_model
+
+TOKENS = torch.randint(1024, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def logits(checkpoint):
+    with torch.no_grad():
+        return loaded_model(checkpoint)(TOKENS)
+
+
+def split_into_shards(checkpoint, suffix):
+    """Rewrite a one-file checkpoint as two files with an index."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    weight_map = {}
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    for index in range(2):
+        name = f"{stem}-{index + 1:05}-of-00002.{suffix}"
+        part = dict(list(tensors.items())[index::2])
+        if suffix == "bin":
+            torch.save(part, checkpoint / name)
+        else:
+            save_file(part, checkpoint / name)
+        weight_map |= dict.fromkeys(part, name)
+    (checkpoint / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def as_meta_checkpoint(checkpoint, num_shards):
+    """Rewrite as Meta's consolidated shards: columns or rows of each weight, norms whole."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "config.json").unlink()
+    params = {
+        "dim": config["hidden_size"],
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config["num_key_value_heads"],
+        "norm_eps": config["rms_norm_eps"],
+        "vocab_size": config["vocab_size"],
+        # int(2 * 4 * 64 / 3) = 170, rounded up to a multiple of 128 is 256
+        "multiple_of": 128,
+    }
+    (checkpoint / "params.json").write_text(json.dumps(params))
+    names = {
+        "self_attn.q_proj": ("attention.wq", 0),
+        "self_attn.k_proj": ("attention.wk", 0),
+        "self_attn.v_proj": ("attention.wv", 0),
+        "self_attn.o_proj": ("attention.wo", 1),
+        "mlp.gate_proj": ("feed_forward.w1", 0),
+        "mlp.down_proj": ("feed_forward.w2", 1),
+        "mlp.up_proj": ("feed_forward.w3", 0),
+        "input_layernorm": ("attention_norm", None),
+        "post_attention_layernorm": ("ffn_norm", None),
+        "model.embed_tokens": ("tok_embeddings", 1),
+        "model.norm": ("norm", None),
+        "lm_head": ("output", 0),
+    }
+    shards = [{"rope.freqs": torch.zeros(1)} for _ in range(num_shards)]
+    for name, tensor in tensors.items():
+        hf_part = next(part for part in names if part in name)
+        meta_part, dimension = names[hf_part]
+        if "q_proj" in name or "k_proj" in name:
+            heads = config["num_attention_heads"] if "q_proj" in name else config["num_key_value_heads"]
+            tensor = interleave_rope_rows(tensor, heads)
+        meta_name = name.replace(hf_part, meta_part).removeprefix("model.")
+        parts = [tensor] * num_shards if dimension is None else tensor.chunk(num_shards, dimension)
+        for shard, part in zip(shards, parts, strict=True):
+            shard[meta_name] = part.clone()
+    for index, shard in enumerate(shards):
+        torch.save(shard, checkpoint / f"consolidated.{index:02}.pth")
+
+
+def test_every_layout_gives_the_same_model(make_checkpoint):
+    """One safetensors file, shards with an index, .bin shards, Meta's shards of one and two."""
+    expected = logits(make_checkpoint("one", intermediate_size=256))
+    for suffix in ("safetensors", "bin"):
+        checkpoint = make_checkpoint(suffix, intermediate_size=256)
+        split_into_shards(checkpoint, suffix)
+        assert torch.equal(logits(checkpoint), expected), suffix
+    for num_shards in (1, 2):
+        checkpoint = make_checkpoint(f"meta{num_shards}", intermediate_size=256)
+        as_meta_checkpoint(checkpoint, num_shards)
+        assert torch.equal(logits(checkpoint), expected), num_shards
+
+
+def test_safetensors_win_where_both_lie(make_checkpoint):
+    checkpoint = make_checkpoint()
+    expected = logits(checkpoint)
+    (checkpoint / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    assert torch.equal(logits(checkpoint), expected)
+
+
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight", "both"])
+def test_tied_embeddings_under_either_name(make_checkpoint, kept):
+    checkpoint = make_checkpoint(tie_word_embeddings=True)
+    expected = logits(checkpoint)
+    tensors = load_file(checkpoint / "model.safetensors")
+    embeddings = tensors.pop("model.embed_tokens.weight")
+    names = ("lm_head.weight", "model.embed_tokens.weight") if kept == "both" else (kept,)
+    save_file(tensors | {name: embeddings.clone() for name in names}, checkpoint / "model.safetensors")
+    assert torch.equal(logits(checkpoint), expected)
+
+
+def test_the_rows_of_rope_come_back():
+    weight = torch.randn(48, 5)
+    assert torch.equal(halve_rope_rows(interleave_rope_rows(weight, 4), 4), weight)
+
+
+def test_trainable_parameters_as_published():
+    """Counts of Llama 2 7B and OpenLLaMA 3B that several users published and that arithmetic gives."""
+    cases = [
+        (lora_llama2_7b, {"lora_attn_modules": ["q_proj", "v_proj"], "lora_rank": 8}, 4_194_304),
+        (lora_llama2_7b, {"lora_attn_modules": ["q_proj", "v_proj"], "lora_rank": 64}, 33_554_432),
+        (lora_llama2_7b, {"lora_attn_modules": ALL_ATTENTION, "apply_lora_to_mlp": True, "lora_rank": 16}, 39_976_960),
+        (
+            lora_open_llama_3b,
+            {"lora_attn_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "lora_rank": 8},
+            5_324_800,
+        ),
+    ]
+    for builder, settings, expected in cases:
+        with torch.device("meta"):
+            model = builder(**settings)
+        assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == expected
+
+
+def test_what_is_quantized(make_checkpoint):
+    """Linear weights of attention and feed-forward; never embeddings, head or norms; what does not divide is named."""
+    model = loaded_model(make_checkpoint(hidden_size=40), torch.bfloat16, quantize_base=True)  # k and v: 20 x 40
+    assert unquantized_modules(model) == [f"{layer}.attn.{name}" for layer in (0, 1) for name in ("k_proj", "v_proj")]
+    quantized = ("q_proj.weight", "output_proj.weight", "w1.weight", "w2.weight", "w3.weight")
+    for name, parameter in model.named_parameters():
+        expected = name.endswith(quantized)
+        assert is_quantized(parameter) == expected, name
+
+
+def test_meta_device_leaves_nothing_behind(make_checkpoint):
+    model = loaded_model(make_checkpoint(), quantize_base=True, apply_lora_to_output=True)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_the_epsilon_of_the_norms_is_the_checkpoints(make_checkpoint):
+    """Llama 2's chat models state another than the base models, and share their builder."""
+    built = make_checkpoint("built")
+    with torch.device("meta"):
+        model = lora_llama_from_config(built, ["q_proj"])
+    other = make_checkpoint("other", rms_norm_eps=0.5)
+    load_base_weights(model, other, torch.float32, CPU)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), loaded_model(other, lora_attn_modules=["q_proj"])(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling = 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling = 'yarn'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"model_type": "mistral"}, "mistral"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"head_dim": 128}, "head_dim 128"),
+    ],
+)
+def test_architectures_that_are_not_built_are_refused_by_name(make_checkpoint, changes, words):
+    with pytest.raises(UserError, match=words):
+        lora_llama_from_config(make_checkpoint(**changes), ["q_proj"])
+
+
+def test_bad_checkpoint_directories(make_checkpoint, tmp_path):
+    with pytest.raises(UserError, match="is not a directory; download"):
+        loaded_model(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"neither config\.json nor params\.json"):
+        loaded_model(tmp_path / "empty")
+    no_weights = make_checkpoint("no_weights")
+    (no_weights / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        loaded_model(no_weights)
+    torn = make_checkpoint("torn")
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        loaded_model(torn)
+    sharded = make_checkpoint("sharded")
+    split_into_shards(sharded, "safetensors")
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"1 of 2 shards that are not there \(model-00002-of-00002"):
+        loaded_model(sharded)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_an_error_a_smaller_one_is_said(make_checkpoint, capsys):
+    tokenizer = Llama2ChatTransform(TINY_TOKENIZER, max_seq_len=1000)
+    with pytest.raises(UserError, match="1024 pieces, the model embeds 1000"):
+        fit_tokenizer(tokenizer, loaded_model(make_checkpoint("small", vocab_size=1000)))
+    fit_tokenizer(tokenizer, loaded_model(make_checkpoint("padded", vocab_size=1088)))
+    said = capsys.readouterr().out
+    assert "padded vocabulary 1088" in said and "1000 is capped to the model's context of 256" in said
+    assert tokenizer.max_seq_len == 256
+
+
+def test_an_adapter_directory_without_adapter(tmp_path):
+    with pytest.raises(UserError, match=r"has no adapter_config\.json"):
+        lora_settings(tmp_path)
