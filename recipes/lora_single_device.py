@@ -36,6 +36,7 @@ from custom_components.training import schedules
 from custom_components.training.compiling import compile_layers, compiles_layers
 from custom_components.training.gradients import NOWHERE_ELSE, accumulate_gradients, validation_loss
 from custom_components.training.optimizer import adapter_parameter_groups, clip_gradients, update_adapters
+from custom_components.training.plan import batch_plan
 from custom_components.training.state import TrainingState
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import PromptFormat
@@ -145,7 +146,7 @@ def train(
     memory: PeakMemory,
 ) -> None:
     """Train the adapters of `model` and keep `state`, in place, from the state's step to the last or until stopped."""
-    plan = BatchPlan.of(settings, tokenizer.max_seq_len)
+    plan = batch_plan(settings, tokenizer.max_seq_len)
     steps = [(epoch, forwards) for epoch in range(settings.epochs) for forwards in plan.steps(dataset.lengths, epoch)]
     batches_val = validation_batches(dataset_val, fit.batch_size)
     num_warmup_steps = schedules.num_warmup_steps(settings.warmup_steps, settings.warmup_ratio, len(steps))

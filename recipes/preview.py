@@ -10,11 +10,11 @@ import torch
 from custom_components.config.components import instantiate
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import PreviewSettings
-from custom_components.datasets.batching import BatchPlan
 from custom_components.datasets.row_preview import label_table, length_histogram, rendered_row
 from custom_components.datasets.tokenized_rows import ChatDataset, split_validation
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.training import schedules
+from custom_components.training.plan import batch_plan
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 
 
@@ -52,7 +52,7 @@ def show_rows(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: Pr
 
 def show_plan(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: PreviewSettings) -> None:
     """The optimizer steps that the run would take, and how full they are."""
-    plan = BatchPlan.of(settings, tokenizer.max_seq_len)
+    plan = batch_plan(settings, tokenizer.max_seq_len)
     lengths = dataset.lengths
     steps = [step for epoch in range(settings.epochs) for step in plan.steps(lengths, epoch)]
     forward_sizes = [sum(lengths[row] for row in rows) for step in steps for rows in step]

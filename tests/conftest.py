@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is imported; see custom_components/runtime/tune_startup.py
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "3000"
+)  # before torch is imported; see custom_components/runtime/tune_startup.py
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json

@@ -23,8 +23,6 @@ ROOMS = {
 }
 # Arrows that are still to be turned.
 TO_TURN = {
-    ("datasets", "config"),
-    ("datasets", "models"),
     ("runs", "models"),
     ("runs", "generation"),
     ("weights", "transforms"),

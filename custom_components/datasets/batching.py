@@ -8,15 +8,14 @@ Dimensions: `T` tokens of all rows of a forward, `P` supervised positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.packing import grouped_by_length, pack_rows, row_order
-from custom_components.models.attention import RowLengths
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,16 @@ class Batch:
         positions_1T: position in the row.
         supervised_P: which of the T positions have a label. Found on the CPU: on a card a sum or a selection by a
             boolean mask would make the host wait for it.
-        rows: the rows' lengths, which stand for the attention mask.
+        row_lengths: the tokens of each row.
+        boundaries: where rows begin and end, (num_rows + 1,), int32, for CUDA's attention; None on the CPU.
     """
 
     tokens_1T: Tensor
     labels_1T: Tensor
     positions_1T: Tensor
     supervised_P: Tensor
-    rows: RowLengths
+    row_lengths: tuple[int, ...]
+    boundaries: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -46,13 +47,22 @@ class Batch:
     def num_supervised_tokens(self) -> int:
         return self.supervised_P.numel()
 
+    @property
+    def num_units(self) -> int:
+        """The batch's share of what a step's loss is divided by: its supervised tokens."""
+        return self.num_supervised_tokens
+
     def to(self, device: torch.device) -> "Batch":
+        boundaries = None
+        if device.type == "cuda":
+            boundaries = torch.tensor([0, *accumulate(self.row_lengths)], dtype=torch.int32).to(device)
         return Batch(
             self.tokens_1T.to(device),
             self.labels_1T.to(device),
             self.positions_1T.to(device),
             self.supervised_P.to(device),
-            self.rows.to(device),
+            self.row_lengths,
+            boundaries,
         )
 
 
@@ -71,7 +81,7 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> Batch:
         labels_1T,
         torch.tensor([positions]),
         (labels_1T[0] != CROSS_ENTROPY_IGNORE_IDX).nonzero().squeeze(1),
-        RowLengths(tuple(len(row["tokens"]) for row in rows)),
+        tuple(len(row["tokens"]) for row in rows),
     )
 
 
@@ -96,20 +106,6 @@ class BatchPlan:
     pack_capacity_tokens: int | None = None
     group_by_length: bool = False
     max_steps_per_epoch: int | None = None
-
-    @classmethod
-    def of(cls, settings: TrainingSettings, max_seq_len: int | None) -> "BatchPlan":
-        """The plan of a training config whose `batch_size` is a number; packs hold `max_seq_len` tokens."""
-        assert settings.batch_size != "auto"
-        return cls(
-            settings.batch_size,
-            settings.gradient_accumulation_steps,
-            settings.shuffle,
-            settings.seed,
-            pack_capacity_tokens=max_seq_len if settings.packed else None,
-            group_by_length=settings.group_by_length,
-            max_steps_per_epoch=settings.max_steps_per_epoch,
-        )
 
     def steps(self, lengths: Sequence[int], epoch: int) -> list[list[list[int]]]:
         """An epoch's optimizer steps, each a list of forwards, each a list of row indices.

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from custom_components.datasets.batching import Batch, BatchPlan, collate
 from custom_components.datasets.tokenized_rows import ChatDataset
+from custom_components.models.attention import RowLengths
 from custom_components.models.hidden_states import final_hidden_states
 from custom_components.runtime.errors import UserError
 
@@ -67,7 +68,9 @@ def position_scores(model: TransformerDecoder, batch: Batch, device: torch.devic
         (P,) float64 in nats, and (P,) bool, on the CPU.
     """
     batch = batch.to(device)
-    hidden_1TD = final_hidden_states(model, batch.tokens_1T, batch.rows, batch.positions_1T)
+    hidden_1TD = final_hidden_states(
+        model, batch.tokens_1T, RowLengths(batch.row_lengths, batch.boundaries), batch.positions_1T
+    )
     return head_scores(hidden_1TD, model.output, batch.labels_1T)
 
 

@@ -18,7 +18,6 @@ from torchtune.modules import RMSNorm, TransformerDecoder
 
 from custom_components.datasets.batching import Batch
 from custom_components.models import nf4
-from custom_components.models.attention import RowLengths
 from custom_components.models.lora import FrozenLinear
 from custom_components.training.gradients import accumulate_gradients
 from custom_components.training.loss import LinearCrossEntropy
@@ -161,4 +160,4 @@ def _batch_without_values(lengths: tuple[int, ...], device_type: str) -> Batch:
     tokens_1T, labels_1T, positions_1T = (torch.empty(1, num_tokens, dtype=torch.long) for _ in range(3))
     supervised_P = torch.empty(num_tokens, dtype=torch.long)
     boundaries = torch.empty(len(lengths) + 1, dtype=torch.int32) if device_type == "cuda" else None
-    return Batch(tokens_1T, labels_1T, positions_1T, supervised_P, RowLengths(lengths, boundaries))
+    return Batch(tokens_1T, labels_1T, positions_1T, supervised_P, lengths, boundaries)

@@ -13,6 +13,7 @@ from torch.amp import GradScaler
 from torchtune.modules import TransformerDecoder
 
 from custom_components.datasets.batching import Batch
+from custom_components.models.attention import RowLengths
 from custom_components.models.hidden_states import final_hidden_states
 from custom_components.runtime.errors import UserError
 from custom_components.training.loss import LinearCrossEntropy
@@ -49,7 +50,7 @@ def accumulate_gradients(
             hidden_1TD = final_hidden_states(
                 model,
                 batch.tokens_1T,
-                batch.rows,
+                RowLengths(batch.row_lengths, batch.boundaries),
                 batch.positions_1T,
                 num_recomputed_layers=num_recomputed_layers,
                 neftune_noise_alpha=neftune_noise_alpha,
@@ -82,7 +83,9 @@ def validation_loss(
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        hidden_1TD = final_hidden_states(model, batch.tokens_1T, batch.rows, batch.positions_1T)
+        hidden_1TD = final_hidden_states(
+            model, batch.tokens_1T, RowLengths(batch.row_lengths, batch.boundaries), batch.positions_1T
+        )
         total += supervised_loss(model, hidden_1TD, batch, loss_function)
     model.train(was_training)
     mean = total.item() / sum(batch.num_supervised_tokens for batch in batches)

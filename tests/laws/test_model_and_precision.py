@@ -81,7 +81,9 @@ def test_L08_a_row_does_not_see_the_rows_beside_it(make_checkpoint):
 
     def hidden_states(rows):
         batch = collate(rows)
-        return final_hidden_states(model, batch.tokens_1T, batch.rows, batch.positions_1T)
+        return final_hidden_states(
+            model, batch.tokens_1T, RowLengths(batch.row_lengths, batch.boundaries), batch.positions_1T
+        )
 
     length = len(second[0]["tokens"])
     torch.testing.assert_close(hidden_states(first + second)[:, -length:], hidden_states(other + second)[:, -length:])
@@ -91,7 +93,7 @@ def test_L08_labels_at_a_boundary_predict_nothing():
     batch = collate([{"tokens": [1, 5, 2], "labels": [-100, 5, 2]}, {"tokens": [1, 7, 2], "labels": [1, 7, 2]}])
     assert batch.labels_1T.tolist() == [[5, 2, -100, 7, 2, -100]]
     assert batch.positions_1T.tolist() == [[0, 1, 2, 0, 1, 2]]
-    assert batch.rows == RowLengths((3, 3))
+    assert batch.row_lengths == (3, 3)
 
 
 @pytest.mark.parametrize("apply_lora_to_output", [False, True])
