@@ -1,0 +1,9 @@
+"""What has to be set before torch and the helpers of tests/support are imported."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # see custom_components/runtime/tune_startup.py
+os.environ["HF_HUB_OFFLINE"] = "1"
+pytest.register_assert_rewrite("tests.support")

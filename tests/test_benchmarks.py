@@ -16,7 +16,8 @@ from custom_components.config.training_settings import TrainingSettings
 from custom_components.models.builders import lora_llama_from_config
 from custom_components.models.shapes import LlamaShape
 from custom_components.weights.adapters import check_adapter_fits
-from tests.conftest import ALL_ATTENTION, PROJECT
+from tests.support.models import ALL_ATTENTION
+from tests.support.paths import PROJECT
 
 SHAPE = LlamaShape(64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=64, intermediate_dim=128, max_seq_len=32)
 

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 
 # The rooms of custom_components/, and those that each may import. No arrow runs up.
 ROOMS = {
@@ -89,3 +89,14 @@ def test_no_import_circle_between_files():
         for imported in imports.values():
             imported.difference_update(leaves)
     assert not imports
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "tests").rglob("*.py")), ids=lambda path: path.stem)
+def test_no_test_imports_another_test(path):
+    """What tests share is in tests/support/, and fixtures, which nobody imports, in conftest.py."""
+    imported = {
+        node.module
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tests"
+    }
+    assert {module for module in imported if not module.startswith("tests.support.")} == set()

@@ -9,8 +9,9 @@ import pytest
 
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapters import save_adapter
-from tests.conftest import PROJECT, TINY_LLAMA, loaded_model, with_random_adapters
-from tests.recipes.test_lora_single_device import TUNE
+from tests.support.models import loaded_model, with_random_adapters
+from tests.support.paths import PROJECT, TINY_LLAMA
+from tests.support.recipe_runs import TUNE
 
 README = (PROJECT / "README.md").read_text()
 COMMANDS = [

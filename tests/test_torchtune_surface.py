@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 
 SURFACE = {
     "torchtune.data.CROSS_ENTROPY_IGNORE_IDX": None,

@@ -13,7 +13,7 @@ from custom_components.config.reading import load_settings, write_yaml
 from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
 from custom_components.config.training_settings import PreviewSettings, TrainingSettings
 from custom_components.runtime.errors import UserError
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 
 TRAINING_CONFIGS = sorted(PROJECT.glob("configs/*qlora.yaml")) + [PROJECT / "configs/llama2_7b_lora.yaml"]
 TINY = PROJECT / "configs/tiny_qlora.yaml"

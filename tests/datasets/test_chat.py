@@ -8,7 +8,7 @@ from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
-from tests.conftest import TINY_TOKENIZER
+from tests.support.paths import TINY_TOKENIZER
 
 
 def write(path, *rows):

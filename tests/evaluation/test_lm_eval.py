@@ -9,7 +9,8 @@ import yaml
 
 from custom_components.generation.incremental import IncrementalLlama
 from custom_components.runtime.errors import UserError
-from tests.conftest import CPU, loaded_model, write_checkpoint
+from tests.support.checkpoints import write_checkpoint
+from tests.support.models import CPU, loaded_model
 
 Instance = pytest.importorskip("lm_eval.api.instance").Instance
 transformers = pytest.importorskip("transformers")

@@ -23,8 +23,9 @@ from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapters import save_adapter
 from recipes import evaluate
-from tests.conftest import CPU, TINY_TOKENIZER, loaded_model, with_random_adapters
-from tests.recipes.test_lora_single_device import tune_run
+from tests.support.models import CPU, loaded_model, with_random_adapters
+from tests.support.paths import TINY_TOKENIZER
+from tests.support.recipe_runs import tune_run
 
 QUESTIONS = ["Who?", "What is the name of the river?", "Which tree grows there?", "When?", "Why does it grow?"]
 

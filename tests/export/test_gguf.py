@@ -13,7 +13,7 @@ from torch import Tensor
 from custom_components.export.gguf import write_gguf
 from custom_components.models.shapes import LlamaShape
 from custom_components.runtime.errors import UserError
-from tests.conftest import TINY_TOKENIZER
+from tests.support.paths import TINY_TOKENIZER
 
 gguf = pytest.importorskip("gguf")
 

@@ -20,7 +20,8 @@ from custom_components.generation.sampling import Sampling
 from custom_components.transforms.jinja_template import chat_template, control_pieces_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.weights.adapted_model import load_model_for_inference
-from tests.conftest import CPU, PROJECT, TINY_LLAMA, loaded_model
+from tests.support.models import CPU, loaded_model
+from tests.support.paths import PROJECT, TINY_LLAMA
 
 pytestmark = pytest.mark.slow
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not there: pip install llama-cpp-python")

@@ -1,12 +1,8 @@
 """Merged tensors, their files, and what is refused before anything is written."""
 
-import io
 import json
 import shutil
-import sys
 import weakref
-from contextlib import redirect_stderr, redirect_stdout
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,40 +16,20 @@ from custom_components.export.merge_output import check_space
 from custom_components.export.merged_weights import BaseWeights, MergedWeights, read_adapter
 from custom_components.models.lora import adapter_modules, merged_weight
 from custom_components.runs.origin import example_rows, trained_on_nf4
-from custom_components.runtime.errors import UserError, run_recipe
+from custom_components.runtime.errors import UserError
 from custom_components.weights.safetensors_writing import write_safetensors
-from recipes.merge import recipe_main
-from tests.conftest import PROJECT, loaded_model
-from tests.laws.test_adapter_variants import merged_dora_weight, with_random_variants
-from tests.laws.test_adapters import saved_adapter
+from tests.support.adapters import saved_adapter
+from tests.support.models import loaded_model, merged_dora_weight, merged_lora_weight, with_random_variants
+from tests.support.paths import PROJECT
+from tests.support.recipe_runs import run_merge
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 4), "d": (1, 1)}
-
-
-def run_merge(**overrides):
-    """The recipe with overrides of configs/merge.yaml: exit code, and what it printed on stdout and stderr."""
-    arguments = [
-        "--config",
-        str(PROJECT / "configs/merge.yaml"),
-        *(f"{key}={value}" for key, value in overrides.items()),
-    ]
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["merge.py", *arguments]):
-        try:
-            run_recipe(recipe_main)
-        except SystemExit as exit:
-            code = exit.code
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture
 def base_and_adapter(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint()
     return checkpoint, saved_adapter(with_random_variants(loaded_model(checkpoint)), tmp_path / "adapter")
-
-
-def merged_lora_weight(layer):
-    return layer.weight + layer.scaling * layer.lora_b.weight @ layer.lora_a.weight
 
 
 def tensors_of(shapes, dtype):

@@ -10,7 +10,8 @@ from custom_components.generation.incremental import made_for_inference
 from custom_components.generation.sampling import Sampling
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
-from tests.conftest import TINY_LLAMA, TINY_TOKENIZER, loaded_model
+from tests.support.models import loaded_model
+from tests.support.paths import TINY_LLAMA, TINY_TOKENIZER
 
 GREEDY = Sampling()
 

@@ -14,7 +14,7 @@ from custom_components.models import nf4
 from custom_components.models.hidden_states import final_hidden_states
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.text_stream import TextStream
-from tests.conftest import loaded_model, with_random_adapters
+from tests.support.models import loaded_model, with_random_adapters
 
 GREEDY = Sampling()
 

@@ -16,24 +16,16 @@ from custom_components.runtime.errors import UserError
 from custom_components.training.optimizer import adapter_parameter_groups
 from custom_components.weights.adapted_model import load_model_for_inference, lora_settings
 from custom_components.weights.adapters import check_adapter_was_trained, load_adapter
-from tests.conftest import CPU, loaded_model, with_random_adapters
-from tests.laws.test_adapters import TOKENS, dequantized_in_hugging_face_order, saved_adapter
-
-
-def with_random_variants(model):
-    """Gives B and, where there is one, the magnitude other values than they begin with."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in with_random_adapters(model).named_parameters():
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
-    return model
-
-
-def merged_dora_weight(layer):
-    """magnitude * (W + s B A) / ||W + s B A||, equation 5 of the paper, with the sum built."""
-    direction = layer.weight + layer.scaling * layer.lora_b.weight @ layer.lora_a.weight
-    return layer.magnitude.unsqueeze(1) * direction / direction.norm(dim=1, keepdim=True)
+from tests.support.adapters import saved_adapter
+from tests.support.models import (
+    CPU,
+    TOKENS,
+    dequantized_in_hugging_face_order,
+    loaded_model,
+    merged_dora_weight,
+    with_random_adapters,
+    with_random_variants,
+)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 64])

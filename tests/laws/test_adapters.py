@@ -3,24 +3,20 @@
 import pytest
 import torch
 
-from custom_components.models import nf4
-from custom_components.models.lora import adapter_modules
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
+from custom_components.transforms.prompt_format import read_prompt_format
 from custom_components.weights.adapted_model import load_model_for_inference
-from custom_components.weights.adapters import check_adapter_was_trained, save_adapter
+from custom_components.weights.adapters import check_adapter_was_trained
 from custom_components.weights.checkpoint_files import base_model_name
-from custom_components.weights.names import halve_rope_rows
-from custom_components.weights.peft_format import hugging_face_module
-from tests.conftest import ALL_ATTENTION, CPU, loaded_model, with_random_adapters
-
-PROMPT_FORMAT = PromptFormat("llama2", "Be kind.", ["</s>"])
-TOKENS = torch.randint(512, (2, 30), generator=torch.Generator().manual_seed(0))
-
-
-def saved_adapter(model, directory):
-    save_adapter(model, directory, "a/base", PROMPT_FORMAT)
-    return directory
+from tests.support.adapters import PROMPT_FORMAT, saved_adapter
+from tests.support.models import (
+    ALL_ATTENTION,
+    CPU,
+    TOKENS,
+    dequantized_in_hugging_face_order,
+    loaded_model,
+    with_random_adapters,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,17 +66,6 @@ def test_L21_the_adapter_in_peft_gives_the_same_logits(make_checkpoint, test_dat
     theirs = peft.PeftModel.from_pretrained(theirs, adapter)
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits, atol=1e-4, rtol=0)
-
-
-def dequantized_in_hugging_face_order(model, parameter_name):
-    module_name = parameter_name.removesuffix(".weight")
-    [tune_name] = [f"{name}.weight" for name in adapter_modules(model) if hugging_face_module(name) == module_name]
-    weight = nf4.dequantize(model.get_parameter(tune_name), torch.float32)
-    if "q_proj" in tune_name:
-        return halve_rope_rows(weight, model.num_heads)
-    if "k_proj" in tune_name:
-        return halve_rope_rows(weight, model.layers[0].attn.num_kv_heads)
-    return weight
 
 
 def test_the_base_is_named_as_it_was_downloaded(tmp_path):

@@ -14,19 +14,12 @@ from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
 from custom_components.weights.adapted_model import load_model_for_inference, lora_settings
-from custom_components.weights.adapters import load_adapter, save_adapter
+from custom_components.weights.adapters import load_adapter
 from custom_components.weights.checkpoint_loading import load_base_weights
-from tests.conftest import CPU, PROJECT, TINY_TOKENIZER, loaded_model, with_random_adapters
-from tests.export.test_merged_weights import run_merge
-from tests.recipes.test_lora_single_device import arguments, rows  # noqa: F401 - rows is a fixture
-
-WEIGHTS = "adapter_model.safetensors"
-PROMPT_FORMAT = PromptFormat("llama2", None, ["</s>"])
-
-
-def saved_adapter(model, directory, prompt_format=PROMPT_FORMAT):
-    save_adapter(with_random_adapters(model), directory, "a/base", prompt_format)
-    return directory
+from tests.support.adapters import WEIGHTS, saved_adapter
+from tests.support.models import CPU, loaded_model
+from tests.support.paths import PROJECT, TINY_TOKENIZER
+from tests.support.recipe_runs import run_merge
 
 
 def rewritten(file, change):

@@ -9,8 +9,8 @@ from custom_components.config.components import instantiate
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.memory.estimate import estimate_memory
-from tests.conftest import write_checkpoint
-from tests.recipes.test_lora_single_device import tune_run
+from tests.support.checkpoints import write_checkpoint
+from tests.support.recipe_runs import tune_run
 
 NUM_ROWS, ROW_TOKENS = 4, 400
 

@@ -15,10 +15,10 @@ from custom_components.models import lora
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.weights import safetensors_writing as safetensors_streaming
 from custom_components.weights.adapted_model import load_model_for_inference
-from tests.conftest import CPU, TINY_LLAMA, loaded_model
-from tests.export.test_merged_weights import merged_lora_weight, run_merge
-from tests.laws.test_adapter_variants import merged_dora_weight, with_random_variants
-from tests.laws.test_adapters import TOKENS, saved_adapter
+from tests.support.adapters import saved_adapter
+from tests.support.models import CPU, TOKENS, loaded_model, merged_dora_weight, merged_lora_weight, with_random_variants
+from tests.support.paths import TINY_LLAMA
+from tests.support.recipe_runs import run_merge
 
 LORA = {
     "LoRA": {},

@@ -15,19 +15,9 @@ from custom_components.runtime.errors import UserError
 from custom_components.training.gradients import accumulate_gradients
 from custom_components.training.loss import LinearCrossEntropy
 from custom_components.training.optimizer import stop_if_not_finite
-from tests.conftest import CPU, TINY_LLAMA, loaded_model, with_random_adapters
-
-
-def random_rows(num_rows: int, seed: int = 0, vocab_size: int = 1024) -> list[dict[str, list[int]]]:
-    """Rows of different lengths, the first part of each masked, one masked whole."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for index in range(num_rows):
-        length = int(torch.randint(5, 30, (), generator=generator))
-        tokens = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
-        num_masked = length if index == 2 else int(torch.randint(1, length - 2, (), generator=generator))
-        rows.append({"tokens": tokens, "labels": [-100] * num_masked + tokens[num_masked:]})
-    return rows
+from tests.support.models import CPU, loaded_model, with_random_adapters
+from tests.support.paths import TINY_LLAMA
+from tests.support.rows import random_rows
 
 
 def gradients_of_step(model, rows, batch_size, num_recomputed_layers=0, pack_capacity=None):

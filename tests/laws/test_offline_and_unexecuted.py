@@ -19,12 +19,11 @@ from custom_components.runtime.errors import UserError
 from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
 from custom_components.weights.adapted_model import load_model_for_inference
 from custom_components.weights.adapters import save_adapter
-from tests.conftest import CPU, PROJECT, loaded_model
-from tests.recipes.test_lora_single_device import arguments, rows  # noqa: F401 - rows is a fixture
-from tests.weights.test_checkpoint_loading import as_meta_checkpoint, split_into_shards
-
-WEIGHTS = "adapter_model.safetensors"
-
+from tests.support.adapters import WEIGHTS
+from tests.support.checkpoints import as_meta_checkpoint, split_into_shards
+from tests.support.models import CPU, loaded_model
+from tests.support.paths import PROJECT
+from tests.support.recipe_runs import arguments
 
 # Refuses the network and notes every path that is written, then runs recipes, which share the imports.
 WATCHED_RUN = """
@@ -96,7 +95,7 @@ def watched(tmp_path):
 
 def test_L28_L29_without_network_everything_works_and_writes_only_where_it_is_told(
     make_checkpoint,
-    rows,  # noqa: F811
+    rows,
     tmp_path,
     watched,
 ):
@@ -193,7 +192,7 @@ def test_L29_a_run_s_checkpoint_is_not_executed(tmp_path, poison):
             find_checkpoint(resume, tmp_path / "run")
 
 
-def test_L29_cached_tokens_are_not_executed(rows, tmp_path, poison):  # noqa: F811
+def test_L29_cached_tokens_are_not_executed(rows, tmp_path, poison):
     cache = TokenCache(tmp_path / "cache", str(rows), [])
     cache.store({"tokens": np.arange(5)}, {"rows": 1})
     [file] = (tmp_path / "cache").rglob("tokens.npy")

@@ -9,8 +9,9 @@ import torch
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError
 from custom_components.training.optimizer import clip_gradients, update_adapters
-from tests.conftest import CPU, TINY_LLAMA
-from tests.recipes.test_lora_single_device import tune_run
+from tests.support.models import CPU
+from tests.support.paths import TINY_LLAMA
+from tests.support.recipe_runs import tune_run
 
 CUDA = torch.device("cuda")
 

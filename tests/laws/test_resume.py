@@ -20,8 +20,11 @@ from custom_components.runs.resuming import check_resumed_config
 from custom_components.runtime.errors import UserError
 from custom_components.training.state import Progress, TrainingState
 from custom_components.transforms.prompt_format import PromptFormat
-from tests.conftest import PROJECT, loaded_model, with_random_adapters, write_checkpoint
-from tests.recipes.test_lora_single_device import TUNE, arguments, rows, tune_run  # noqa: F401 - rows is a fixture
+from tests.support.checkpoints import write_checkpoint
+from tests.support.models import loaded_model, with_random_adapters
+from tests.support.paths import PROJECT
+from tests.support.recipe_runs import TUNE, arguments, tune_run
+from tests.support.rows import random_dialogs, write_dialogs
 
 TIMING = {"step_seconds", "tokens_per_second", "peak_memory_gib"}
 # Dropout, packs, several epochs, validation, a partial last window: what an exact resume has to bring back.
@@ -29,22 +32,6 @@ RUN = [
     *("epochs=3", "lora_dropout=0.2", "packed=true", "max_seq_len=64", "batch_size=1", "gradient_accumulation_steps=2"),
     *("save_every_n_steps=2", "val_fraction=0.2", "run_val_every_n_steps=3", "neftune_noise_alpha=5"),
 ]
-
-
-def write_rows(path):
-    generator = random.Random(0)
-    words = ["red", "green", "blue", "up", "down", "left", "right"]
-    with path.open("w") as file:
-        for _ in range(40):
-            question, answer = (" ".join(generator.choices(words, k=generator.randint(1, 8))) for _ in range(2))
-            dialog = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": dialog}) + "\n")
-
-
-@pytest.fixture
-def many_rows(tmp_path):
-    write_rows(tmp_path / "many.jsonl")
-    return tmp_path / "many.jsonl"
 
 
 def outcome(output_dir):
@@ -121,7 +108,7 @@ def finished_run(tmp_path_factory):
     """Two epochs of three steps, run once; its folder holds the base, the rows and the output."""
     folder = tmp_path_factory.mktemp("finished")
     write_checkpoint(folder / "base")
-    write_rows(folder / "rows.jsonl")
+    write_dialogs(folder / "rows.jsonl", random_dialogs(40))
     result = tune_run(*run_in(folder))
     assert result.returncode == 0, result.stderr
     return folder

@@ -12,7 +12,7 @@ from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import GenerationSettings
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.runtime.errors import UserError
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 
 TINY = PROJECT / "configs/tiny_qlora.yaml"
 VALUES = yaml.safe_load(TINY.read_text())

@@ -13,7 +13,7 @@ from custom_components.datasets.row_formats import llama2_text_row
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.templates import LLAMA2_TAGS
-from tests.conftest import TINY_TOKENIZER
+from tests.support.paths import TINY_TOKENIZER
 
 PROCESSOR = sentencepiece.SentencePieceProcessor(model_file=str(TINY_TOKENIZER))
 TRANSFORM = Llama2ChatTransform(TINY_TOKENIZER)

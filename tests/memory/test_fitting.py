@@ -14,7 +14,8 @@ from custom_components.memory.estimate import estimate_memory
 from custom_components.memory.fitting import Fit, first_fitting, fit_to_device, largest_forward
 from custom_components.memory.simulated_step import simulated_step
 from custom_components.training.loss import LinearCrossEntropy
-from tests.conftest import CPU, PROJECT
+from tests.support.models import CPU
+from tests.support.paths import PROJECT
 
 LENGTHS = [30, 20, 10, 25] * 8
 

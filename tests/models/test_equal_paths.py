@@ -10,8 +10,8 @@ from custom_components.models.attention import RowLengths, attend_row_by_row, at
 from custom_components.training.compiling import compile_layers
 from custom_components.training.gradients import NOWHERE_ELSE, accumulate_gradients
 from custom_components.training.loss import LinearCrossEntropy
-from tests.conftest import CPU, loaded_model, with_random_adapters
-from tests.laws.test_model_and_precision import random_rows
+from tests.support.models import CPU, loaded_model, with_random_adapters
+from tests.support.rows import random_rows
 
 TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 5e-2}}
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)

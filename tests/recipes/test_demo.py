@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from tests.conftest import PROJECT
+from tests.support.paths import PROJECT
 
 
 def test_the_demo_teaches_the_tiny_llama_to_answer(tmp_path):

@@ -25,7 +25,8 @@ import pytest
 from custom_components.models.shapes import shape_from_checkpoint
 from custom_components.runtime.errors import UserError
 from custom_components.weights.checkpoint_files import base_model_name
-from tests.conftest import PROJECT, TINY_LLAMA, loaded_model
+from tests.support.models import loaded_model
+from tests.support.paths import PROJECT, TINY_LLAMA
 
 OPEN_MODEL = "NousResearch/Llama-2-7b-chat-hf"
 GATED_MODEL = "meta-llama/Llama-2-7b-hf"

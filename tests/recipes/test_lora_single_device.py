@@ -2,42 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import PROJECT
-
-TUNE = Path(sys.executable).with_name("tune")
-
-
-def tune_run(*arguments: str, recipe: str = "lora_single_device", **environment: str) -> subprocess.CompletedProcess:
-    command = [str(TUNE), "run", f"recipes/{recipe}.py", *arguments]
-    return subprocess.run(
-        command, cwd=PROJECT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
-
-
-@pytest.fixture
-def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    questions = [("What is it?", "A word."), ("And that?", "Another, longer word."), ("Who?", "Nobody.")]
-    dialogs = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in questions]
-    path.write_text("".join(json.dumps({"messages": dialog}) + "\n" for dialog in dialogs))
-    return path
-
-
-def arguments(checkpoint, rows, output_dir, *overrides):
-    return [
-        *("--config", "configs/llama_qlora.yaml", f"checkpoint_dir={checkpoint}", f"dataset.source={rows}"),
-        *("device=cpu", f"output_dir={output_dir}", "batch_size=2", "gradient_accumulation_steps=1", "cache_dir=null"),
-        *overrides,
-    ]
+from tests.support.recipe_runs import arguments, tune_run
 
 
 @pytest.fixture(scope="module")

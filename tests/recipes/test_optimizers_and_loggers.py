@@ -9,8 +9,9 @@ from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
 from custom_components.memory.step_limit import StepMemory
 from custom_components.runtime.errors import UserError
-from tests.conftest import CPU, PROJECT
-from tests.recipes.test_lora_single_device import tune_run
+from tests.support.models import CPU
+from tests.support.paths import PROJECT
+from tests.support.recipe_runs import tune_run
 
 
 def losses_of_tiny_run(output_dir, *overrides):

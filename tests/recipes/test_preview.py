@@ -4,8 +4,8 @@ import json
 
 from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.row_preview import label_table, length_histogram, rendered_row
-from tests.conftest import TINY_TOKENIZER
-from tests.recipes.test_lora_single_device import tune_run
+from tests.support.paths import TINY_TOKENIZER
+from tests.support.recipe_runs import tune_run
 
 
 def test_supervised_text_is_set_apart(tmp_path, tiny_tokenizer):

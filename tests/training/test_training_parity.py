@@ -11,7 +11,7 @@ from custom_components.training.loss import LinearCrossEntropy
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapters import save_adapter
-from tests.conftest import CPU, loaded_model, with_random_adapters
+from tests.support.models import CPU, loaded_model, with_random_adapters
 
 NUM_STEPS, LEARNING_RATE, WEIGHT_DECAY = 50, 1e-3, 0.01
 

@@ -8,7 +8,7 @@ import sentencepiece
 from custom_components.export.hugging_face import write_tokenizer
 from custom_components.transforms.jinja_template import chat_template, control_pieces_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
-from tests.conftest import TINY_TOKENIZER
+from tests.support.paths import TINY_TOKENIZER
 
 CUSTOM = {
     "system": "Rôle « {content} »\n",

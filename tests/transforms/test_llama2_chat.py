@@ -8,7 +8,7 @@ from torchtune.data import Message
 
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
-from tests.conftest import TINY_TOKENIZER
+from tests.support.paths import TINY_TOKENIZER
 
 HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there!"}]
 

@@ -7,7 +7,7 @@ from custom_components.runtime.errors import UserError
 from custom_components.transforms.dialogs import chat_messages
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.templates import MarkedTemplate, Turn, prompt_template
-from tests.conftest import TINY_TOKENIZER
+from tests.support.paths import TINY_TOKENIZER
 
 DIALOG = [
     {"role": "system", "content": "Be kind."},

@@ -11,10 +11,8 @@ from custom_components.runtime.errors import UserError
 from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
 from custom_components.weights.adapted_model import load_model_for_inference, lora_settings
 from custom_components.weights.adapters import check_adapter_fits, copy_into_adapter, load_adapter, save_adapter
-from tests.conftest import CPU, loaded_model
-
-TOKENS = torch.randint(512, (2, 30), generator=torch.Generator().manual_seed(0))
-WEIGHTS = "adapter_model.safetensors"
+from tests.support.adapters import WEIGHTS, assert_same_logits
+from tests.support.models import CPU, TOKENS, loaded_model
 
 
 @pytest.fixture
@@ -34,14 +32,6 @@ def peft_model(peft):
         return model.eval()
 
     return build
-
-
-def assert_same_logits(checkpoint, adapter_dir, theirs):
-    model = load_model_for_inference(checkpoint, adapter_dir, False, torch.float32, CPU)
-    with torch.no_grad():
-        expected = theirs(TOKENS)
-        torch.testing.assert_close(model(TOKENS), getattr(expected, "logits", expected), atol=1e-4, rtol=0)
-    return model
 
 
 def rewrite_config(adapter_dir, **changes):

@@ -15,7 +15,7 @@ from custom_components.runs.adapter_card import adapter_card
 from custom_components.training.state import Progress
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.weights.card import CARD_NAME
-from tests.conftest import PROJECT, TINY_TOKENIZER
+from tests.support.paths import PROJECT, TINY_TOKENIZER
 
 HUB_BASE = "meta-llama/Llama-2-7b-hf"
 

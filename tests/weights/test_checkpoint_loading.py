@@ -1,7 +1,5 @@
 """Loading checkpoints of every layout, and refusing what is not one."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +11,9 @@ from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_to
 from custom_components.weights.adapted_model import lora_settings
 from custom_components.weights.checkpoint_loading import load_base_weights, unquantized_modules
 from custom_components.weights.names import halve_rope_rows, interleave_rope_rows
-from tests.conftest import ALL_ATTENTION, CPU, TINY_TOKENIZER, loaded_model
+from tests.support.checkpoints import as_meta_checkpoint, split_into_shards
+from tests.support.models import ALL_ATTENTION, CPU, loaded_model
+from tests.support.paths import TINY_TOKENIZER
 
 TOKENS = torch.randint(1024, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -21,69 +21,6 @@ TOKENS = torch.randint(1024, (2, 20), generator=torch.Generator().manual_seed(0)
 def logits(checkpoint):
     with torch.no_grad():
         return loaded_model(checkpoint)(TOKENS)
-
-
-def split_into_shards(checkpoint, suffix):
-    """Rewrite a one-file checkpoint as two files with an index."""
-    tensors = load_file(checkpoint / "model.safetensors")
-    (checkpoint / "model.safetensors").unlink()
-    weight_map = {}
-    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
-    for index in range(2):
-        name = f"{stem}-{index + 1:05}-of-00002.{suffix}"
-        part = dict(list(tensors.items())[index::2])
-        if suffix == "bin":
-            torch.save(part, checkpoint / name)
-        else:
-            save_file(part, checkpoint / name)
-        weight_map |= dict.fromkeys(part, name)
-    (checkpoint / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def as_meta_checkpoint(checkpoint, num_shards):
-    """Rewrite as Meta's consolidated shards: columns or rows of each weight, norms whole."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    tensors = load_file(checkpoint / "model.safetensors")
-    (checkpoint / "model.safetensors").unlink()
-    (checkpoint / "config.json").unlink()
-    params = {
-        "dim": config["hidden_size"],
-        "n_layers": config["num_hidden_layers"],
-        "n_heads": config["num_attention_heads"],
-        "n_kv_heads": config["num_key_value_heads"],
-        "norm_eps": config["rms_norm_eps"],
-        "vocab_size": config["vocab_size"],
-        # int(2 * 4 * 64 / 3) = 170, rounded up to a multiple of 128 is 256
-        "multiple_of": 128,
-    }
-    (checkpoint / "params.json").write_text(json.dumps(params))
-    names = {
-        "self_attn.q_proj": ("attention.wq", 0),
-        "self_attn.k_proj": ("attention.wk", 0),
-        "self_attn.v_proj": ("attention.wv", 0),
-        "self_attn.o_proj": ("attention.wo", 1),
-        "mlp.gate_proj": ("feed_forward.w1", 0),
-        "mlp.down_proj": ("feed_forward.w2", 1),
-        "mlp.up_proj": ("feed_forward.w3", 0),
-        "input_layernorm": ("attention_norm", None),
-        "post_attention_layernorm": ("ffn_norm", None),
-        "model.embed_tokens": ("tok_embeddings", 1),
-        "model.norm": ("norm", None),
-        "lm_head": ("output", 0),
-    }
-    shards = [{"rope.freqs": torch.zeros(1)} for _ in range(num_shards)]
-    for name, tensor in tensors.items():
-        hf_part = next(part for part in names if part in name)
-        meta_part, dimension = names[hf_part]
-        if "q_proj" in name or "k_proj" in name:
-            heads = config["num_attention_heads"] if "q_proj" in name else config["num_key_value_heads"]
-            tensor = interleave_rope_rows(tensor, heads)
-        meta_name = name.replace(hf_part, meta_part).removeprefix("model.")
-        parts = [tensor] * num_shards if dimension is None else tensor.chunk(num_shards, dimension)
-        for shard, part in zip(shards, parts, strict=True):
-            shard[meta_name] = part.clone()
-    for index, shard in enumerate(shards):
-        torch.save(shard, checkpoint / f"consolidated.{index:02}.pth")
 
 
 def test_every_layout_gives_the_same_model(make_checkpoint):

@@ -6,7 +6,7 @@ from custom_components.models import nf4
 from custom_components.models.builders import lora_llama_from_config
 from custom_components.weights import checkpoint_loading
 from custom_components.weights.checkpoint_loading import frozen_checksum, load_base_weights
-from tests.conftest import CPU
+from tests.support.models import CPU
 
 
 def load(checkpoint, cache_dir):

@@ -12,7 +12,7 @@ from torchtune.modules.peft import get_adapter_state_dict, get_lora_module_names
 
 from custom_components.runtime.errors import UserError
 from custom_components.weights.adapted_model import lora_settings
-from tests.weights.test_adapter_interchange import WEIGHTS, assert_same_logits
+from tests.support.adapters import WEIGHTS, assert_same_logits
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+"""Recipes as a user runs them."""
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+from custom_components.runtime.errors import run_recipe
+from recipes import merge
+from tests.support.paths import PROJECT
+
+TUNE = Path(sys.executable).with_name("tune")
+
+
+def tune_run(
+    *arguments: str, recipe: str = "lora_single_device", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`tune run` of a recipe in the project's directory, until it ends."""
+    command = [str(TUNE), "run", f"recipes/{recipe}.py", *arguments]
+    return subprocess.run(
+        command, cwd=PROJECT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+
+
+def arguments(checkpoint: Path, rows: Path, output_dir: Path, *overrides: str) -> list[str]:
+    """A small training run of `checkpoint` on the dialogs in `rows`."""
+    return [
+        *("--config", "configs/llama_qlora.yaml", f"checkpoint_dir={checkpoint}", f"dataset.source={rows}"),
+        *("device=cpu", f"output_dir={output_dir}", "batch_size=2", "gradient_accumulation_steps=1", "cache_dir=null"),
+        *overrides,
+    ]
+
+
+def run_merge(**overrides: object) -> tuple[int, str, str]:
+    """Run merge.py in this process, with overrides of configs/merge.yaml: exit code, stdout and stderr."""
+    arguments = [
+        "--config",
+        str(PROJECT / "configs/merge.yaml"),
+        *(f"{key}={value}" for key, value in overrides.items()),
+    ]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["merge.py", *arguments]):
+        try:
+            run_recipe(merge.recipe_main)
+        except SystemExit as exit:
+            assert isinstance(exit.code, int)
+            code = exit.code
+    return code, out.getvalue(), err.getvalue()
