@@ -32,11 +32,10 @@ from custom_components.runtime.errors import run_recipe
 from custom_components.runtime.host_allocator import keep_freed_memory, return_freed_memory
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.runtime.stopping import stop_requests
-from custom_components.training import schedules
 from custom_components.training.compiling import compile_layers, compiles_layers
 from custom_components.training.gradients import NOWHERE_ELSE, accumulate_gradients, validation_loss
 from custom_components.training.optimizer import adapter_parameter_groups, clip_gradients, update_adapters
-from custom_components.training.plan import batch_plan
+from custom_components.training.plan import plan_of
 from custom_components.training.state import TrainingState
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import PromptFormat
@@ -146,10 +145,9 @@ def train(
     memory: PeakMemory,
 ) -> None:
     """Train the adapters of `model` and keep `state`, in place, from the state's step to the last or until stopped."""
-    plan = batch_plan(settings, tokenizer.max_seq_len)
-    steps = [(epoch, forwards) for epoch in range(settings.epochs) for forwards in plan.steps(dataset.lengths, epoch)]
+    plan = plan_of(settings, dataset.lengths, tokenizer.max_seq_len, has_validation=dataset_val is not None)
+    steps = plan.steps
     batches_val = validation_batches(dataset_val, fit.batch_size)
-    num_warmup_steps = schedules.num_warmup_steps(settings.warmup_steps, settings.warmup_ratio, len(steps))
     groups = adapter_parameter_groups(model, settings.optimizer["lr"], settings.lora_plus_ratio)
     peak_rates = [group["lr"] for group in groups]
     loss_function = instantiate(settings.loss)
@@ -159,23 +157,20 @@ def train(
     step_memory = StepMemory(device)
     progress = state.progress
     activations_kept = OffloadActivations() if settings.enable_activation_offloading else NOWHERE_ELSE
-    num_forwards = sum(len(forwards) for _, forwards in steps)
-    if compiles_layers(settings.compile, device, num_forwards):
+    if compiles_layers(settings.compile, device, plan.num_forwards):
         compile_layers(model, is_optional=settings.compile == "auto")
 
     model.train()
     bar = tqdm(total=len(steps), initial=progress.num_steps, unit="step", desc="training", dynamic_ncols=True)
     with stop_requests() as stop_request:
         remaining = [] if progress.stops_early(settings.early_stopping_patience) else steps[progress.num_steps :]
-        for step, (epoch, forwards) in enumerate(remaining, progress.num_steps + 1):
+        for planned in remaining:
+            step = planned.number
             step_start_seconds = time.perf_counter()
-            torch.manual_seed(settings.seed * 2**20 + step)  # dropout is a function of the step
-            batches = [collate([dataset[row] for row in rows]) for rows in forwards]
-            rate_factor = instantiate(
-                settings.lr_scheduler, step=step, num_steps=len(steps), num_warmup_steps=num_warmup_steps
-            )
+            torch.manual_seed(planned.seed)  # dropout is a function of the step
+            batches = [collate([dataset[row] for row in rows]) for rows in planned.forwards]
             for group, peak_rate in zip(state.optimizer.param_groups, peak_rates, strict=True):
-                group["lr"] = peak_rate * rate_factor
+                group["lr"] = peak_rate * planned.rate_factor
 
             largest_forward_tokens = max(batch.num_tokens for batch in batches)
             try:
@@ -194,13 +189,13 @@ def train(
             step_memory.add_step(largest_forward_tokens)
             norm = clip_gradients(state.optimizer, state.scaler, settings.clip_grad_norm)
             loss, grad_norm = torch.stack([mean_loss, norm]).tolist()  # note: the step's one CPU-GPU sync point
-            is_skipped = update_adapters(state.optimizer, state.scaler, loss, grad_norm, step, forwards)
+            is_skipped = update_adapters(state.optimizer, state.scaler, loss, grad_norm, step, planned.forwards)
 
             num_tokens, seconds = sum(batch.num_tokens for batch in batches), time.perf_counter() - step_start_seconds
             progress.add_step(num_tokens, seconds, is_skipped)
             record = {
                 "step": step,
-                "epoch": epoch,
+                "epoch": planned.epoch,
                 "loss": loss,
                 "lr": state.optimizer.param_groups[0]["lr"],
                 "grad_norm": grad_norm,
@@ -216,8 +211,7 @@ def train(
             bar.update()
             bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
 
-            is_epoch_end = step == len(steps) or steps[step][0] != epoch
-            if batches_val and (is_epoch_end or is_due(step, settings.run_val_every_n_steps)):
+            if planned.validates:
                 val_loss = validation_loss(model, batches_val, loss_function, device)
                 metrics.write({"step": step, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)})
                 if progress.add_validation(val_loss):
@@ -225,9 +219,7 @@ def train(
                 if settings.sample_prompts:
                     write_samples(directory.samples, step, model, tokenizer, settings.sample_prompts)
             stops_early = progress.stops_early(settings.early_stopping_patience)
-            is_last = step == len(steps) or stops_early or stop_request.signal_number is not None
-            saves_after_epoch = settings.save_every_n_steps is None and is_epoch_end
-            if is_last or saves_after_epoch or is_due(step, settings.save_every_n_steps):
+            if planned.saves or stops_early or stop_request.signal_number is not None:
                 save_checkpoint(directory.path, model, state, settings, base_model, prompt_format)
             stop_request.leave_if_asked()
             if stops_early:
@@ -247,10 +239,6 @@ def go_on_in(directory: RunDirectory, checkpoint: Path, num_steps: int) -> None:
     for before, records in ((run_before.metrics, directory.metrics), (run_before.samples, directory.samples)):
         if before.exists():
             keep_metrics_until(before, records, num_steps)
-
-
-def is_due(step: int, every_n_steps: int | None) -> bool:
-    return every_n_steps is not None and step % every_n_steps == 0
 
 
 def validation_batches(dataset_val: ChatDataset | None, batch_size: int) -> list[Batch]:

@@ -13,8 +13,7 @@ from custom_components.config.training_settings import PreviewSettings
 from custom_components.datasets.row_preview import label_table, length_histogram, rendered_row
 from custom_components.datasets.tokenized_rows import ChatDataset, split_validation
 from custom_components.runtime.errors import UserError, run_recipe
-from custom_components.training import schedules
-from custom_components.training.plan import batch_plan
+from custom_components.training.plan import plan_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 
 
@@ -52,13 +51,11 @@ def show_rows(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: Pr
 
 def show_plan(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: PreviewSettings) -> None:
     """The optimizer steps that the run would take, and how full they are."""
-    plan = batch_plan(settings, tokenizer.max_seq_len)
     lengths = dataset.lengths
-    steps = [step for epoch in range(settings.epochs) for step in plan.steps(lengths, epoch)]
-    forward_sizes = [sum(lengths[row] for row in rows) for step in steps for rows in step]
-    num_warmup_steps = schedules.num_warmup_steps(settings.warmup_steps, settings.warmup_ratio, len(steps))
+    plan = plan_of(settings, lengths, tokenizer.max_seq_len, has_validation=False)
+    forward_sizes = [sum(lengths[row] for row in rows) for step in plan.steps for rows in step.forwards]
     print(
-        f"{len(steps)} optimizer steps, {num_warmup_steps} of them warm-up; {len(forward_sizes)} forwards of "
+        f"{len(plan.steps)} optimizer steps, {plan.num_warmup_steps} of them warm-up; {len(forward_sizes)} forwards of "
         f"{min(forward_sizes)} to {max(forward_sizes)} tokens, {sum(forward_sizes) // len(forward_sizes)} on average"
     )
 

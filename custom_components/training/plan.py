@@ -1,11 +1,59 @@
-"""The steps of a run, from its config."""
+"""The plan of a training run: every optimizer step is known before the first, so resuming has nothing to remember."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from custom_components.config.components import instantiate
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.batching import BatchPlan
+from custom_components.training import schedules
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One optimizer step.
+
+    Attributes:
+        number: counted from 1.
+        epoch: counted from 0.
+        forwards: the rows of each forward, by index.
+        seed: for dropout and NEFTune's noise.
+        rate_factor: the share of the peak learning rate.
+        validates: a validation follows.
+        saves: a run checkpoint follows, after the validation.
+    """
+
+    number: int
+    epoch: int
+    forwards: list[list[int]]
+    seed: int
+    rate_factor: float
+    validates: bool
+    saves: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps of a run, in order.
+
+    Attributes:
+        num_warmup_steps: the first steps, over which the rate rises.
+    """
+
+    steps: list[PlannedStep]
+    num_warmup_steps: int
+
+    @property
+    def num_forwards(self) -> int:
+        return sum(len(step.forwards) for step in self.steps)
 
 
 def batch_plan(settings: TrainingSettings, max_seq_len: int | None) -> BatchPlan:
-    """Read how rows become steps from a config whose `batch_size` is a number; a pack holds `max_seq_len` tokens."""
+    """Read how rows become steps from a config whose `batch_size` is a number.
+
+    Args:
+        max_seq_len: the tokens of a pack.
+    """
     assert settings.batch_size != "auto"
     return BatchPlan(
         settings.batch_size,
@@ -16,3 +64,44 @@ def batch_plan(settings: TrainingSettings, max_seq_len: int | None) -> BatchPlan
         group_by_length=settings.group_by_length,
         max_steps_per_epoch=settings.max_steps_per_epoch,
     )
+
+
+def plan_of(
+    settings: TrainingSettings, lengths: Sequence[int], max_seq_len: int | None, *, has_validation: bool
+) -> Plan:
+    """The plan of a training config, a pure function of it and of the rows' lengths.
+
+    This is where the settings become a plan: nothing else in this room takes them as a whole.
+
+    Args:
+        lengths: tokens of each row.
+        max_seq_len: the tokens of a pack.
+        has_validation: there are rows to validate on.
+    """
+    batches = batch_plan(settings, max_seq_len)
+    steps = [(epoch, forwards) for epoch in range(settings.epochs) for forwards in batches.steps(lengths, epoch)]
+    num_warmup_steps = schedules.num_warmup_steps(settings.warmup_steps, settings.warmup_ratio, len(steps))
+    planned = []
+    for number, (epoch, forwards) in enumerate(steps, 1):
+        is_last = number == len(steps)
+        ends_epoch = is_last or steps[number][0] != epoch
+        planned.append(
+            PlannedStep(
+                number=number,
+                epoch=epoch,
+                forwards=forwards,
+                seed=settings.seed * 2**20 + number,
+                rate_factor=instantiate(
+                    settings.lr_scheduler, step=number, num_steps=len(steps), num_warmup_steps=num_warmup_steps
+                ),
+                validates=has_validation and (ends_epoch or _is_due(number, settings.run_val_every_n_steps)),
+                saves=is_last
+                or _is_due(number, settings.save_every_n_steps)
+                or (settings.save_every_n_steps is None and ends_epoch),
+            )
+        )
+    return Plan(planned, num_warmup_steps)
+
+
+def _is_due(number: int, every_n_steps: int | None) -> bool:
+    return every_n_steps is not None and number % every_n_steps == 0

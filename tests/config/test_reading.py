@@ -17,7 +17,7 @@ from tests.support.paths import PROJECT
 
 TRAINING_CONFIGS = sorted(PROJECT.glob("configs/*qlora.yaml")) + [PROJECT / "configs/llama2_7b_lora.yaml"]
 TINY = PROJECT / "configs/tiny_qlora.yaml"
-READERS = ("config/*settings.py", "datasets/batching.py", "runs/*.py")  # components that take the settings as they are
+READERS = ("config/*settings.py", "training/plan.py", "runs/*.py")  # components that take the settings as they are
 
 
 @pytest.fixture(autouse=True)
