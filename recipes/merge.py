@@ -28,6 +28,7 @@ from custom_components.export.merge_proof import (
 from custom_components.export.merge_record import check_not_merged_yet, write_record
 from custom_components.export.merged_card import merged_card
 from custom_components.export.merged_weights import BaseWeights, MergedAdapter, MergedWeights, read_adapter
+from custom_components.export.modelfile import write_modelfile
 from custom_components.runs.origin import example_rows, trained_on_nf4
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.process_memory import PeakMemory
@@ -114,7 +115,7 @@ def write_hugging_face(
 
 
 def write_gguf_file(directory: Path, merged: MergedWeights, settings: MergeSettings, template: str | None) -> Weights:
-    """Write one GGUF file; returns what it holds, read back."""
+    """Write one GGUF file, and a Modelfile for Ollama; returns what the file holds, read back."""
     name = settings.output_dir.resolve().name
     path = directory / f"{name}-{settings.gguf_quantization}.gguf"
     write_gguf(
@@ -126,6 +127,8 @@ def write_gguf_file(directory: Path, merged: MergedWeights, settings: MergeSetti
         chat_template=template,
         name=name,
     )
+    prompt_format = stated_prompt_format(settings.checkpoint_dir, settings.weighted_adapters[0].dir)
+    write_modelfile(directory, path.name, prompt_format, control_pieces_of(settings.checkpoint_dir / "tokenizer.model"))
     return GgufWeights(path, merged.shape)
 
 

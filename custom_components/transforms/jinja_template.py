@@ -9,7 +9,7 @@ from typing import Any
 
 import sentencepiece
 
-from custom_components.transforms.templates import LLAMA2_TAGS, MarkedTemplate, prompt_template
+from custom_components.transforms.templates import LLAMA2_TAGS, MarkedTemplate, default_system_prompt, prompt_template
 
 # note: every tag strips the line break before it, so that nothing but expressions puts text into the prompt.
 _START = """\
@@ -77,18 +77,11 @@ def chat_template(description: str | dict[str, str], system_prompt: str | None, 
         "bos": control_pieces["bos_token"],
         "eos": control_pieces["eos_token"],
         "marks": [*control_pieces.values()],
-        "default_system": system_prompt,
+        "default_system": default_system_prompt(description, system_prompt),
     }
     if isinstance(template, MarkedTemplate):
         turn = _MARKED_TURN
-        before_system, _, after_system = template.system.partition("{content}")
-        before_user, _, after_user = template.user.partition("{content}")
-        before_answer, _, after_answer = template.assistant.partition("{content}")
-        constants |= {
-            "default_system": template.default_system if system_prompt is None else system_prompt,
-            **{"before_system": before_system, "after_system": after_system},
-            **{"before_user": before_user, "before_answer": after_user + before_answer, "after_answer": after_answer},
-        }
+        constants |= template.marks
     else:
         turn = _LLAMA2_TURN
         constants["marks"] = [*control_pieces.values(), *LLAMA2_TAGS]

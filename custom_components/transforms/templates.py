@@ -63,6 +63,17 @@ class MarkedTemplate:
     system: str = "{content}\n\n"
     default_system: str | None = None
 
+    @property
+    def marks(self) -> dict[str, str]:
+        """The text around a system prompt, before a user's message, and around an answer, by name."""
+        before_system, _, after_system = self.system.partition("{content}")
+        before_user, _, after_user = self.user.partition("{content}")
+        before_answer, _, after_answer = self.assistant.partition("{content}")
+        return {
+            **{"before_system": before_system, "after_system": after_system, "before_user": before_user},
+            **{"before_answer": after_user + before_answer, "after_answer": after_answer},
+        }
+
     def __call__(self, messages: Sequence[ChatMessage]) -> list[Turn]:
         system, exchanges = _exchanges(messages)
         system = self.default_system if system is None else system
@@ -118,6 +129,18 @@ def prompt_template(description: str | Mapping[str, str]) -> PromptTemplate:
         if part.count("{content}") != 1:
             raise UserError(f"prompt_template.{name}: {part!r} has to hold {{content}} once, where the message goes")
     return MarkedTemplate(**description)
+
+
+def default_system_prompt(description: str | Mapping[str, str], system_prompt: str | None) -> str | None:
+    """The system prompt of dialogs that have none of their own: the one given, else the template's own, if any.
+
+    Raises:
+        UserError: no such template.
+    """
+    template = prompt_template(description)
+    if system_prompt is None and isinstance(template, MarkedTemplate):
+        return template.default_system
+    return system_prompt
 
 
 def dialog_turns(messages: Sequence[ChatMessage], template: PromptTemplate) -> list[Turn]:

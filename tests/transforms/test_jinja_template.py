@@ -8,33 +8,8 @@ import sentencepiece
 from custom_components.export.hugging_face import write_tokenizer
 from custom_components.transforms.jinja_template import chat_template, control_pieces_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from tests.support.dialogs import CUSTOM, DIALOGS, messages_of
 from tests.support.paths import TINY_TOKENIZER
-
-CUSTOM = {
-    "system": "Rôle « {content} »\n",
-    "user": 'Q "{content}" {{ x }} {% y %} 🙂\n',
-    "assistant": "A\\n: {content} END",
-}
-DIALOGS = {
-    "one question": [("user", "Hello")],
-    "several turns": [
-        ("user", "Hello"),
-        ("assistant", "Hi there!"),
-        ("user", "And?"),
-        ("assistant", "No."),
-        ("user", "x"),
-    ],
-    "system": [("system", "You are kind."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Go on.")],
-    "closed": [("user", "2 + 2?"), ("assistant", "4")],
-    "empty answer": [("user", "a"), ("assistant", ""), ("user", "b")],
-    "empty system": [("system", ""), ("user", "a")],
-    "whitespace": [
-        *(("system", "\n two  spaces \t"), ("user", "a  b\n\n\tc \u00a0 \n"), ("assistant", "x\r\n  y\n\n")),
-        ("user", "z   "),
-    ],
-    "unicode": [("user", "Où? 漢字 🙂 e\u0301 \u200b ﬁ"), ("assistant", "Là-bas ½ 👩‍👩‍👧"), ("user", "ß ÿ \ufeff")],
-    "looks like Jinja": [("user", "{{ messages }} {% raw %} {# no #} \\n 'quoted' \"twice\""), ("assistant", "}} %}")],
-}
 
 
 @pytest.fixture(scope="module", params=["tiny", "llama2_tokenizer", "stories260K"])
@@ -63,10 +38,6 @@ def their_ids(their_tokenizer, tokenizer_model):
         )
 
     return ids
-
-
-def messages_of(dialog):
-    return [{"role": role, "content": content} for role, content in dialog]
 
 
 @pytest.mark.parametrize("system_prompt", [None, 'Be "kind".\n🙂\\'])

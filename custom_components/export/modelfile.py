@@ -1,0 +1,77 @@
+"""The Modelfile beside a GGUF file: what Ollama needs to hear of a prompt format.
+
+Ollama does not run the file's own Jinja template everywhere: before 0.30 it only compared it with those that it knows,
+and had no chat format for others. Format: ollama/ollama @fb30760, docs/modelfile.mdx, and its parser, parser/parser.go.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from custom_components.transforms.go_template import go_template
+from custom_components.transforms.prompt_format import PromptFormat
+from custom_components.transforms.templates import default_system_prompt
+
+MODELFILE_NAME = "Modelfile"
+_HEAD = """\
+# For Ollama: ollama create NAME -f Modelfile
+FROM ./{gguf_name}
+"""
+# Ollama's own defaults draw at temperature 0.8 and, before 0.30, punish repetition.
+_SAMPLING = """\
+# As generate.py answers by default: always the likeliest token. Delete both lines for Ollama's own defaults.
+PARAMETER temperature 0
+PARAMETER repeat_penalty 1
+"""
+
+
+def write_modelfile(
+    directory: Path, gguf_name: str, prompt_format: PromptFormat | None, control_pieces: Mapping[str, str]
+) -> None:
+    """Write a Modelfile that gives the tokens of a prompt format, or say why there is none.
+
+    Args:
+        gguf_name: the model's file in the same directory.
+        prompt_format: None: it is not known.
+        control_pieces: see :func:`control_pieces_of`.
+    """
+    if prompt_format is None:
+        print(
+            f"no {MODELFILE_NAME} is written: no prompt format is stated, and a Jinja template cannot be put into "
+            "Ollama's language; Ollama 0.30 and later run the one in the file, if there is one, from a line `FROM`"
+        )
+    elif not gguf_name.isprintable():
+        print(f"no {MODELFILE_NAME} is written: it cannot name {gguf_name!r}; give output_dir a printable name")
+    else:
+        text = modelfile(gguf_name, prompt_format, control_pieces)
+        (directory / MODELFILE_NAME).write_text(text, encoding="utf-8")
+
+
+def modelfile(gguf_name: str, prompt_format: PromptFormat, control_pieces: Mapping[str, str]) -> str:
+    """The text of a Modelfile.
+
+    Raises:
+        UserError: no such template.
+    """
+    system = default_system_prompt(prompt_format.prompt_template, prompt_format.system_prompt)
+    # Ollama takes an empty SYSTEM for none.
+    is_instruction = system is not None and system != "" and _can_be_quoted(system)
+    template = go_template(prompt_format.prompt_template, control_pieces, None if is_instruction else system)
+    return "".join(
+        [
+            _HEAD.format(gguf_name=gguf_name),
+            f'TEMPLATE """{template}"""\n',
+            f'SYSTEM """{system}"""\n' if is_instruction else "",
+            *_stops(prompt_format.stop_tokens),
+            _SAMPLING,
+        ]
+    )
+
+
+def _stops(pieces: Sequence[str]) -> list[str]:
+    """Stop tokens as texts, for what writes control tokens out as texts; they also end an answer as tokens."""
+    return [f'PARAMETER stop "{piece}"\n' for piece in pieces if piece.isprintable()]
+
+
+def _can_be_quoted(text: str) -> bool:
+    """Whether a text comes out of the parser between three quotes as it went in: it drops what is not printable."""
+    return '"""' not in text and all(character.isprintable() or character in "\t\n\r" for character in text)
