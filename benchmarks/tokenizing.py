@@ -53,8 +53,8 @@ def main() -> None:
 
     start = time.perf_counter()
     for first in range(0, len(repeated), 1024):
-        transform.encode_dialogs(repeated[first : first + 1024])
-    report("encode_dialogs", len(repeated), time.perf_counter() - start, loop_seconds)
+        transform.encode_turns([transform.render(dialog) for dialog in repeated[first : first + 1024]])
+    report("render and encode_turns", len(repeated), time.perf_counter() - start, loop_seconds)
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "rows.jsonl"

@@ -27,7 +27,7 @@ from custom_components.evaluation.answers import (
 from custom_components.evaluation.report import Measures, results_file, results_table
 from custom_components.evaluation.scores import scores_by_source
 from custom_components.models.builders import lora_llama_from_config
-from custom_components.runs.origin import draw_as_in_run
+from custom_components.runs.origin import tokenizer_of_run
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
@@ -93,13 +93,11 @@ def fitted_tokenizer(settings: EvaluationSettings) -> Llama2ChatTransform:
         settings.adapter_dir,
         prompt_template=settings.prompt_template,
         system_prompt=settings.system_prompt,
-    )
-    tokenizer.max_seq_len = settings.max_seq_len
+    ).replace(max_seq_len=settings.max_seq_len)
     if settings.val_fraction is not None and settings.adapter_dir is not None:
-        draw_as_in_run(settings.adapter_dir, tokenizer, settings)
+        tokenizer = tokenizer_of_run(settings.adapter_dir, tokenizer, settings)
     with torch.device("meta"):
-        fit_tokenizer(tokenizer, lora_llama_from_config(settings.checkpoint_dir, lora_attn_modules=[]))
-    return tokenizer
+        return fit_tokenizer(tokenizer, lora_llama_from_config(settings.checkpoint_dir, lora_attn_modules=[]))
 
 
 def rows_to_evaluate(settings: EvaluationSettings, tokenizer: Llama2ChatTransform) -> ChatDataset | None:

@@ -8,6 +8,7 @@ tune run recipes/generate.py --config configs/generate.yaml ... chat=true
 import contextlib
 import sys
 
+from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import disable_adapter
 from tqdm import tqdm
 
@@ -47,7 +48,9 @@ def recipe_main() -> None:
         )
         # Read before the model is loaded: what is wrong with them is said at once.
         prompts = tokenized_prompts(settings, tokenizer)
-        model = load_model(settings, tokenizer)
+        loaded = load_model(settings)
+        tokenizer = fit_tokenizer(tokenizer, loaded)
+        model = made_for_inference(loaded, fold_adapter=settings.fold_adapter)
 
     if settings.chat:
         conversation = Conversation(model, tokenizer, settings.max_new_tokens, sampling(settings))
@@ -76,14 +79,12 @@ def tokenized_prompts(settings: GenerationSettings, tokenizer: Llama2ChatTransfo
     return [] if settings.chat else [one_prompt(settings.prompt, tokenizer, max_seq_len)]
 
 
-def load_model(settings: GenerationSettings, tokenizer: Llama2ChatTransform) -> IncrementalLlama:
+def load_model(settings: GenerationSettings) -> TransformerDecoder:
     device = resolved_device(settings.device)
     dtype, _ = resolved_dtype(settings.dtype, device)
-    model = load_model_for_inference(
+    return load_model_for_inference(
         settings.checkpoint_dir, settings.adapter_dir, settings.quantize_base, dtype, device
     )
-    fit_tokenizer(tokenizer, model)
-    return made_for_inference(model, fold_adapter=settings.fold_adapter)
 
 
 def sampling(settings: GenerationSettings) -> Sampling:

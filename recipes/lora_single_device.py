@@ -61,8 +61,9 @@ def recipe_main() -> None:
 
     with torch.device("meta"):
         model = instantiate(settings.model)
-    tokenizer = instantiate(settings.tokenizer)
-    fit_tokenizer(tokenizer, model)
+    tokenizer = fit_tokenizer(instantiate(settings.tokenizer), model)
+    # What the adapter learns with is what validation and generation use.
+    tokenizer = tokenizer.with_system_prompt(settings.dataset.get("system_prompt"))
     dataset, dataset_val = training_and_validation(settings, tokenizer)
     print("\n".join(map(str, dataset.summaries)))
 
@@ -122,8 +123,6 @@ def training_and_validation(
 ) -> tuple[ChatDataset, ChatDataset | None]:
     """The rows to train on, and those to validate on, if any."""
     dataset = instantiate(settings.dataset, tokenizer=tokenizer)
-    # The data set's own system prompt is what the adapter learns with: validation and generation are to use it too.
-    tokenizer.system_prompt = settings.dataset.get("system_prompt") or tokenizer.system_prompt
     if settings.val_fraction is not None:
         return split_validation(dataset, settings.val_fraction, settings.seed)
     if settings.dataset_val is not None:

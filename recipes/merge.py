@@ -58,8 +58,7 @@ def recipe_main() -> None:
     adapters = [read_adapter(settings.checkpoint_dir, a.dir, a.weight) for a in settings.weighted_adapters]
     check_not_merged_yet(settings.checkpoint_dir, adapters, allow_merged_base=settings.allow_merged_base)
     merged = MergedWeights(base, adapters)
-    tokenizer = tokenizer_of_adapter(settings.checkpoint_dir, adapter_dirs[0])
-    fit_tokenizer(tokenizer, base.model)
+    tokenizer = fit_tokenizer(tokenizer_of_adapter(settings.checkpoint_dir, adapter_dirs[0]), base.model)
     template = template_of(adapter_dirs, settings.checkpoint_dir)
     storage = storage_of(settings, base)
     num_bytes = round(merged.num_values * BYTES_PER_VALUE[storage])

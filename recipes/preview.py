@@ -22,7 +22,7 @@ def recipe_main() -> None:
     tokenizer = instantiate(settings.tokenizer)
     if settings.checkpoint_dir.is_dir():
         with torch.device("meta"):
-            fit_tokenizer(tokenizer, instantiate(settings.model))
+            tokenizer = fit_tokenizer(tokenizer, instantiate(settings.model))
     dataset = instantiate(settings.dataset, tokenizer=tokenizer)
     if settings.val_fraction is not None:
         dataset, dataset_val = split_validation(dataset, settings.val_fraction, settings.seed)

@@ -15,8 +15,7 @@ from custom_components.datasets.sources import BadRow, Row, read_rows
 from custom_components.datasets.token_cache import TokenCache
 from custom_components.datasets.tokenized_rows import ChatDataset, DatasetSummary, mixed
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.dialogs import ChatMessage
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.llama2_chat import EncodedDialog, Llama2ChatTransform
 
 _NUM_ROWS_PER_ENCODE = 1024
 
@@ -55,7 +54,7 @@ def chat_dataset(
         max_rows: read so many rows of each source and no more.
         format: one of :mod:`row_formats`; None: recognised from the columns.
         column_map: the file's column for each of ours, where the names differ: `{prompt: question}`.
-        system_prompt: for dialogs that have none of their own.
+        system_prompt: for dialogs that have none of their own; None: the tokenizer's.
         on_overlong: what happens to rows over `max_seq_len`: "truncate" cuts them, without a false EOS.
         on_bad_row: "skip" drops and counts rows that cannot be read as a dialog.
         cache_dir: tokens of local files are kept here and read back by later runs; None: they are not.
@@ -64,8 +63,8 @@ def chat_dataset(
         UserError: a source or row that cannot be read, by file and line; or no row with a token to train on.
     """
     reader = _Reader(
-        *(tokenizer, split, subset, revision, streaming, max_rows),
-        *(format, column_map or {}, system_prompt, on_overlong, on_bad_row),
+        *(tokenizer.with_system_prompt(system_prompt), split, subset, revision, streaming, max_rows),
+        *(format, column_map or {}, on_overlong, on_bad_row),
     )
     sources = [WeightedSource(source=source)] if isinstance(source, str) else source
     if not sources:
@@ -86,7 +85,6 @@ class _Reader:
     max_rows: int | None
     format: str | None
     column_map: dict[str, str]
-    system_prompt: str | None
     on_overlong: str
     on_bad_row: str
 
@@ -99,8 +97,7 @@ class _Reader:
             rows = np.arange(len(arrays["ends"]) - 1)
             return ChatDataset(**arrays, rows=rows, summaries=[DatasetSummary(**{**counts, "source": source})])
         dataset = self.read(source)
-        arrays = {"tokens": dataset._tokens, "is_masked": dataset._is_masked, "ends": dataset._ends}
-        cache.store(arrays, vars(dataset.summaries[0]))
+        cache.store(dataset.arrays, vars(dataset.summaries[0]))
         return dataset
 
     def read(self, source: str) -> ChatDataset:
@@ -125,19 +122,19 @@ class _Reader:
         row_format = self.row_format(first)
         summary.format = row_format.name
         token_chunks: list[np.ndarray] = []
-        mask_chunks: list[np.ndarray] = []
+        supervised_chunks: list[np.ndarray] = []
         lengths: list[int] = []
         first_text = ""
         with tqdm(desc=f"tokenizing {source}", unit="row", leave=False, delay=2) as progress:
             chunk = [first, *islice(rows, _NUM_ROWS_PER_ENCODE - 1)]
             while chunk:
-                for location, tokens, mask in self.encode(chunk, row_format, summary):
-                    first_text = first_text or self.tokenizer.decode(tokens)[:200]
-                    if self.keeps(location, tokens, mask, summary):
+                for location, encoded in self.encode(chunk, row_format, summary):
+                    first_text = first_text or self.tokenizer.decode(encoded.tokens)[:200]
+                    if self.keeps(location, encoded, summary):
                         cut = self.tokenizer.max_seq_len
-                        token_chunks.append(np.array(tokens[:cut], np.int32))
-                        mask_chunks.append(np.array(mask[:cut], bool))
-                        lengths.append(len(tokens[:cut]))
+                        token_chunks.append(np.array(encoded.tokens[:cut], np.int32))
+                        supervised_chunks.append(np.array(encoded.is_supervised[:cut], bool))
+                        lengths.append(len(encoded.tokens[:cut]))
                 progress.update(len(chunk))
                 chunk = list(islice(rows, _NUM_ROWS_PER_ENCODE))
         if not lengths:
@@ -149,7 +146,7 @@ class _Reader:
         summary.num_kept = len(lengths)
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         return ChatDataset(
-            np.concatenate(token_chunks), np.concatenate(mask_chunks), ends, np.arange(len(lengths)), [summary]
+            np.concatenate(token_chunks), np.concatenate(supervised_chunks), ends, np.arange(len(lengths)), [summary]
         )
 
     def row_format(self, first: Row) -> RowFormat:
@@ -163,14 +160,14 @@ class _Reader:
 
     def encode(
         self, rows: Sequence[Row], row_format: RowFormat, summary: DatasetSummary
-    ) -> Iterator[tuple[str, list[int], list[bool]]]:
-        """Location, tokens and mask of each of the rows that is a dialog."""
-        locations, dialogs = [], []
+    ) -> Iterator[tuple[str, EncodedDialog]]:
+        """Tokenize the rows that are dialogs; yields each with its location."""
+        locations, rendered_dialogs = [], []
         for row in rows:
             summary.num_rows += 1
             try:
-                dialog = self.dialog(row, row_format)
-                self.tokenizer.check(dialog)
+                dialog = row_format.convert(renamed(row.values, self.column_map))
+                turns = self.tokenizer.render(dialog)
             except ValueError as error:
                 if self.on_bad_row == "error":
                     raise UserError(f"{row.location}: {error}") from None
@@ -178,19 +175,12 @@ class _Reader:
                 continue
             summary.num_empty_messages += any(not message.content for message in dialog)
             locations.append(row.location)
-            dialogs.append(dialog)
-        for location, (tokens, mask) in zip(locations, self.tokenizer.encode_dialogs(dialogs), strict=True):
-            yield location, tokens, mask
+            rendered_dialogs.append(turns)
+        yield from zip(locations, self.tokenizer.encode_turns(rendered_dialogs), strict=True)
 
-    def dialog(self, row: Row, row_format: RowFormat) -> list[ChatMessage]:
-        dialog = row_format.convert(renamed(row.values, self.column_map))
-        if self.system_prompt is not None and dialog[0].role == "user":
-            return [ChatMessage("system", self.system_prompt), *dialog]
-        return dialog
-
-    def keeps(self, location: str, tokens: list[int], mask: list[bool], summary: DatasetSummary) -> bool:
-        """Whether a row is trained on; counts it."""
-        cut = self.tokenizer.max_seq_len
+    def keeps(self, location: str, encoded: EncodedDialog, summary: DatasetSummary) -> bool:
+        """Decide whether a row is trained on, and count it."""
+        tokens, cut = encoded.tokens, self.tokenizer.max_seq_len
         if cut is not None and len(tokens) > cut:
             if self.on_overlong == "error":
                 text = self.tokenizer.decode(tokens)[:60]
@@ -199,7 +189,7 @@ class _Reader:
                 summary.num_overlong += 1
                 return False
         # The first token is never predicted, so it does not count as supervised.
-        num_supervised = len(mask[1:cut]) - sum(mask[1:cut])
+        num_supervised = sum(encoded.is_supervised[1:cut])
         if num_supervised == 0:
             summary.num_unsupervised += 1
             return False

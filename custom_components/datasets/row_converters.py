@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
-from custom_components.transforms.dialogs import PLAIN_TEXT_ROLE, ChatMessage, chat_messages
+from custom_components.transforms.dialogs import PLAIN_TEXT_ROLE, ChatMessage, chat_messages, with_system_message
 
 RowConverter = Callable[[dict[str, Any]], list[ChatMessage]]
 
@@ -210,9 +210,7 @@ def with_system(convert: RowConverter) -> RowConverter:
     def convert_row(values: dict[str, Any]) -> list[ChatMessage]:
         messages = convert(values)
         system = _optional_text(values, "system")
-        if messages[0].role == "user" and system.strip():
-            messages = [ChatMessage("system", system), *messages]
-        return messages
+        return with_system_message(messages, system if system.strip() else None)
 
     return convert_row
 

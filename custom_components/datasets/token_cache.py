@@ -13,8 +13,8 @@ from custom_components.datasets.sources import data_files
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
 
-# Part of every key: raised whenever the same inputs would give other tokens.
-_VERSION = 1
+# Part of every key: raised whenever the same inputs would give other tokens or other arrays.
+_VERSION = 2
 
 
 class TokenCache:

@@ -1,4 +1,4 @@
-"""A data set ready to train on: every row as token ids and a mask, and an account of what became of each."""
+"""A data set ready to train on: every row as token ids, which of them are supervised, and an account of the rows."""
 
 import hashlib
 from collections.abc import Sequence
@@ -58,16 +58,21 @@ class ChatDataset(Dataset):
     def __init__(
         self,
         tokens: np.ndarray,
-        is_masked: np.ndarray,
+        is_supervised: np.ndarray,
         ends: np.ndarray,
         rows: np.ndarray,
         summaries: Sequence[DatasetSummary],
     ) -> None:
         self._tokens = tokens
-        self._is_masked = is_masked
+        self._is_supervised = is_supervised
         self._ends = ends  # row i lies in ends[i] .. ends[i + 1]
         self._rows = rows  # which of the rows there are this data set's, in order
         self.summaries = list(summaries)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of all rows, also those that are not this data set's, by the names of the arguments."""
+        return {"tokens": self._tokens, "is_supervised": self._is_supervised, "ends": self._ends}
 
     @property
     def lengths(self) -> list[int]:
@@ -86,12 +91,12 @@ class ChatDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         row = slice(*self._ends[self._rows[index] : self._rows[index] + 2])
-        labels = np.where(self._is_masked[row], CROSS_ENTROPY_IGNORE_IDX, self._tokens[row])
+        labels = np.where(self._is_supervised[row], self._tokens[row], CROSS_ENTROPY_IGNORE_IDX)
         return {"tokens": self._tokens[row].tolist(), "labels": labels.tolist()}
 
     def rows(self, indices: Sequence[int]) -> "ChatDataset":
         """A data set of some of the rows, which may repeat; the arrays are shared."""
-        return ChatDataset(self._tokens, self._is_masked, self._ends, self._rows[indices], self.summaries)
+        return ChatDataset(**self.arrays, rows=self._rows[indices], summaries=self.summaries)
 
     @property
     def digest(self) -> str:
@@ -102,9 +107,10 @@ class ChatDataset(Dataset):
         return contents.hexdigest()
 
     def content_digest(self, index: int) -> bytes:
-        """A hash of a row's tokens and mask: equal for equal rows."""
+        """A hash of a row's tokens and of which are supervised: equal for equal rows."""
         row = slice(*self._ends[self._rows[index] : self._rows[index] + 2])
-        return hashlib.sha256(self._tokens[row].tobytes() + self._is_masked[row].tobytes()).digest()
+        # note: of torchtune's mask, the inverse. Validation rows are drawn by these bytes, and runs resumed by them.
+        return hashlib.sha256(self._tokens[row].tobytes() + (~self._is_supervised[row]).tobytes()).digest()
 
 
 def split_validation(dataset: ChatDataset, val_fraction: float, seed: int) -> tuple[ChatDataset, ChatDataset]:
@@ -132,7 +138,7 @@ def split_validation(dataset: ChatDataset, val_fraction: float, seed: int) -> tu
 def mixed(parts: Sequence[tuple[ChatDataset, float]]) -> ChatDataset:
     """Parts end to end, each row as often as its part's weight says; a fraction takes evenly spread rows."""
     tokens = np.concatenate([part._tokens for part, _ in parts])
-    is_masked = np.concatenate([part._is_masked for part, _ in parts])
+    is_supervised = np.concatenate([part._is_supervised for part, _ in parts])
     lengths = np.concatenate([np.diff(part._ends) for part, _ in parts])
     ends = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
     rows, num_before = [], 0
@@ -142,4 +148,4 @@ def mixed(parts: Sequence[tuple[ChatDataset, float]]) -> ChatDataset:
         num_before += len(part)
     if not any(len(part_rows) for part_rows in rows):
         raise UserError("dataset.source: the weights leave no row to train on")
-    return ChatDataset(tokens, is_masked, ends, np.concatenate(rows), [part.summaries[0] for part, _ in parts])
+    return ChatDataset(tokens, is_supervised, ends, np.concatenate(rows), [part.summaries[0] for part, _ in parts])

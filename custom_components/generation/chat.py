@@ -90,7 +90,7 @@ class Conversation:
         finally:
             exchange = (question, "".join(pieces))
             with contextlib.suppress(ValueError):
-                self._tokenizer.check(chat_messages(self._dialog([exchange], question)))
+                self._tokenizer.render(chat_messages(self._dialog([exchange], question)))
                 self.exchanges.append(exchange)
 
     def _dialog(self, exchanges: Sequence[tuple[str, str]], question: str) -> list[dict[str, str]]:

@@ -45,17 +45,19 @@ def example_rows(adapter_dir: Path, tokenizer: Llama2ChatTransform) -> tuple[lis
     return rows, "sentences of our own, for the training rows are not there"
 
 
-def draw_as_in_run(adapter_dir: Path, tokenizer: Llama2ChatTransform, settings: EvaluationSettings) -> None:
-    """Have a tokenizer cut and mask rows as the adapter's run did: `split_validation` draws by tokens and mask.
+def tokenizer_of_run(
+    adapter_dir: Path, tokenizer: Llama2ChatTransform, settings: EvaluationSettings
+) -> Llama2ChatTransform:
+    """Make a tokenizer that cuts and supervises rows as the adapter's run did: `split_validation` draws by both.
 
-    Where no run is known the tokenizer stays as it is.
+    Where no run is known it is the one given.
 
     Raises:
         UserError: the settings say otherwise than the run.
     """
     config = _run_config(adapter_dir)
     if "val_fraction" not in config:
-        return
+        return tokenizer
     keys = ("val_fraction", "seed", "on_overlong", "max_seq_len")
     run = {key: config[key] for key in keys if key in config}
     if (trained := read_prompt_format(adapter_dir)) is not None:
@@ -67,8 +69,10 @@ def draw_as_in_run(adapter_dir: Path, tokenizer: Llama2ChatTransform, settings: 
                 f"{key}: {told!r} draws other rows than the run kept for validation, some that it trained on; "
                 f"set {key}={'null' if value is None else value}"
             )
-    tokenizer.max_seq_len = run.get("max_seq_len", settings.max_seq_len)
-    tokenizer.train_on = config.get("train_on", tokenizer.train_on)
+    return tokenizer.replace(
+        max_seq_len=run.get("max_seq_len", settings.max_seq_len),
+        train_on=config.get("train_on", tokenizer.train_on),
+    )
 
 
 def _training_rows(node: Any, tokenizer: Llama2ChatTransform) -> list[list[int]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One message. `is_trained` is False for an answer that is shown but not learned (`weight: 0` in OpenAI's rows).
+    """One message. `is_supervised` is False for an answer that is shown but not learned (`weight: 0` in OpenAI's rows).
 
     A row of plain text, without prompt or answer, is one message of role "text".
 
@@ -17,7 +17,7 @@ class ChatMessage:
 
     role: str
     content: str
-    is_trained: bool = True
+    is_supervised: bool = True
 
     def __post_init__(self) -> None:
         # JSON can spell half a surrogate pair, "\ud83d": a str to Python, but nothing that a tokenizer can encode.
@@ -53,6 +53,13 @@ def chat_messages(messages: Sequence[Any]) -> list[ChatMessage]:
     if not turns:
         raise ValueError("there is a system message and nothing else")
     return checked
+
+
+def with_system_message(dialog: Sequence[ChatMessage], system_prompt: str | None) -> list[ChatMessage]:
+    """Put a system message before a dialog that has none; None, or plain text: leave it as it is."""
+    if system_prompt is None or dialog[0].role != "user":
+        return list(dialog)
+    return [ChatMessage("system", system_prompt), *dialog]
 
 
 def _chat_message(message: Any, name: str) -> ChatMessage:

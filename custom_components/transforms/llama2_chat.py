@@ -1,23 +1,45 @@
-"""From messages to token ids and a mask, exactly as Meta trained Llama 2's chat models."""
+"""From messages to token ids and which of them are supervised, exactly as Meta trained Llama 2's chat models."""
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, Unpack
 
 import sentencepiece
 from torchtune.modules import TransformerDecoder
 
 from custom_components.runtime.errors import UserError
 from custom_components.transforms import templates as prompts
-from custom_components.transforms.dialogs import ChatMessage, chat_messages
+from custom_components.transforms.dialogs import ChatMessage, chat_messages, with_system_message
 from custom_components.transforms.templates import Turn
 
+TrainOn = Literal["assistant", "last_assistant", "all"]
 
+
+class EncodedDialog(NamedTuple):
+    """A dialog's ids, and for each of them whether it is trained on."""
+
+    tokens: list[int]
+    is_supervised: list[bool]
+
+
+class _Changes(TypedDict, total=False):
+    """What :meth:`Llama2ChatTransform.replace` can change."""
+
+    max_seq_len: int | None
+    system_prompt: str | None
+    train_on: TrainOn
+    stop_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class Llama2ChatTransform:
     """Llama 2's tokenizer and chat format, as a torchtune model transform.
+
+    It is frozen: whoever holds a transform knows the tokens it gives. :meth:`replace` makes another.
 
     Args:
         path: the checkpoint's SentencePiece model, `tokenizer.model`.
@@ -27,9 +49,24 @@ class Llama2ChatTransform:
         train_on: "assistant": every answer; "last_assistant": the last answer of a dialog; "all": the prompts as well.
             An answer that its row marks with weight 0 is never trained on.
 
+    Attributes:
+        stop_tokens: the ids that end an answer.
+
     Raises:
         UserError: there is no such file, or it is no SentencePiece model.
     """
+
+    max_seq_len: int | None
+    system_prompt: str | None
+    prompt_template: str | dict[str, str]
+    train_on: TrainOn
+    stop_tokens: tuple[int, ...]
+    bos_id: int
+    eos_id: int
+    pad_id: ClassVar[int] = 0  # nothing here pads; torchtune's collators need it
+    _template: prompts.PromptTemplate
+    _processor: sentencepiece.SentencePieceProcessor
+    _newline_ids: list[int]
 
     def __init__(
         self,
@@ -37,27 +74,51 @@ class Llama2ChatTransform:
         max_seq_len: int | None = None,
         system_prompt: str | None = None,
         prompt_template: str | dict[str, str] = "llama2",
-        train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
+        train_on: TrainOn = "assistant",
     ) -> None:
         if not Path(path).is_file():
             raise UserError(
                 f"tokenizer.path: {str(path)!r} is not a file; it is the checkpoint's SentencePiece tokenizer.model"
             )
-        self.max_seq_len = max_seq_len
-        self.system_prompt = system_prompt
-        self.prompt_template = prompt_template
-        self.train_on = train_on
-        self._template = prompts.prompt_template(prompt_template)
+        template = prompts.prompt_template(prompt_template)
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
             raise UserError(f"tokenizer.path: {str(path)!r} is not a SentencePiece model; download it again") from None
-        self.bos_id = self._processor.bos_id()
-        self.eos_id = self._processor.eos_id()
-        self.pad_id = 0  # nothing here pads; torchtune's collators ask for it
-        self.stop_tokens = [self.eos_id]
-        self._newline_ids = self._processor.encode("\n")
+        vars(self).update(  # note: a frozen dataclass cannot set its fields one by one
+            max_seq_len=max_seq_len,
+            system_prompt=system_prompt,
+            prompt_template=prompt_template,
+            train_on=train_on,
+            stop_tokens=(processor.eos_id(),),
+            bos_id=processor.bos_id(),
+            eos_id=processor.eos_id(),
+            _template=template,
+            _processor=processor,
+            _newline_ids=processor.encode("\n"),
+        )
         self._check_that_answers_can_be_split_off(path)
+
+    def replace(self, **changes: Unpack[_Changes]) -> "Llama2ChatTransform":
+        """Make a transform that differs in these and shares the loaded tokenizer."""
+        assert changes.keys() <= _Changes.__annotations__.keys(), changes
+        changed = copy.copy(self)
+        vars(changed).update(changes)
+        return changed
+
+    def with_system_prompt(self, system_prompt: str | None) -> "Llama2ChatTransform":
+        """Make a transform with this system prompt; None: keep the one there is.
+
+        A dialog's system prompt is the first of these that is given, and an empty text is given:
+
+        1. the dialog's own system message: a row's first message or `system` column, a chat's `/system`;
+        2. `system_prompt` of the `dataset` or `dataset_val` that the row is from;
+        3. `system_prompt` of generate or evaluate, in their config or on the command line;
+        4. `tokenizer.system_prompt` in training; for an adapter or a merge the one in its prompt_format.yaml, which
+           is what its run trained with: `dataset.system_prompt`, else `tokenizer.system_prompt`;
+        5. the template's own, if it has one, as Alpaca's.
+        """
+        return self if system_prompt is None else self.replace(system_prompt=system_prompt)
 
     @property
     def vocab_size(self) -> int:
@@ -68,14 +129,6 @@ class Llama2ChatTransform:
         """Everything that decides the tokens of a row, as JSON values: the tokenizer's content and the settings."""
         tokenizer_digest = hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
         return [tokenizer_digest, self.max_seq_len, self.system_prompt, self.prompt_template, self.train_on]
-
-    def check(self, dialog: Sequence[ChatMessage]) -> None:
-        """Refuse a dialog that the template cannot spell.
-
-        Raises:
-            ValueError: for a message that contains one of the template's own marks.
-        """
-        self._turns(dialog)
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         """Tokenize one row: torchtune's transform protocol.
@@ -94,32 +147,39 @@ class Llama2ChatTransform:
         messages = list(sample["messages"])
         if inference and messages and _is_empty_answer(messages[-1]):
             messages.pop()
-        tokens, mask = self.encode_dialogs([chat_messages(messages)])[0]
+        [encoded] = self.encode_turns([self.render(chat_messages(messages))])
         rest = {key: value for key, value in sample.items() if key != "messages"}
-        return {**rest, "tokens": tokens[: self.max_seq_len], "mask": mask[: self.max_seq_len]}
+        # torchtune's mask is the other way round from everything here.
+        mask = [not is_supervised for is_supervised in encoded.is_supervised]
+        return {**rest, "tokens": encoded.tokens[: self.max_seq_len], "mask": mask[: self.max_seq_len]}
 
     def tokenize_messages(self, messages: Sequence[Any], add_end_tokens: bool = True) -> tuple[list[int], list[bool]]:
         """torchtune's tokenizer protocol: the tokens and mask of `__call__`."""
         row = self({"messages": messages}, inference=not add_end_tokens)
         return row["tokens"], row["mask"]
 
-    def encode_dialogs(self, dialogs: Sequence[Sequence[ChatMessage]]) -> list[tuple[list[int], list[bool]]]:
-        """Tokens and mask of many dialogs at once, uncut. A batch of thousands is tokenized faster than one by one.
+    def render(self, dialog: Sequence[ChatMessage]) -> list[Turn]:
+        """Spell a dialog in the template, with the system prompt where it has none of its own.
 
         Raises:
             ValueError: for a message that contains one of the template's own marks.
         """
-        turns_by_dialog = [self._turns(dialog) for dialog in dialogs]
-        turns = [turn for dialog_turns in turns_by_dialog for turn in dialog_turns]
+        turns = prompts.dialog_turns(with_system_message(dialog, self.system_prompt), self._template)
+        if self.train_on == "last_assistant":
+            turns[:-1] = [replace(turn, is_supervised=False) for turn in turns[:-1]]
+        return turns
+
+    def encode_turns(self, rendered_dialogs: Sequence[Sequence[Turn]]) -> list[EncodedDialog]:
+        """Tokenize many rendered dialogs at once, uncut; thousands together are faster than one by one."""
+        turns = [turn for dialog_turns in rendered_dialogs for turn in dialog_turns]
         encoded_turns = iter(self._encode_turns(turns))
         encoded_dialogs = []
-        for dialog_turns in turns_by_dialog:
-            tokens: list[int] = []
-            mask: list[bool] = []
-            for turn_tokens, turn_mask in islice(encoded_turns, len(dialog_turns)):
-                tokens += turn_tokens
-                mask += turn_mask
-            encoded_dialogs.append((tokens, mask))
+        for dialog_turns in rendered_dialogs:
+            encoded = EncodedDialog([], [])
+            for turn in islice(encoded_turns, len(dialog_turns)):
+                encoded.tokens.extend(turn.tokens)
+                encoded.is_supervised.extend(turn.is_supervised)
+            encoded_dialogs.append(encoded)
         return encoded_dialogs
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
@@ -155,26 +215,19 @@ class Llama2ChatTransform:
                 parts.append(self._processor.id_to_piece(token).replace("\u2581", " ").encode())
         return b"".join(parts).decode(errors="replace")
 
-    def _turns(self, dialog: Sequence[ChatMessage]) -> list[Turn]:
-        if self.system_prompt is not None and dialog[0].role == "user":
-            dialog = [ChatMessage("system", self.system_prompt), *dialog]
-        turns = prompts.dialog_turns(dialog, self._template)
-        if self.train_on == "last_assistant":
-            turns[:-1] = [replace(turn, is_trained=False) for turn in turns[:-1]]
-        return turns
-
-    def _encode_turns(self, turns: Sequence[Turn]) -> Iterable[tuple[list[int], list[bool]]]:
+    def _encode_turns(self, turns: Sequence[Turn]) -> Iterable[EncodedDialog]:
         """BOS + prompt + answer + EOS of each turn; what is trained follows from the position."""
         prompts_ids = self._processor.encode([turn.prompt for turn in turns])
         # The newline keeps SentencePiece from putting its dummy space before an answer that has a prompt before it.
         answers_ids = self._processor.encode([("\n" if turn.prompt else "") + (turn.answer or "") for turn in turns])
         for turn, prompt_ids, answer_ids in zip(turns, prompts_ids, answers_ids, strict=True):
-            prompt_mask = [True] + [self.train_on != "all"] * len(prompt_ids)
-            if turn.answer is None:
-                yield [self.bos_id, *prompt_ids], prompt_mask
-            else:
+            tokens = [self.bos_id, *prompt_ids]
+            is_supervised = [False] + [self.train_on == "all"] * len(prompt_ids)
+            if turn.answer is not None:
                 closed_ids = [*answer_ids[len(self._newline_ids) if turn.prompt else 0 :], self.eos_id]
-                yield [self.bos_id, *prompt_ids, *closed_ids], prompt_mask + [not turn.is_trained] * len(closed_ids)
+                tokens += closed_ids
+                is_supervised += [turn.is_supervised] * len(closed_ids)
+            yield EncodedDialog(tokens, is_supervised)
 
     def _check_that_answers_can_be_split_off(self, path: str | Path) -> None:
         """Meta encodes prompt and answer in one call; apart they give the same ids where no piece spans the seam.
@@ -200,8 +253,11 @@ def _is_empty_answer(message: Any) -> bool:
     return role == "assistant" and not content
 
 
-def fit_tokenizer(tokenizer: Llama2ChatTransform, model: TransformerDecoder) -> None:
-    """Hold a tokenizer against the model it feeds, and set its `max_seq_len` to the model's context where it has none.
+def fit_tokenizer(tokenizer: Llama2ChatTransform, model: TransformerDecoder) -> Llama2ChatTransform:
+    """Check a tokenizer against the model it feeds, and cap its `max_seq_len` at the model's context.
+
+    Returns:
+        the tokenizer for this model; without a `max_seq_len` it gets the model's context.
 
     Raises:
         UserError: the tokenizer knows ids that the embedding has no row for.
@@ -216,7 +272,7 @@ def fit_tokenizer(tokenizer: Llama2ChatTransform, model: TransformerDecoder) -> 
         print(f"the tokenizer has {tokenizer.vocab_size} pieces, the model's padded vocabulary {num_embeddings}")
     if tokenizer.max_seq_len is not None and tokenizer.max_seq_len > model.max_seq_len:
         print(f"max_seq_len {tokenizer.max_seq_len} is capped to the model's context of {model.max_seq_len} tokens")
-    tokenizer.max_seq_len = min(tokenizer.max_seq_len or model.max_seq_len, model.max_seq_len)
+    return tokenizer.replace(max_seq_len=min(tokenizer.max_seq_len or model.max_seq_len, model.max_seq_len))
 
 
 def prompt_tokens(tokenizer: Llama2ChatTransform, dialog: Sequence[dict[str, str]], max_seq_len: int) -> list[int]:
@@ -227,7 +283,7 @@ def prompt_tokens(tokenizer: Llama2ChatTransform, dialog: Sequence[dict[str, str
         ValueError: it is no dialog, or a message contains one of the template's own marks.
     """
     # Not by the transform's call, which cuts at `tokenizer.max_seq_len`: that is for rows to train on.
-    [(tokens, _)] = tokenizer.encode_dialogs([chat_messages(dialog)])
+    [(tokens, _)] = tokenizer.encode_turns([tokenizer.render(chat_messages(dialog))])
     if len(tokens) >= max_seq_len:
         raise UserError(f"prompt: {len(tokens)} tokens leave no room for an answer in a context of {max_seq_len}")
     return tokens

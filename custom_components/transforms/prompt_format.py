@@ -74,9 +74,9 @@ def tokenizer_of_adapter(
             print(f"warning: {name} is {told!r}, it was trained with {trained_value!r}", file=sys.stderr)
         chosen[name] = trained_value if told is None else told
     tokenizer = Llama2ChatTransform(checkpoint_dir / "tokenizer.model", **chosen)
-    if trained is not None:
-        tokenizer.stop_tokens = tokenizer.ids_of_pieces(trained.stop_tokens)
-    return tokenizer
+    if trained is None:
+        return tokenizer
+    return tokenizer.replace(stop_tokens=tuple(tokenizer.ids_of_pieces(trained.stop_tokens)))
 
 
 def write_prompt_format(prompt_format: PromptFormat, directory: Path) -> None:

@@ -17,7 +17,7 @@ class Turn:
 
     prompt: str
     answer: str | None
-    is_trained: bool = True
+    is_supervised: bool = True
 
 
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -42,7 +42,9 @@ def llama2_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
     for user, answer in exchanges:
         folded = user.content if system is None or turns else f"<<SYS>>\n{system}\n<</SYS>>\n\n{user.content}"
         prompt = f"[INST] {folded.strip()} [/INST]"
-        turns.append(Turn(prompt, f" {answer.content.strip()} ", answer.is_trained) if answer else Turn(prompt, None))
+        turns.append(
+            Turn(prompt, f" {answer.content.strip()} ", answer.is_supervised) if answer else Turn(prompt, None)
+        )
     return turns
 
 
@@ -88,7 +90,7 @@ class MarkedTemplate:
             if answer is None:
                 turns.append(Turn(stripped, None))
             else:
-                turns.append(Turn(stripped, seam + answer.content + after_answer, answer.is_trained))
+                turns.append(Turn(stripped, seam + answer.content + after_answer, answer.is_supervised))
         return turns
 
 

@@ -1,12 +1,15 @@
 """Data sets: policies, the account, mixing, splitting, the cache."""
 
+import hashlib
 import json
 
+import numpy as np
 import pytest
 
 from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.runtime.errors import UserError
+from custom_components.transforms import templates
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from tests.support.paths import TINY_TOKENIZER
 
@@ -83,6 +86,30 @@ def test_column_map_format_and_system_prompt(tmp_path, tiny_tokenizer):
     assert all(label >= 0 for label in row["labels"][1:])
 
 
+def test_a_dialog_is_rendered_once(tmp_path, monkeypatch):
+    rendered = []
+
+    def counted(dialog):
+        rendered.append(dialog[0].content)
+        return templates.llama2_turns(dialog)
+
+    monkeypatch.setitem(templates.TEMPLATES, "llama2", counted)
+    source = write(tmp_path / "r.jsonl", exchange("a", "b"), exchange("[INST]", "x"), exchange("c", "d"))
+    dataset = chat_dataset(Llama2ChatTransform(TINY_TOKENIZER), source, on_bad_row="skip")
+    assert len(dataset) == 2
+    assert rendered == ["a", "[INST]", "c"]
+
+
+def test_the_digest_of_the_rows_is_of_tokens_and_torchtune_s_mask(tmp_path, tiny_tokenizer):
+    """Validation rows are drawn by it, and a run is resumed only on rows of the same: it must not change."""
+    dataset = chat_dataset(tiny_tokenizer, write(tmp_path / "r.jsonl", SHORT, LONG))
+    rows = [
+        hashlib.sha256(np.array(row["tokens"], np.int32).tobytes() + (np.array(row["labels"]) == -100).tobytes())
+        for row in dataset
+    ]
+    assert dataset.digest == hashlib.sha256(b"".join(row.digest() for row in rows)).hexdigest()
+
+
 def test_sources_are_mixed_by_weight(tmp_path, tiny_tokenizer):
     first = write(tmp_path / "a.jsonl", *(exchange("a", str(number)) for number in range(4)))
     second = write(tmp_path / "b.jsonl", exchange("b", "x"))
@@ -120,7 +147,7 @@ def test_the_cache_gives_the_same_rows_and_notices_every_change(tmp_path, tiny_t
         raise AssertionError("tokenized again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Llama2ChatTransform, "encode_dialogs", refuse)
+        patched.setattr(Llama2ChatTransform, "encode_turns", refuse)
         cached = chat_dataset(tiny_tokenizer, source, cache_dir=tmp_path / "cache")
         assert [*cached] == [*first]
         assert str(cached.summaries[0]) == str(first.summaries[0])

@@ -130,7 +130,12 @@ def test_a_text_row_that_does_not_follow_the_first_rows_format_is_an_error_and_n
 
 def test_weights_of_answers_are_kept():
     messages = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}] + HUMAN_GPT
-    assert [m.is_trained for m in FORMATS["sharegpt"].convert({"conversations": messages})] == [True, False, True, True]
+    assert [m.is_supervised for m in FORMATS["sharegpt"].convert({"conversations": messages})] == [
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_columns_of_no_format_are_listed_with_those_of_all_formats():

@@ -75,7 +75,7 @@ def test_L03_one_bos_a_turn_and_control_tokens_in_text_stay_text(dialog):
 
 def test_L03_one_bos_a_turn_where_the_row_holds_it():
     messages = llama2_text_row({"text": "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>"})
-    tokens, _ = TRANSFORM.encode_dialogs([messages])[0]
+    tokens, _ = TRANSFORM.encode_turns([TRANSFORM.render(messages)])[0]
     assert tokens.count(1) == tokens.count(2) == 2
     assert tokens == TRANSFORM({"messages": as_messages(None, [("a", "b"), ("c", "d")])})["tokens"]
 

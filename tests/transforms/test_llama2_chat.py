@@ -1,13 +1,16 @@
 """The tokens and masks of a dialog. CHAT FORMAT: meta-llama/llama @689c7f2, llama/generation.py, `chat_completion`."""
 
 import json
+from dataclasses import fields
 
 import pytest
 import sentencepiece
 from torchtune.data import Message
 
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.dialogs import chat_messages
+from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from tests.support.models import loaded_model
 from tests.support.paths import TINY_TOKENIZER
 
 HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there!"}]
@@ -83,6 +86,47 @@ def test_other_columns_are_kept(tiny_tokenizer):
 def test_messages_that_are_no_dialog(tiny_tokenizer, messages, words):
     with pytest.raises(ValueError, match=words):
         tiny_tokenizer({"messages": messages})
+
+
+def test_the_mask_of_torchtune_is_turned_at_the_door_only(tiny_tokenizer):
+    """Inside, True is supervised; `__call__` and `tokenize_messages` give torchtune's mask, True where it is not."""
+    [(tokens, is_supervised)] = tiny_tokenizer.encode_turns([tiny_tokenizer.render(chat_messages(HELLO))])
+    assert is_supervised[0] is False and is_supervised[-1] is True
+    mask = [not supervised for supervised in is_supervised]
+    assert tiny_tokenizer({"messages": HELLO}) == {"tokens": tokens, "mask": mask}
+    assert tiny_tokenizer.tokenize_messages(HELLO) == (tokens, mask)
+
+
+def test_a_transform_cannot_be_changed(tiny_tokenizer):
+    for name in [field.name for field in fields(tiny_tokenizer)] + ["pad_id", "another"]:
+        with pytest.raises(AttributeError):
+            setattr(tiny_tokenizer, name, None)
+
+
+def test_replace_makes_another_transform_without_loading_the_tokenizer_again(monkeypatch):
+    tokenizer = Llama2ChatTransform(TINY_TOKENIZER)
+    expected = Llama2ChatTransform(TINY_TOKENIZER, 12, "Be kind.", "llama2", "all")
+    dialog = {"messages": [*HELLO, *HELLO]}
+    before = tokenizer(dialog)
+
+    def refuse(**_):
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr(sentencepiece, "SentencePieceProcessor", refuse)
+    changed = tokenizer.replace(max_seq_len=12, system_prompt="Be kind.", train_on="all", stop_tokens=(2, 7))
+    assert changed(dialog) == expected(dialog) != before
+    assert changed.fingerprint == expected.fingerprint
+    assert changed.stop_tokens == (2, 7)
+    assert tokenizer(dialog) == before and tokenizer.stop_tokens == (2,)
+    with pytest.raises(AssertionError, match="length"):
+        tokenizer.replace(length=12)
+
+
+@pytest.mark.parametrize(("max_seq_len", "fitted_len"), [(None, 256), (1000, 256), (12, 12)])
+def test_fitting_gives_the_transform_for_a_model_and_leaves_the_other(make_checkpoint, max_seq_len, fitted_len):
+    tokenizer = Llama2ChatTransform(TINY_TOKENIZER, max_seq_len)
+    assert fit_tokenizer(tokenizer, loaded_model(make_checkpoint())).max_seq_len == fitted_len
+    assert tokenizer.max_seq_len == max_seq_len
 
 
 def test_tokenizer_that_is_not_there(tmp_path):

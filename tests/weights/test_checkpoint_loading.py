@@ -146,10 +146,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_an_error_a_smaller_one_is_said
     tokenizer = Llama2ChatTransform(TINY_TOKENIZER, max_seq_len=1000)
     with pytest.raises(UserError, match="1024 pieces, the model embeds 1000"):
         fit_tokenizer(tokenizer, loaded_model(make_checkpoint("small", vocab_size=1000)))
-    fit_tokenizer(tokenizer, loaded_model(make_checkpoint("padded", vocab_size=1088)))
+    fitted = fit_tokenizer(tokenizer, loaded_model(make_checkpoint("padded", vocab_size=1088)))
     said = capsys.readouterr().out
     assert "padded vocabulary 1088" in said and "1000 is capped to the model's context of 256" in said
-    assert tokenizer.max_seq_len == 256
+    assert fitted.max_seq_len == 256
 
 
 def test_an_adapter_directory_without_adapter(tmp_path):
