@@ -1,9 +1,7 @@
 """The README's commands run as they are written, and what it names is there."""
 
-import os
 import re
 import shlex
-import subprocess
 
 import pytest
 
@@ -11,7 +9,7 @@ from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapters import save_adapter
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, TINY_LLAMA
-from tests.support.recipe_runs import TUNE
+from tests.support.recipe_runs import ForkedTune
 
 README = (PROJECT / "README.md").read_text()
 COMMANDS = [
@@ -64,10 +62,8 @@ def test_the_commands_are_found():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs_as_written(command, adapter, tmp_path):
-    arguments = [str(TUNE), *shlex.split(command)[1:], *in_place(command, adapter, tmp_path)]
-    result = subprocess.run(
-        arguments, cwd=PROJECT, capture_output=True, text=True, timeout=200, env=dict(os.environ), input="Hello\n"
-    )
+    arguments = [*shlex.split(command)[1:], *in_place(command, adapter, tmp_path)]
+    result = ForkedTune(*arguments, input="Hello\n").result()
     assert result.returncode == 0, result.stderr
 
 

@@ -1,9 +1,6 @@
 """Configs and overrides. L26: what is wrong is named, all of it, before anything is loaded."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +11,7 @@ from custom_components.config.task_settings import EvaluationSettings, Generatio
 from custom_components.config.training_settings import PreviewSettings, TrainingSettings
 from custom_components.runtime.errors import UserError
 from tests.support.paths import PROJECT
+from tests.support.recipe_runs import ForkedTune
 
 TRAINING_CONFIGS = sorted(PROJECT.glob("configs/*qlora.yaml")) + [PROJECT / "configs/llama2_7b_lora.yaml"]
 TINY = PROJECT / "configs/tiny_qlora.yaml"
@@ -67,8 +65,7 @@ def test_evaluation_config_is_right_and_complete():
 
 @pytest.mark.parametrize("config", sorted(PROJECT.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_tune_validate_passes(config):
-    tune = Path(sys.executable).with_name("tune")
-    result = subprocess.run([tune, "validate", config], capture_output=True, text=True, timeout=120, cwd=PROJECT)
+    result = ForkedTune("validate", str(config)).result()
     assert "well-formed" in result.stdout, result.stderr
 
 

@@ -1,8 +1,8 @@
 """Files of prompts, and the recipe as a user runs it."""
 
 import json
+import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -15,7 +15,7 @@ from custom_components.weights.adapters import save_adapter
 from recipes.generate import recipe_main
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, TINY_LLAMA
-from tests.support.recipe_runs import TUNE
+from tests.support.recipe_runs import ForkedTune
 
 USER = {"role": "user", "content": "Who?"}
 ANSWERED = {"role": "assistant", "content": "Nobody."}
@@ -218,14 +218,16 @@ def test_bad_input_is_said_before_anything_is_loaded(monkeypatch, arguments, wor
 
 
 def test_chat_in_a_pipe_answers_line_by_line_and_leaves_with_130():
-    command = [str(TUNE), "run", "recipes/generate.py", *GENERATE, "chat=true", "max_new_tokens=12"]
-    process = subprocess.Popen(
-        command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    process.stdin.write("Which letter follows B?\n")
-    process.stdin.flush()
-    assert process.stdout.readline().strip(), "the answer does not come before the input ends"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert "Traceback" not in process.stderr.read()
+    its_stdin, stdin = os.pipe()
+    stdout, its_stdout = os.pipe()
+    command = ["run", "recipes/generate.py", *GENERATE, "chat=true", "max_new_tokens=12"]
+    process = ForkedTune(*command, stdin=its_stdin, stdout=its_stdout)
+    os.close(its_stdin)
+    os.close(its_stdout)
+    with os.fdopen(stdin, "w") as questions, os.fdopen(stdout) as answers:
+        print("Which letter follows B?", file=questions, flush=True)
+        assert answers.readline().strip(), "the answer does not come before the input ends"
+        process.send_signal(signal.SIGINT)
+        result = process.result(timeout_seconds=60)
+    assert result.returncode == 130, result.stderr
+    assert "Traceback" not in result.stderr

@@ -10,7 +10,7 @@ from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.memory.estimate import estimate_memory
 from tests.support.checkpoints import write_checkpoint
-from tests.support.recipe_runs import tune_run
+from tests.support.recipe_runs import started_tune
 
 NUM_ROWS, ROW_TOKENS = 4, 400
 
@@ -44,7 +44,7 @@ def test_L31_the_estimate_is_within_a_tenth_of_the_measured_peak(job, tmp_path, 
         *(f"dataset.source={job / 'rows.jsonl'}", f"max_seq_len={ROW_TOKENS}", f"batch_size={NUM_ROWS}", "device=cpu"),
         *("gradient_accumulation_steps=1", "dtype=bf16", "cache_dir=null", *choices),
     ]
-    result = tune_run(*arguments)
+    result = started_tune("run", "recipes/lora_single_device.py", *arguments)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert {record["tokens"] for record in records} == {NUM_ROWS * ROW_TOKENS}

@@ -1,17 +1,13 @@
 """L16 to L20, L30: a run that was stopped anywhere goes on as if it had not been."""
 
 import errno
-import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings
@@ -23,47 +19,16 @@ from custom_components.transforms.prompt_format import PromptFormat
 from tests.support.checkpoints import write_checkpoint
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT
-from tests.support.recipe_runs import TUNE, arguments, tune_run
+from tests.support.recipe_runs import ForkedTune, arguments, tune_run
 from tests.support.rows import random_dialogs, write_dialogs
+from tests.support.run_results import assert_equal, outcome
 
-TIMING = {"step_seconds", "tokens_per_second", "peak_memory_gib"}
+TRAINING = ("run", "recipes/lora_single_device.py")
 # Dropout, packs, several epochs, validation, a partial last window: what an exact resume has to bring back.
 RUN = [
     *("epochs=3", "lora_dropout=0.2", "packed=true", "max_seq_len=64", "batch_size=1", "gradient_accumulation_steps=2"),
     *("save_every_n_steps=2", "val_fraction=0.2", "run_val_every_n_steps=3", "neftune_noise_alpha=5"),
 ]
-
-
-def outcome(output_dir):
-    """Everything a run leaves that is not of the clock or the memory."""
-    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{key: value for key, value in record.items() if key not in TIMING} for record in records]
-    checkpoint = sorted((output_dir / "checkpoints").iterdir())[-1]
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
-    state["progress"].pop("seconds")
-    return metrics, load_file(output_dir / "adapter/adapter_model.safetensors"), checkpoint.name, state
-
-
-def assert_equal(first, second):
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_equal(first[key], second[key])
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_equal(one, other)
-    else:
-        assert first == second
-
-
-def start(*run):
-    command = [str(TUNE), "run", "recipes/lora_single_device.py", *run]
-    return subprocess.Popen(
-        command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
-    )
 
 
 def num_records(output_dir):
@@ -83,12 +48,12 @@ def kill_chain(run, output_dir, num_kills, seed):
         flag = resumes_or_begins()
         (output_dir / "metrics.jsonl").unlink(missing_ok=True) if flag.startswith("overwrite") else None
         before = num_records(output_dir)
-        process = start(*run, flag)
+        process = ForkedTune(*TRAINING, *run, flag)
         while process.poll() is None and num_records(output_dir) <= before:
             time.sleep(0.001)
         time.sleep(generator.random() * 0.1)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.result()
     result = tune_run(*run, resumes_or_begins())
     assert result.returncode == 0, result.stderr
 
@@ -220,13 +185,13 @@ def test_nothing_to_resume(tmp_path):
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_L30_a_signal_saves_and_the_run_goes_on_from_there(finished_run, tmp_path, number, exit_code):
     run = [*run_in(finished_run), f"output_dir={tmp_path / 'out'}"]
-    process = start(*run, "epochs=200", "save_every_n_steps=10000")  # so that only the signal saves
+    process = ForkedTune(*TRAINING, *run, "epochs=200", "save_every_n_steps=10000")  # so that only the signal saves
     while process.poll() is None and num_records(tmp_path / "out") < 2:
         time.sleep(0.01)
     process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == exit_code, printed
-    assert "Traceback" not in printed
+    result = process.result(timeout_seconds=60)
+    assert result.returncode == exit_code, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
     num_done = num_records(tmp_path / "out")
     assert num_done < 600
     assert find_checkpoint(True, tmp_path / "out").name == f"step_{num_done:06}"
@@ -253,13 +218,13 @@ def test_L30_a_full_disk_destroys_no_checkpoint(short_run, monkeypatch):
 
 def test_two_runs_in_one_directory(make_checkpoint, many_rows, tmp_path):
     run = arguments(make_checkpoint(), many_rows, tmp_path / "out", "epochs=50")
-    process = start(*run)
+    process = ForkedTune(*TRAINING, *run)
     while process.poll() is None and num_records(tmp_path / "out") < 1:
         time.sleep(0.01)
     result = tune_run(*run, "overwrite_output_dir=true")
     assert result.returncode == 2 and "another run is writing" in result.stderr
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.result()
     # The lock of a dead process holds nobody.
     assert tune_run(*run, "overwrite_output_dir=true", "epochs=1").returncode == 0
 

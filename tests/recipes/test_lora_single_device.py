@@ -2,23 +2,26 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.recipe_runs import arguments, tune_run
+from tests.support.recipe_runs import arguments, started_tune, tune_run
+from tests.support.run_results import assert_equal, outcome
+
+DEMO_RUN = [
+    *("--config", "configs/tiny_qlora.yaml", "max_steps_per_epoch=6", "run_val_every_n_steps=4", "lora_rank=32"),
+    *("sample_prompts=['Who?']", "cache_dir=null"),
+]
 
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    """A short run of the embedded model with the demo's own config."""
+    """A short run of the embedded model with the demo's own config, in a process of its own from the start."""
     output_dir = tmp_path_factory.mktemp("runs") / "with = in its name"
-    result = tune_run(
-        *("--config", "configs/tiny_qlora.yaml", "max_steps_per_epoch=6", f"output_dir={output_dir}"),
-        *("lora_rank=32", "sample_prompts=['Who?']", "cache_dir=null", "run_val_every_n_steps=4"),
-    )
-    return result, output_dir
+    return started_tune("run", "recipes/lora_single_device.py", *DEMO_RUN, f"output_dir={output_dir}"), output_dir
 
 
 def test_a_run_writes_what_it_says(finished_run):
@@ -55,6 +58,27 @@ def test_a_run_writes_what_it_says(finished_run):
         "after   ",
     ):
         assert words in result.stdout
+
+
+def test_L16_a_forked_run_is_a_started_one(finished_run, tmp_path):
+    """What nearly all tests take for granted: its files are those of `tune` itself byte for byte, and its words."""
+    started, started_dir = finished_run
+    forked, forked_dir = tune_run(*DEMO_RUN, f"output_dir={tmp_path / 'out'}"), tmp_path / "out"
+    assert forked.returncode == started.returncode == 0
+    files = [path.relative_to(started_dir) for path in sorted(started_dir.rglob("*")) if path.is_file()]
+    assert [path.relative_to(forked_dir) for path in sorted(forked_dir.rglob("*")) if path.is_file()] == files
+    assert_equal(outcome(forked_dir), outcome(started_dir))
+    for file in files:
+        if file.name not in ("metrics.jsonl", "state.pt"):
+            contents = [(folder / file).read_bytes() for folder in (forked_dir, started_dir)]
+            assert contents[0].replace(bytes(forked_dir), b"") == contents[1].replace(bytes(started_dir), b""), file
+
+    def without_measurements(words, folder):
+        return re.sub(r"[\d.]+ (s|tokens/s|GiB)\b", r"... \1", words.replace(str(folder), "")).splitlines()
+
+    assert without_measurements(forked.stdout, forked_dir) == without_measurements(started.stdout, started_dir)
+    for run in (forked, started):
+        assert [line for line in run.stderr.splitlines() if not line.startswith("training:")] == [""]
 
 
 def test_the_written_config_runs_again(finished_run, tmp_path):
