@@ -72,7 +72,7 @@ def write_adapter(checkpoint_dir: Path, adapter_dir: Path, b_std: float = 0.0) -
         with torch.no_grad():
             module.lora_b.weight.normal_(0, b_std)
         parameters |= {f"{name}.lora_a.weight": module.lora_a.weight, f"{name}.lora_b.weight": module.lora_b.weight}
-    save_adapter(model, adapter_dir, str(checkpoint_dir), PromptFormat("llama2", None, ["</s>"]))
+    save_adapter(model, adapter_dir, str(checkpoint_dir), PromptFormat("llama2", None, ["</s>"]).texts())
     torchtune_path = adapter_dir.with_suffix(".safetensors")
     save_file({name: parameter.detach() for name, parameter in parameters.items()}, torchtune_path)
     return torchtune_path

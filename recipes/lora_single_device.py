@@ -14,15 +14,15 @@ from torchtune.training import OffloadActivations
 from tqdm import tqdm
 
 from custom_components.config.components import instantiate
-from custom_components.config.reading import load_settings, write_yaml
+from custom_components.config.reading import config_text, load_settings
 from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
 from custom_components.datasets.batching import Batch, BatchPlan, collate
 from custom_components.datasets.tokenized_rows import ChatDataset, split_validation
 from custom_components.generation.sample_answers import answer_sample_prompts, show_answers
 from custom_components.memory.fitting import Fit, describe_fit, fit_to_device, tried_fit
 from custom_components.memory.step_limit import StepMemory
-from custom_components.runs.adapter_card import adapter_card
-from custom_components.runs.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from custom_components.runs.adapter_card import TrainingFacts, adapter_card
+from custom_components.runs.checkpoints import BesideWeights, find_checkpoint, load_checkpoint, save_checkpoint
 from custom_components.runs.metrics import MetricsFile, keep_metrics_until, plot_losses, write_samples
 from custom_components.runs.report import closing_summary, describe_model
 from custom_components.runs.resuming import check_resumed_config, delete_checkpoints_after, with_batches_of
@@ -40,11 +40,13 @@ from custom_components.training.state import TrainingState
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapters import (
+    adapter_settings,
     check_adapter_fits,
     check_adapter_was_trained,
     copy_into_adapter,
     save_adapter,
 )
+from custom_components.weights.card import CARD_NAME
 from custom_components.weights.checkpoint_files import base_model_name
 from custom_components.weights.checkpoint_loading import check_checkpoint, frozen_checksum, load_base_weights
 
@@ -84,7 +86,7 @@ def recipe_main() -> None:
         return_freed_memory()
         if init_adapter is not None:
             copy_into_adapter(model, init_adapter)
-        describe_model(model, settings, device, dtype_words)
+        describe_model(model, device, dtype_words, is_base_quantized=settings.quantize_base)
         fit = tried_fit(fit, model, settings, dataset.lengths, tokenizer.max_seq_len, device)
         describe_fit(fit, settings, len(model.layers))
         cut = {"batch_size": fit.batch_size, "gradient_accumulation_steps": fit.gradient_accumulation_steps}
@@ -101,17 +103,27 @@ def recipe_main() -> None:
         if resumed_from is not None:
             load_checkpoint(resumed_from, model, state)
             go_on_in(directory, resumed_from, state.progress.num_steps)
-        write_yaml(settings, directory.config)
         prompt_format = PromptFormat(settings.prompt_template, tokenizer.system_prompt, ["</s>"])
-        train(model, state, dataset, dataset_val, tokenizer, settings, fit, directory, prompt_format, device, memory)
+        beside = BesideWeights(base_model_name(settings.checkpoint_dir), prompt_format.texts(), config_text(settings))
+        directory.config.write_text(beside.config, encoding="utf-8")
+        train(model, state, dataset, dataset_val, tokenizer, settings, fit, directory, beside, device, memory)
 
         if base_checksum is not None and frozen_checksum(model) != base_checksum:
             raise AssertionError("verify_base: the frozen base has changed")
         model.load_state_dict(state.best_adapter, strict=False)
         check_adapter_was_trained(model)
-        system_prompt = tokenizer.system_prompt
-        card = adapter_card(settings, dataset, dataset_val, system_prompt, state.progress, directory.metrics)
-        save_adapter(model, directory.adapter, base_model_name(settings.checkpoint_dir), prompt_format, card)
+        training = TrainingFacts(
+            settings.checkpoint_dir,
+            adapter_settings(model),
+            settings.quantize_base,
+            prompt_format,
+            settings.train_on,
+            settings.training_hyperparameters(),
+            settings.source_weights(),
+        )
+        card = adapter_card(training, dataset, dataset_val, state.progress, directory.metrics)
+        texts = {**beside.adapter_texts, CARD_NAME: card}
+        save_adapter(model, directory.adapter, beside.base_model, texts)
         plot_losses(directory.metrics, directory.plot)
         answers_after = answer_sample_prompts(model, tokenizer, settings.sample_prompts)
         show_answers(settings.sample_prompts, answers_before, answers_after)
@@ -139,7 +151,7 @@ def train(
     settings: TrainingSettings,
     fit: Fit,
     directory: RunDirectory,
-    prompt_format: PromptFormat,
+    beside: BesideWeights,
     device: torch.device,
     memory: PeakMemory,
 ) -> None:
@@ -152,7 +164,6 @@ def train(
     loss_function = instantiate(settings.loss)
     metrics = MetricsFile(directory.metrics)
     metric_logger = instantiate(settings.metric_logger) if settings.metric_logger else None
-    base_model = base_model_name(settings.checkpoint_dir)
     step_memory = StepMemory(device)
     progress = state.progress
     activations_kept = OffloadActivations() if settings.enable_activation_offloading else NOWHERE_ELSE
@@ -216,10 +227,11 @@ def train(
                 if progress.add_validation(val_loss):
                     state.keep_best(model)
                 if settings.sample_prompts:
-                    write_samples(directory.samples, step, model, tokenizer, settings.sample_prompts)
+                    answers = answer_sample_prompts(model, tokenizer, settings.sample_prompts)
+                    write_samples(directory.samples, step, settings.sample_prompts, answers)
             stops_early = progress.stops_early(settings.early_stopping_patience)
             if planned.saves or stops_early or stop_request.signal_number is not None:
-                save_checkpoint(directory.path, model, state, settings, base_model, prompt_format)
+                save_checkpoint(directory.path, model, state, beside, settings.keep_last_n_checkpoints)
             stop_request.leave_if_asked()
             if stops_early:
                 bar.write(f"stopped early: {progress.num_validations_since_best} validations without a better loss")

@@ -21,12 +21,6 @@ ROOMS = {
     "evaluation": "runtime transforms datasets models generation",
     "export": "runtime transforms models weights",
 }
-# Arrows that are still to be turned.
-TO_TURN = {
-    ("runs", "models"),
-    ("runs", "generation"),
-    ("weights", "transforms"),
-}
 COMPONENTS = PROJECT / "custom_components"
 SOURCES = {
     ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -62,7 +56,7 @@ def test_imports_run_one_way(name):
     imports = imported_modules(SOURCES[name])
     assert not [imported for imported in imports if imported.startswith("recipes.")]
     if name.startswith("custom_components."):
-        allowed = {room(name), *ROOMS[room(name)].split()} | {to for of, to in TO_TURN if of == room(name)}
+        allowed = {room(name), *ROOMS[room(name)].split()}
         assert [imported for imported in sorted(imports) if room(imported) not in allowed] == []
 
 
@@ -78,7 +72,7 @@ def test_the_table_of_rooms_has_no_circle_and_no_arrow_that_nobody_uses():
         for imported in imported_modules(path)
         if room(imported) != room(name)
     }
-    assert used - TO_TURN == {(name, other) for name, allowed in ROOMS.items() for other in allowed.split()}
+    assert used == {(name, other) for name, allowed in ROOMS.items() for other in allowed.split()}
 
 
 def test_no_import_circle_between_files():

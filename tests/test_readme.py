@@ -30,7 +30,7 @@ def adapter(tmp_path_factory):
     """An adapter on the tiny model, in the place of the one that the README's first command trains."""
     directory = tmp_path_factory.mktemp("readme") / "adapter"
     model = with_random_adapters(loaded_model(TINY_LLAMA / "checkpoint"))
-    save_adapter(model, directory, "tiny", PromptFormat("llama2", None, ["</s>"]))
+    save_adapter(model, directory, "tiny", PromptFormat("llama2", None, ["</s>"]).texts())
     return directory
 
 

@@ -91,10 +91,9 @@ def read_yaml(path: Path) -> RawConfig:
     return raw
 
 
-def write_yaml(settings: Settings, path: Path) -> None:
-    """Write the resolved settings, overrides and defaults included, in a form that `--config` reads back."""
-    values = settings.model_dump(mode="json")
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+def config_text(settings: Settings) -> str:
+    """Spell out the resolved settings, overrides and defaults included, as YAML that `--config` reads back."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _record_lines(node: yaml.Node | None, prefix: str, raw: RawConfig) -> None:

@@ -10,6 +10,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from custom_components.config.settings import AttentionModule, ComponentNode, Device, DtypeName, PathText, Settings
 from custom_components.runtime.errors import UserError
 
+_OPTIMIZER_KEYS = ("lr", "weight_decay", "betas", "eps")
+
 
 class TrainingSettings(Settings):
     """What recipes/lora_single_device.py reads."""
@@ -74,6 +76,30 @@ class TrainingSettings(Settings):
     log_every_n_steps: PositiveInt = 1
     metric_logger: Annotated[dict[str, Any] | None, ComponentNode()] = None
     sample_prompts: list[str] = []
+
+    def training_hyperparameters(self) -> dict[str, object]:
+        """Name what shaped the training, besides the adapter's own sizes, by keys of the config; None: no effect."""
+        return {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "packed": self.packed or None,
+            "max_seq_len": self.max_seq_len,
+            "optimizer": self.optimizer["_component_"].rpartition(".")[2],
+            **{f"optimizer.{key}": value for key, value in self.optimizer.items() if key in _OPTIMIZER_KEYS},
+            "lr_scheduler": self.lr_scheduler["_component_"].rpartition(".")[2],
+            "warmup_steps": self.warmup_steps,
+            "warmup_ratio": self.warmup_ratio or None,
+            "lora_plus_ratio": self.lora_plus_ratio,
+            "neftune_noise_alpha": self.neftune_noise_alpha,
+            "clip_grad_norm": self.clip_grad_norm,
+            "seed": self.seed,
+        }
+
+    def source_weights(self) -> dict[str, float]:
+        """Give the weight of each source of a mix; empty for a data set of one source."""
+        source = self.dataset.get("source")
+        return {part["source"]: part.get("weight", 1) for part in source} if isinstance(source, list) else {}
 
     def combination_problems(self) -> Iterator[tuple[str, str]]:
         if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):

@@ -2,17 +2,18 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.sources import data_files
 from custom_components.datasets.tokenized_rows import ChatDataset
-from custom_components.models.builders import HUGGING_FACE_SPELLINGS
 from custom_components.runs.metrics import read_metrics
 from custom_components.runtime.errors import UserError
 from custom_components.training.state import Progress
 from custom_components.transforms.dialogs import chat_messages
+from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.transforms.templates import dialog_turns, prompt_template
+from custom_components.weights.adapters import AdapterSettings
 from custom_components.weights.card import (
     FIRST_SECTION,
     LAST_SECTION,
@@ -26,45 +27,61 @@ from custom_components.weights.card import (
 )
 
 
+@dataclass(frozen=True)
+class TrainingFacts:
+    """How an adapter was trained, besides its rows and its losses.
+
+    Attributes:
+        checkpoint_dir: the base.
+        adapter: its sizes and its variant.
+        is_base_quantized: it was trained over NF4 weights.
+        train_on: what was supervised, a value of the config's key.
+        hyperparameters: by their names in the config; None: without effect, and not named.
+        source_weights: of the sources of a mix.
+    """
+
+    checkpoint_dir: Path
+    adapter: AdapterSettings
+    is_base_quantized: bool
+    prompt_format: PromptFormat
+    train_on: str
+    hyperparameters: Mapping[str, object]
+    source_weights: Mapping[str, float]
+
+
 def adapter_card(
-    settings: TrainingSettings,
-    dataset: ChatDataset,
-    dataset_val: ChatDataset | None,
-    system_prompt: str | None,
-    progress: Progress,
-    metrics: Path,
+    training: TrainingFacts, dataset: ChatDataset, dataset_val: ChatDataset | None, progress: Progress, metrics: Path
 ) -> str:
-    """The card of a finished run's adapter, as Markdown with front matter.
+    """Compose the card of a finished run's adapter, as Markdown with front matter.
 
     Args:
         dataset, dataset_val: the rows trained on, and validated on.
-        system_prompt: of dialogs that had none of their own.
         metrics: the run's metrics.jsonl.
     """
-    base = hub_name(settings.checkpoint_dir)
+    base = hub_name(training.checkpoint_dir)
     head = front_matter(
-        settings.checkpoint_dir,
+        training.checkpoint_dir,
         relation="adapter",
         library_name="peft",
-        tags=["lora", *(["qlora"] if settings.quantize_base else []), TAG],
+        tags=["lora", *(["qlora"] if training.is_base_quantized else []), TAG],
         datasets=[summary.source for summary in dataset.summaries if _is_on_hub(summary.source)],
     )
-    kind = "QLoRA" if settings.quantize_base else "LoRA"
+    kind = "QLoRA" if training.is_base_quantized else "LoRA"
     return "".join(
         [
             head,
-            f"\n# {kind} adapter for {markdown_link(base) or local_path(settings.checkpoint_dir)}\n",
+            f"\n# {kind} adapter for {markdown_link(base) or local_path(training.checkpoint_dir)}\n",
             f"\nTrained with `llama-lora-recipes`. {_which_step(progress)}\n",
             FIRST_SECTION,
-            *(f"- {line}\n" for line in _data_lines(settings, dataset, dataset_val)),
+            *(f"- {line}\n" for line in _data_lines(training, dataset, dataset_val)),
             "\n## Prompt format\n",
-            _prompt_format(settings.prompt_template, system_prompt),
+            _prompt_format(training.prompt_format),
             "\n## Training\n\n",
-            *(f"- {name}: {plain_text(value)}\n" for name, value in _hyperparameters(settings, progress).items()),
+            *(f"- {name}: {plain_text(value)}\n" for name, value in _hyperparameters(training, progress).items()),
             "\n## Losses\n\nIn nats per supervised token.\n\n",
             *(f"- {line}\n" for line in _loss_lines(progress, metrics)),
             LAST_SECTION,
-            how_to_load_adapter(settings, base or f"path/to/{path_name(settings.checkpoint_dir)}"),
+            how_to_load_adapter(training.adapter, base or f"path/to/{path_name(training.checkpoint_dir)}"),
         ]
     )
 
@@ -82,9 +99,8 @@ def _which_step(progress: Progress) -> str:
     return f"It is the state after the last of {progress.num_steps} steps."
 
 
-def _data_lines(settings: TrainingSettings, dataset: ChatDataset, dataset_val: ChatDataset | None) -> Iterator[str]:
-    source = settings.dataset.get("source")
-    weights = {part["source"]: part.get("weight", 1) for part in source} if isinstance(source, list) else {}
+def _data_lines(training: TrainingFacts, dataset: ChatDataset, dataset_val: ChatDataset | None) -> Iterator[str]:
+    weights = training.source_weights
     for summary in dataset.summaries:
         name = markdown_link(summary.source, "datasets/") if _is_on_hub(summary.source) else local_path(summary.source)
         weight = f", weight {weights[summary.source]:g}" if summary.source in weights else ""
@@ -98,11 +114,12 @@ def _data_lines(settings: TrainingSettings, dataset: ChatDataset, dataset_val: C
         "assistant": "supervised: the answers",
         "last_assistant": "supervised: the last answer of each dialog",
         "all": "supervised: prompts and answers",
-    }[settings.train_on]
+    }[training.train_on]
 
 
-def _prompt_format(template: str | dict[str, str], system_prompt: str | None) -> str:
-    """A dialog of placeholders as it is tokenized; `<s>` and `</s>` stand for BOS and EOS."""
+def _prompt_format(prompt_format: PromptFormat) -> str:
+    """Show a dialog of placeholders as it is tokenized, with `<s>` and `</s>` for BOS and EOS."""
+    template, system_prompt = prompt_format.prompt_template, prompt_format.system_prompt
     system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
     exchange = [{"role": "user", "content": "{question}"}, {"role": "assistant", "content": "{answer}"}]
     turns = dialog_turns(chat_messages([*system, *exchange, *exchange]), prompt_template(template))
@@ -115,40 +132,21 @@ def _prompt_format(template: str | dict[str, str], system_prompt: str | None) ->
     )
 
 
-def _hyperparameters(settings: TrainingSettings, progress: Progress) -> Mapping[str, object]:
-    """By their names in the config, those that did something."""
-    peft_names = {tune: peft for peft, tune in HUGGING_FACE_SPELLINGS.items()}
-    modules = [peft_names.get(name, name) for name in settings.lora_attn_modules]
-    modules += ["gate_proj", "up_proj", "down_proj"] if settings.apply_lora_to_mlp else []
-    modules += ["lm_head"] if settings.apply_lora_to_output else []
+def _hyperparameters(training: TrainingFacts, progress: Progress) -> Mapping[str, object]:
+    """Name those that had an effect, by their names in the config."""
+    adapter = training.adapter
     chosen = {
-        "adapted modules": modules,
-        "lora_rank": settings.lora_rank,
-        "lora_alpha": settings.lora_alpha,
-        "lora_dropout": settings.lora_dropout,
-        "use_rslora": settings.use_rslora or None,
-        "use_dora": settings.use_dora or None,
-        "base while training": "4-bit NF4 with double quantization" if settings.quantize_base else None,
+        "adapted modules": adapter.target_modules,
+        "lora_rank": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.use_rslora or None,
+        "use_dora": adapter.use_dora or None,
+        "base while training": "4-bit NF4 with double quantization" if training.is_base_quantized else None,
         "optimizer steps": progress.num_steps,
-        "epochs": settings.epochs,
-        "batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "packed": settings.packed or None,
-        "max_seq_len": settings.max_seq_len,
-        "optimizer": settings.optimizer["_component_"].rpartition(".")[2],
-        **{f"optimizer.{key}": value for key, value in settings.optimizer.items() if key in _OPTIMIZER_KEYS},
-        "lr_scheduler": settings.lr_scheduler["_component_"].rpartition(".")[2],
-        "warmup_steps": settings.warmup_steps,
-        "warmup_ratio": settings.warmup_ratio or None,
-        "lora_plus_ratio": settings.lora_plus_ratio,
-        "neftune_noise_alpha": settings.neftune_noise_alpha,
-        "clip_grad_norm": settings.clip_grad_norm,
-        "seed": settings.seed,
+        **training.hyperparameters,
     }
     return {name: value for name, value in chosen.items() if value is not None}
-
-
-_OPTIMIZER_KEYS = ("lr", "weight_decay", "betas", "eps")
 
 
 def _loss_lines(progress: Progress, metrics: Path) -> Iterator[str]:
@@ -165,14 +163,14 @@ def _loss_lines(progress: Progress, metrics: Path) -> Iterator[str]:
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def how_to_load_adapter(settings: TrainingSettings, base: str) -> str:
-    """Markdown.
+def how_to_load_adapter(adapter: AdapterSettings, base: str) -> str:
+    """Show, as Markdown, how each tool loads the adapter.
 
     Args:
         base: what transformers and vLLM load: a name on the hub, or a path.
     """
-    is_plain = not (settings.use_dora or settings.apply_lora_to_output)
-    vllm_rank = next((rank for rank in _VLLM_RANKS if rank >= settings.lora_rank), None)
+    is_plain = not (adapter.use_dora or "lm_head" in adapter.target_modules)
+    vllm_rank = next((rank for rank in _VLLM_RANKS if rank >= adapter.rank), None)
     if is_plain and vllm_rank is not None:
         fourth = f"""
 vLLM:

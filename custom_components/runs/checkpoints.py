@@ -8,18 +8,17 @@ import dataclasses
 import pickle
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torchtune.modules import TransformerDecoder
 
-from custom_components.config.reading import write_yaml
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
 from custom_components.training.state import Progress, TrainingState
-from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapters import load_adapter, save_adapter
 
 STATE_NAME = "state.pt"
@@ -31,15 +30,28 @@ def checkpoint_path(run_path: Path, step: int) -> Path:
     return run_path / "checkpoints" / f"step_{step:06}"
 
 
+@dataclass(frozen=True)
+class BesideWeights:
+    """What a run saves beside its adapter's weights, the same at every step.
+
+    Attributes:
+        base_model: the base's name on the hub, or its directory.
+        adapter_texts: files of the adapter's directory, the prompt format for example: content by file name.
+        config: the text of the run's config.yaml.
+    """
+
+    base_model: str
+    adapter_texts: Mapping[str, str]
+    config: str
+
+
 def save_checkpoint(
-    run_path: Path,
-    model: TransformerDecoder,
-    state: TrainingState,
-    settings: TrainingSettings,
-    base_model: str,
-    prompt_format: PromptFormat,
+    run_path: Path, model: TransformerDecoder, state: TrainingState, beside: BesideWeights, num_kept: int
 ) -> None:
-    """Write the checkpoint of the last step, then delete all but the best and the newest `keep_last_n_checkpoints`.
+    """Write the checkpoint of the last step, then delete the old ones.
+
+    Args:
+        num_kept: so many of the newest checkpoints stay, and the best.
 
     Raises:
         UserError: it cannot be written; the checkpoints before it are untouched.
@@ -47,8 +59,8 @@ def save_checkpoint(
     path = checkpoint_path(run_path, state.progress.num_steps)
     try:
         with whole_directory(path) as directory:
-            save_adapter(model, directory / "adapter", base_model, prompt_format)
-            write_yaml(settings, directory / CONFIG_NAME)
+            save_adapter(model, directory / "adapter", beside.base_model, beside.adapter_texts)
+            (directory / CONFIG_NAME).write_text(beside.config, encoding="utf-8")
             stored = {
                 "optimizer": state.optimizer.state_dict(),
                 "scaler": state.scaler.state_dict(),
@@ -62,7 +74,7 @@ def save_checkpoint(
             f"output_dir: the checkpoint {str(path)!r} could not be written ({error}); free some space and go on with "
             "resume_from_checkpoint=true from the last one, which is whole"
         ) from None
-    _delete_old_checkpoints(run_path, settings.keep_last_n_checkpoints, state.progress.best_step)
+    _delete_old_checkpoints(run_path, num_kept, state.progress.best_step)
 
 
 def find_checkpoint(resume_from_checkpoint: bool | str, run_path: Path) -> Path | None:

@@ -8,11 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchtune.modules import TransformerDecoder
-
-from custom_components.generation.sample_answers import answer_sample_prompts
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
-
 
 class MetricsFile:
     """Appends records to a file, flushed one by one, so that a killed run has every step it finished."""
@@ -75,11 +70,8 @@ def plot_losses(metrics_path: Path, plot_path: Path) -> None:
     figure.savefig(plot_path, dpi=120)
 
 
-def write_samples(
-    path: Path, step: int, model: TransformerDecoder, tokenizer: Llama2ChatTransform, prompts: Sequence[str]
-) -> None:
-    """Append the model's answers, one JSON object a line."""
-    answers = answer_sample_prompts(model, tokenizer, prompts)
+def write_samples(path: Path, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+    """Append the model's answers after a step, one JSON object a line."""
     samples = MetricsFile(path)
     for prompt, answer in zip(prompts, answers, strict=True):
         samples.write({"step": step, "prompt": prompt, "answer": answer})

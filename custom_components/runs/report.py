@@ -3,7 +3,6 @@
 import torch
 from torchtune.modules import TransformerDecoder
 
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.runs.run_directory import RunDirectory
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.training.state import Progress
@@ -11,13 +10,13 @@ from custom_components.weights.checkpoint_loading import unquantized_modules
 
 
 def describe_model(
-    model: TransformerDecoder, settings: TrainingSettings, device: torch.device, dtype_words: str
+    model: TransformerDecoder, device: torch.device, dtype_words: str, *, is_base_quantized: bool
 ) -> None:
-    """Device, dtype, and what is trained over what."""
+    """Print device and dtype, and how much is trained over what base."""
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    base = "NF4" if settings.quantize_base else dtype_words.split(",")[0]
+    base = "NF4" if is_base_quantized else dtype_words.split(",")[0]
     print(f"device {device}, dtype {dtype_words}; {num_trained:,} trained parameters in fp32 over a base in {base}")
-    if settings.quantize_base and (names := unquantized_modules(model)):
+    if is_base_quantized and (names := unquantized_modules(model)):
         print(f"not quantized, NF4 blocks do not divide them: {', '.join(names)}")
 
 

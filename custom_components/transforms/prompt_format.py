@@ -22,6 +22,10 @@ class PromptFormat:
     system_prompt: str | None
     stop_tokens: list[str]
 
+    def texts(self) -> dict[str, str]:
+        """Give the file that states it, beside an adapter's or a merge's weights: its content by its name."""
+        return {PROMPT_FORMAT_NAME: yaml.safe_dump(vars(self), sort_keys=False, allow_unicode=True)}
+
 
 def read_prompt_format(directory: Path) -> PromptFormat | None:
     """The prompt format of an adapter or a merge; None where it states none, as those of other tools.
@@ -80,5 +84,5 @@ def tokenizer_of_adapter(
 
 
 def write_prompt_format(prompt_format: PromptFormat, directory: Path) -> None:
-    text = yaml.safe_dump(vars(prompt_format), sort_keys=False, allow_unicode=True)
-    (directory / PROMPT_FORMAT_NAME).write_text(text, encoding="utf-8")
+    for name, text in prompt_format.texts().items():
+        (directory / name).write_text(text, encoding="utf-8")

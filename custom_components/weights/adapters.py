@@ -1,10 +1,8 @@
-"""Adapters on disk: written in PEFT's format, read in PEFT's and torchtune's.
-
-What PEFT's config has no place for, the prompt format the adapter was trained with, is in a file of its own.
-"""
+"""Adapters on disk: written in PEFT's format, read in PEFT's and torchtune's."""
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +13,7 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.prompt_format import PromptFormat, write_prompt_format
 from custom_components.weights.adapter_files import WEIGHTS_NAME, StoredAdapter, rope_heads, stored_adapter
-from custom_components.weights.card import CARD_NAME
 from custom_components.weights.names import halve_rope_rows
 from custom_components.weights.peft_format import (
     BASE_WEIGHTS,
@@ -29,38 +25,61 @@ from custom_components.weights.peft_format import (
 )
 
 
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The sizes and the variant of a model's adapters.
+
+    Attributes:
+        target_modules: the kinds of linear layers that have an adapter, by PEFT's names.
+    """
+
+    target_modules: list[str]
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    use_dora: bool
+
+
+def adapter_settings(model: TransformerDecoder) -> AdapterSettings:
+    """Read the settings off a model that has adapters, which are all alike."""
+    modules = adapter_modules(model)
+    first = next(iter(modules.values()))
+    return AdapterSettings(
+        target_names(modules), first.rank, first.alpha, first.dropout, first.use_rslora, first.use_dora
+    )
+
+
 def save_adapter(
     model: TransformerDecoder,
     adapter_dir: Path,
     base_model: str,
-    prompt_format: PromptFormat,
-    card: str | None = None,
+    texts: Mapping[str, str],
 ) -> None:
     """Write the model's adapter, whole or not at all.
 
     Args:
         adapter_dir: replaced if it exists.
         base_model: what PEFT's users load the adapter on: a name on the hub, or a directory.
-        card: the text of its README.md; None: it gets none.
+        texts: files to write beside the weights, the prompt format and the card for example: content by file name.
     """
-    modules = adapter_modules(model)
-    first = next(iter(modules.values()))
+    settings = adapter_settings(model)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
-        "target_modules": target_names(modules),
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": sorted(settings.target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        **{key: True for key in VARIANTS if getattr(first, key)},
+        **{key: True for key in VARIANTS if getattr(settings, key)},
     }
     num_kv_heads = model.layers[0].attn.num_kv_heads
     tensors = {}
-    for module_name, module in modules.items():
+    for module_name, module in adapter_modules(model).items():
         for parameter in module.adapter_params():
             name = f"{module_name}.{parameter}"
             tensor, num_heads = module.get_parameter(parameter), rope_heads(name, model.num_heads, num_kv_heads)
@@ -69,9 +88,8 @@ def save_adapter(
     with whole_directory(adapter_dir) as directory:
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-        write_prompt_format(prompt_format, directory)
-        if card is not None:
-            (directory / CARD_NAME).write_text(card, encoding="utf-8")
+        for name, text in texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
 
 
 def load_adapter(model: TransformerDecoder, adapter_dir: Path) -> None:
@@ -148,16 +166,15 @@ def modules_not_finite(modules: Mapping[str, LoRALinear]) -> list[str]:
 
 def _problems_of_settings(model: TransformerDecoder, stored: StoredAdapter) -> list[str]:
     """Another rank, scaling or targets: what the many tensors that do not fit have in common."""
-    modules = adapter_modules(model)
-    if not modules:
+    if not adapter_modules(model):
         return ["the model has no adapters"]
-    built, config = next(iter(modules.values())), stored.config
+    built, config = adapter_settings(model), stored.config
     settings = {
         "lora_rank": (config.rank, built.rank),
         "lora_alpha": (config.alpha, built.alpha),
         "use_rslora": (config.use_rslora, built.use_rslora),
         "use_dora": (stored.use_dora, built.use_dora),
-        "target_modules": (target_names(stored.modules), target_names(modules)),
+        "target_modules": (sorted(target_names(stored.modules)), sorted(built.target_modules)),
     }
     return [f"{key} is {theirs}, the model's {ours}" for key, (theirs, ours) in settings.items() if theirs != ours]
 
@@ -204,6 +221,6 @@ def _base_weight(model: TransformerDecoder, name: str) -> Tensor:
 
 
 def target_names(modules: Iterable[str]) -> list[str]:
-    """PEFT's target_modules for the names of modules."""
+    """Give PEFT's target_modules for the names of modules, in the order in which a layer computes them."""
     names = {name.rpartition(".")[2] for name in modules}
-    return sorted(target for target, name in TARGETS.items() if name in names)
+    return [target for target, name in TARGETS.items() if name in names]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from custom_components.config.checks import component_nodes
-from custom_components.config.reading import load_settings, write_yaml
+from custom_components.config.reading import config_text, load_settings
 from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
 from custom_components.config.training_settings import PreviewSettings, TrainingSettings
 from custom_components.runtime.errors import UserError
@@ -230,7 +230,7 @@ def test_a_key_written_twice_keeps_the_last_value(tmp_path):
 
 def test_the_written_config_reads_back(tmp_path):
     settings = training_settings("dataset.source=a ${b}: c", "lora_rank=7")
-    write_yaml(settings, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_text(settings), encoding="utf-8")
     text = (tmp_path / "config.yaml").read_text().replace("${b}", "\\${b}")
     (tmp_path / "config.yaml").write_text(text)
     assert training_settings(config=tmp_path / "config.yaml") == settings

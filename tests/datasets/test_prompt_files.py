@@ -175,7 +175,7 @@ def test_comparing_needs_both_answers(tmp_path, monkeypatch, capsys):
     """The base's answers are those of the base alone, in a file and on the terminal."""
     model = with_random_adapters(loaded_model(TINY_LLAMA / "checkpoint"))
     prompt_format = PromptFormat(prompt_template="llama2", system_prompt=None, stop_tokens=["</s>"])
-    save_adapter(model, tmp_path / "adapter", "tiny", prompt_format)
+    save_adapter(model, tmp_path / "adapter", "tiny", prompt_format.texts())
     source, out = write_rows(tmp_path / "in.jsonl", [{"prompt": "Who?"}]), tmp_path / "out.jsonl"
     short = ["max_new_tokens=8", "dtype=fp32"]
     adapter = f"adapter_dir={tmp_path / 'adapter'}"

@@ -201,7 +201,7 @@ def saved(make_checkpoint, tmp_path):
     """A checkpoint, an adapter on it with a prompt format of its own, and rows."""
     checkpoint = make_checkpoint()
     model = with_random_adapters(loaded_model(checkpoint)).eval()
-    save_adapter(model, tmp_path / "adapter", "a/base", PromptFormat("alpaca", None, ["</s>"]))
+    save_adapter(model, tmp_path / "adapter", "a/base", PromptFormat("alpaca", None, ["</s>"]).texts())
     return model, checkpoint, tmp_path / "adapter", write_rows(tmp_path / "rows.jsonl", 6)
 
 

@@ -176,7 +176,7 @@ def test_L29_a_checkpoint_s_pickles_are_not_executed(make_checkpoint, poison):
 def test_L29_an_adapter_s_pickles_are_not_executed(make_checkpoint, tmp_path, poison, name):
     checkpoint = make_checkpoint()
     adapter = tmp_path / "adapter"
-    save_adapter(loaded_model(checkpoint), adapter, "a/base", PromptFormat("llama2", None, ["</s>"]))
+    save_adapter(loaded_model(checkpoint), adapter, "a/base", PromptFormat("llama2", None, ["</s>"]).texts())
     (adapter / WEIGHTS).unlink()
     poison(adapter / name)
     with pytest.raises(UserError, match="not a whole file of plain tensors"):

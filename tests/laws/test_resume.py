@@ -11,11 +11,10 @@ import torch
 
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings
-from custom_components.runs.checkpoints import find_checkpoint, save_checkpoint
+from custom_components.runs.checkpoints import BesideWeights, find_checkpoint, save_checkpoint
 from custom_components.runs.resuming import check_resumed_config
 from custom_components.runtime.errors import UserError
 from custom_components.training.state import Progress, TrainingState
-from custom_components.transforms.prompt_format import PromptFormat
 from tests.support.checkpoints import write_checkpoint
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT
@@ -198,9 +197,7 @@ def test_L30_a_signal_saves_and_the_run_goes_on_from_there(finished_run, tmp_pat
 
 
 def test_L30_a_full_disk_destroys_no_checkpoint(short_run, monkeypatch):
-    run, output_dir = short_run
-    monkeypatch.chdir(PROJECT)
-    settings = load_settings(TrainingSettings, run)
+    _, output_dir = short_run
     model = with_random_adapters(loaded_model(output_dir.parent / "base", lora_rank=16, lora_alpha=32))
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     state = TrainingState(optimizer, torch.amp.GradScaler("cpu", enabled=False), "", Progress(num_steps=9))
@@ -211,7 +208,7 @@ def test_L30_a_full_disk_destroys_no_checkpoint(short_run, monkeypatch):
     before = sorted(path.name for path in (output_dir / "checkpoints").iterdir())
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="step_000009.*could not be written.*No space left"):
-        save_checkpoint(output_dir, model, state, settings, "base", PromptFormat("llama2", None, ["</s>"]))
+        save_checkpoint(output_dir, model, state, BesideWeights("base", {}, ""), num_kept=2)
     assert sorted(path.name for path in (output_dir / "checkpoints").iterdir()) == before
     assert find_checkpoint(True, output_dir).name == "step_000006"
 

@@ -16,7 +16,7 @@ PROMPT_FORMAT = PromptFormat("llama2", "Be kind.", ["</s>"])
 
 
 def saved_adapter(model: TransformerDecoder, directory: Path, prompt_format: PromptFormat = PROMPT_FORMAT) -> Path:
-    save_adapter(model, directory, "a/base", prompt_format)
+    save_adapter(model, directory, "a/base", prompt_format.texts())
     return directory
 
 

@@ -26,7 +26,7 @@ def test_50_steps_have_the_losses_of_peft(test_data, tmp_path, peft, name):
     steps = [step for epoch in range(2) for step in plan.steps(dataset.lengths, epoch)][:NUM_STEPS]
 
     ours = with_random_adapters(loaded_model(checkpoint, lora_rank=4, lora_alpha=8)).train()
-    save_adapter(ours, tmp_path / "start", "base", PromptFormat("llama2", None, ["</s>"]))
+    save_adapter(ours, tmp_path / "start", "base", PromptFormat("llama2", None, ["</s>"]).texts())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "start", is_trainable=True).train()
 

@@ -190,7 +190,9 @@ def test_adapters_on_embeddings_are_refused_by_name(make_checkpoint, tmp_path, p
 
 
 def test_a_run_s_directory_is_pointed_to_its_adapter(make_checkpoint, tmp_path):
-    save_adapter(loaded_model(make_checkpoint()), tmp_path / "run/adapter", "a/base", PromptFormat("llama2", None, []))
+    save_adapter(
+        loaded_model(make_checkpoint()), tmp_path / "run/adapter", "a/base", PromptFormat("llama2", None, []).texts()
+    )
     with pytest.raises(UserError, match="has no adapter_config.json; name .*/run/adapter$"):
         lora_settings(tmp_path / "run")
     with pytest.raises(UserError, match="has no adapter_config.json; name the adapter/ of a run"):

@@ -4,16 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
+from custom_components.config.components import instantiate
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.export.merged_card import merged_card
-from custom_components.runs.adapter_card import adapter_card
+from custom_components.runs.adapter_card import TrainingFacts, adapter_card
 from custom_components.training.state import Progress
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.prompt_format import PromptFormat
+from custom_components.weights.adapters import adapter_settings
 from custom_components.weights.card import CARD_NAME
 from tests.support.paths import PROJECT, TINY_TOKENIZER
 
@@ -48,8 +52,11 @@ def make_card(rows, tmp_path, monkeypatch):
     metrics.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"step": 2, "val_loss": 1.25}]))
 
     def make(*overrides, sources=None, validates=True, system_prompt=None):
-        arguments = ["--config", "configs/tiny_qlora.yaml", f"dataset.source={rows}", *overrides]
-        settings = load_settings(TrainingSettings, arguments)
+        arguments = ["--config", "configs/tiny_qlora.yaml", f"dataset.source={rows}"]
+        arguments.append("model.checkpoint_dir=examples/tiny_llama/checkpoint")
+        settings = load_settings(TrainingSettings, [*arguments, *overrides])
+        with torch.device("meta"):
+            model = instantiate(settings.model)
         dataset = chat_dataset(Llama2ChatTransform(TINY_TOKENIZER), str(rows))
         if sources is not None:
             dataset.summaries = [type(dataset.summaries[0])(source, num_rows=12, num_kept=10) for source in sources]
@@ -58,7 +65,16 @@ def make_card(rows, tmp_path, monkeypatch):
         if validates:
             dataset, dataset_val = split_validation(dataset, 0.2, seed=0)
             progress = Progress(num_steps=2, best_step=1, best_val_loss=1.25)
-        return adapter_card(settings, dataset, dataset_val, system_prompt, progress, metrics)
+        training = TrainingFacts(
+            settings.checkpoint_dir,
+            adapter_settings(model),
+            settings.quantize_base,
+            PromptFormat(settings.prompt_template, system_prompt, ["</s>"]),
+            settings.train_on,
+            settings.training_hyperparameters(),
+            settings.source_weights(),
+        )
+        return adapter_card(training, dataset, dataset_val, progress, metrics)
 
     return make
 
