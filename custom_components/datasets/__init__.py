@@ -1,4 +1,4 @@
-"""From files to rows of tokens: what a config may name as `dataset`."""
+"""Files to rows of tokens: the components that a config can name as `dataset`."""
 
 from custom_components.datasets.chat import WeightedSource, chat_dataset
 

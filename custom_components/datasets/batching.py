@@ -1,7 +1,7 @@
-"""Which rows go into which forward, and how they lie in it.
+"""Rows to forwards: which rows share a forward, and how they are laid out in it.
 
-The rows of a forward are laid end to end in one sequence, without padding. The order of the rows is a pure function of
-seed and epoch, so that resuming has nothing to remember.
+The rows of a forward are joined end to end in one sequence, without padding. Their order is a pure function of seed and
+epoch, so a checkpoint does not store it.
 
 Dimensions: `T` tokens of all rows of a forward, `P` supervised positions.
 """
@@ -24,10 +24,10 @@ class Batch:
 
     Attributes:
         tokens_1T: ids.
-        labels_1T: the id that each position has to predict, or torchtune's ignore index: shifted, row by row.
-        positions_1T: position in the row.
-        supervised_P: which of the T positions have a label. Found on the CPU: on a card a sum or a selection by a
-            boolean mask would make the host wait for it.
+        labels_1T: the id to predict at each position, or torchtune's ignore index; shifted row by row.
+        positions_1T: each token's position in its row.
+        supervised_P: which of the T positions have a label. Found on the CPU, because on a GPU a sum or a selection by
+            a boolean mask makes the host wait.
         row_lengths: the tokens of each row.
         boundaries: where rows begin and end, (num_rows + 1,), int32, for CUDA's attention; None on the CPU.
     """
@@ -49,7 +49,7 @@ class Batch:
 
     @property
     def num_units(self) -> int:
-        """The batch's share of what a step's loss is divided by: its supervised tokens."""
+        """This batch's share of the number that a step's loss is divided by: its supervised tokens."""
         return self.num_supervised_tokens
 
     def to(self, device: torch.device) -> "Batch":
@@ -67,10 +67,10 @@ class Batch:
 
 
 def collate(rows: Sequence[dict[str, list[int]]]) -> Batch:
-    """Lay rows of a :class:`ChatDataset` end to end.
+    """Join rows of a :class:`ChatDataset` end to end.
 
-    Labels are shifted inside each row, before the rows are joined: shifted afterwards, the last position of a row
-    would have to predict the first token of the next.
+    Labels are shifted inside each row, before the rows are joined; otherwise the last position of a row would have to
+    predict the first token of the next.
     """
     tokens = [token for row in rows for token in row["tokens"]]
     labels = [label for row in rows for label in (*row["labels"][1:], CROSS_ENTROPY_IGNORE_IDX)]
@@ -87,7 +87,7 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How rows become forwards and optimizer steps.
+    """Says how rows become forwards and optimizer steps.
 
     Attributes:
         batch_size: rows of a forward; with `pack_capacity_tokens`, packs of a forward.
@@ -108,7 +108,7 @@ class BatchPlan:
     max_steps_per_epoch: int | None = None
 
     def steps(self, lengths: Sequence[int], epoch: int) -> list[list[list[int]]]:
-        """An epoch's optimizer steps, each a list of forwards, each a list of row indices.
+        """List an epoch's optimizer steps, each a list of forwards, each a list of row indices.
 
         A pure function of the lengths and the epoch. Every row is in one step; the last step may be smaller.
         """

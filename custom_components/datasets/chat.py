@@ -1,4 +1,4 @@
-"""From a source of dialogs to a data set ready to train on."""
+"""A source of dialogs to a data set ready to train on."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -50,17 +50,17 @@ def chat_dataset(
             `{source, weight}`.
         split, subset, revision: of a data set on the hub.
         streaming: read a data set on the hub without downloading it whole, for those larger than the disk. Tokens are
-            held in memory, 5 bytes each, so that order, packing and resuming are the same as without.
-        max_rows: read so many rows of each source and no more.
+            held in memory, 5 bytes each, so order, packing and resuming work as without.
+        max_rows: read at most so many rows of each source.
         format: one of :mod:`row_formats`; None: recognised from the columns.
-        column_map: the file's column for each of ours, where the names differ: `{prompt: question}`.
+        column_map: the file's name for each of our columns that it names differently: `{prompt: question}`.
         system_prompt: for dialogs that have none of their own; None: the tokenizer's.
         on_overlong: what happens to rows over `max_seq_len`: "truncate" cuts them, without a false EOS.
         on_bad_row: "skip" drops and counts rows that cannot be read as a dialog.
-        cache_dir: tokens of local files are kept here and read back by later runs; None: they are not.
+        cache_dir: tokens of local files are kept here for later runs; None: they are not kept.
 
     Raises:
-        UserError: a source or row that cannot be read, by file and line; or no row with a token to train on.
+        UserError: a source or row cannot be read, named by file and line; or no row has a token to train on.
     """
     reader = _Reader(
         *(tokenizer.with_system_prompt(system_prompt), split, subset, revision, streaming, max_rows),
@@ -75,7 +75,7 @@ def chat_dataset(
 
 @dataclass(frozen=True)
 class _Reader:
-    """How the rows of a source become tokens; see :func:`chat_dataset`."""
+    """Turns the rows of a source into tokens; see :func:`chat_dataset`."""
 
     tokenizer: Llama2ChatTransform
     split: str
@@ -89,7 +89,7 @@ class _Reader:
     on_bad_row: str
 
     def cached(self, source: str, cache_dir: str | Path | None) -> ChatDataset:
-        """The source's rows, from the cache where the same were tokenized alike before."""
+        """Read the source's rows, from the cache if the same rows were tokenized with the same settings before."""
         settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tokenizer"}
         cache = TokenCache(cache_dir, source, [settings, self.tokenizer.fingerprint])
         if (stored := cache.load()) is not None:

@@ -1,7 +1,7 @@
 """The order of an epoch's rows, and which of them share a forward, from the rows' lengths alone.
 
-Lengths and capacities are in tokens. A plan is a pure function of its arguments, so that resuming has nothing to
-remember. No row is split.
+Lengths and capacities are in tokens. A plan is a pure function of its arguments, so a checkpoint does not store it. No
+row is split.
 """
 
 import random
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 
-# Of one window of rows sorted by length: the most that transformers takes by default, `get_length_grouped_indices` in
+# Batches in one window of rows sorted by length: transformers' largest default, `get_length_grouped_indices` in
 # trainer_pt_utils.py (5.23.0).
 _NUM_BATCHES_PER_WINDOW = 50
 
 
 def row_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """The order of the rows in an epoch, counted from 0."""
+    """Draw the order of the rows in an epoch, counted from 0."""
     if not shuffle:
         return list(range(num_rows))
     generator = torch.Generator().manual_seed(seed * 2**20 + epoch)
@@ -28,31 +28,30 @@ def pack_rows(lengths: Sequence[int], capacity: int, seed: int, epoch: int, shuf
 
     Online best fit (BF in Johnson, Demers, Ullman, Garey and Graham, "Worst-case performance bounds for simple
     one-dimensional packing algorithms", SIAM J. Comput. 3(4), 1974, section 1): row by row, in the epoch's order, into
-    the fullest pack that still has room for it, and into a new pack where none has. It never takes more than 1.7 times
-    the fewest packs possible plus 2 (theorem 2.2 there); rows much shorter than the capacity leave next to nothing
-    empty.
+    the fullest pack that still has room for it, or into a new pack if none has. It never needs more than 1.7 times the
+    fewest packs possible plus 2 (theorem 2.2 there); rows much shorter than the capacity leave almost no space empty.
 
     Taking the longest rows first, as best fit decreasing does, and as Krell et al. do over a histogram of lengths
     ("Efficient sequence packing without cross-contamination", arXiv 2107.02027, section 3.1.1), fills packs a little
-    better, but with rows of like length: a few long ones here, hundreds of short ones there. Over a shuffled order a
-    pack stays nearly a random draw of rows.
+    better, but with rows of similar length: a few long ones here, hundreds of short ones there. With a shuffled order a
+    pack is still nearly a random draw of rows.
 
     Args:
         lengths: tokens of each row, from 1 to `capacity`.
         capacity: the most tokens of a pack.
-        seed: with `epoch`, settles which rows meet in a pack, and the order of the packs.
+        seed: determines, with `epoch`, which rows share a pack, and the order of the packs.
         epoch: counted from 0.
         shuffle: False packs the rows in the data set's order, the same in every epoch: packs are ordered by their
-            first row, rows ascend in each pack, and most keep their neighbours, but a row that fills a gap stands in an
+            first row, rows ascend in each pack, and most keep their neighbours, but a row that fills a gap goes to an
             earlier pack, however far back.
 
     Returns:
-        Packs of row indices. Any two of them hold more than `capacity` tokens together, so that all but one are more
-        than half full. How many there are may differ by epoch.
+        Packs of row indices. Any two of them hold more than `capacity` tokens together, so all but one are more than
+        half full. Their number may differ by epoch.
     """
     assert all(0 < length <= capacity for length in lengths), (min(lengths), max(lengths), capacity)
     packs: list[list[int]] = []
-    open_packs: dict[int, list[int]] = {}  # by how many tokens they have room for
+    open_packs: dict[int, list[int]] = {}  # by the number of tokens they still have room for
     rooms: list[int] = []  # the keys of open_packs, ascending
     for row in row_order(len(lengths), seed, epoch, shuffle):
         tightest = bisect_left(rooms, lengths[row])
@@ -61,7 +60,7 @@ def pack_rows(lengths: Sequence[int], capacity: int, seed: int, epoch: int, shuf
             packs.append([])
         else:
             room = rooms[tightest]
-            # The last of them, which took a row most recently: in the data set's order that keeps neighbours together.
+            # The one that got a row most recently: in the data set's order this keeps neighbours together.
             pack = open_packs[room].pop()
             if not open_packs[room]:
                 del open_packs[room], rooms[tightest]
@@ -74,24 +73,24 @@ def pack_rows(lengths: Sequence[int], capacity: int, seed: int, epoch: int, shuf
             insort(rooms, room)
     if shuffle:
         # The last packs opened are less full, and tend to begin with a long row that fitted nowhere.
-        # Not by row_order, whose draws for the rows these would repeat.
+        # Not by row_order, which would repeat the draws for the rows.
         random.Random(f"packs of seed {seed}, epoch {epoch}").shuffle(packs)
     return packs
 
 
 def grouped_by_length(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
-    """An order whose consecutive batches of `batch_size` rows each hold rows of similar length.
+    """Reorder rows so that each batch of `batch_size` consecutive rows has rows of similar length.
 
     After `get_length_grouped_indices` of transformers (trainer_pt_utils.py): windows of 50 batches are sorted by
-    length, longest first. There the batches stay so, and every window runs from long rows to short ones; here they are
-    put in the order in which the earliest row of each stood. An incomplete batch stays last, or it would shift
+    length, longest first. There the batches keep that order, and every window runs from long rows to short ones; here
+    batches are ordered by the place their earliest row had before. An incomplete batch stays last, or it would shift
     the batches after it.
 
-    It draws nothing: a shuffled order gives batches in a shuffled order, another epoch's order gives others, and rows
-    that are all of one length stay where they are.
+    Nothing is drawn: a shuffled order gives batches in a shuffled order, another epoch's order gives other batches,
+    and rows of one length stay where they are.
 
-    Rows laid end to end have no padding that this could save, and the sizes of the forwards spread more than in the
-    given order, up to a forward of nothing but long rows: for forwards of even size, see :func:`pack_rows`.
+    Rows joined end to end have no padding to save, and forwards differ more in size than in the given order, up to a
+    forward of long rows only: for forwards of even size, see :func:`pack_rows`.
 
     Args:
         order: row indices, each at most once.

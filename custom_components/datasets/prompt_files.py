@@ -14,15 +14,15 @@ from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
 
 ANSWER, BASE_ANSWER = "answer", "answer_base"
-# Batches are made of rows of like length among this many times the batch's, and written when all of those are answered.
+# A window of this many batches is sorted by length, so that rows of similar length share a batch.
 _NUM_BATCHES_SORTED = 8
 
 
 def check_output_file(path: Path) -> None:
-    """Refuse a file that cannot be made.
+    """Refuse an output file that cannot be created.
 
     Raises:
-        UserError: it exists already, its directory does not, or nothing can be written there.
+        UserError: it exists already, its directory does not exist, or it cannot be written.
     """
     try:
         if not path.parent.is_dir():
@@ -37,7 +37,7 @@ def check_output_file(path: Path) -> None:
 
 @dataclass(frozen=True)
 class FilePrompt:
-    """A row, and its prompt in tokens."""
+    """A row, and the tokens of its prompt."""
 
     row: Row
     tokens: list[int]
@@ -46,17 +46,17 @@ class FilePrompt:
 def read_prompts(
     path: Path, tokenizer: Llama2ChatTransform, max_seq_len: int, answer_columns: Sequence[str]
 ) -> list[FilePrompt]:
-    """The prompts of a file, all read and checked before the first is answered.
+    """Read and check all prompts of a file, before the first is answered.
 
     Args:
-        path: rows with `prompt` (and `system`), with `messages`, or in any format that is trained on; an answer at the
-            end of a row is not shown to the model.
+        path: rows with `prompt` (and `system`), with `messages`, or in any format for training; an answer at the end of
+            a row is not shown to the model.
         max_seq_len: the model's context.
-        answer_columns: what is to be added to the rows.
+        answer_columns: the columns that will be added to the rows.
 
     Raises:
-        UserError: no such file, a row that is none of these, that leaves no room for an answer, or that has one of
-            `answer_columns` already: every bad row by file and line, up to ten.
+        UserError: there is no such file, or a row has no prompt, leaves no room for an answer, or already has one of
+            `answer_columns`: every bad row by file and line, up to ten.
     """
     if not path.exists():
         raise UserError(f"prompts_file: there is no file {str(path)!r}")
@@ -70,7 +70,7 @@ def read_prompts(
                 prompts.append(FilePrompt(row, prompt_tokens(tokenizer, row_dialog(row.values), max_seq_len)))
             except ValueError as error:
                 problems.append(f"{row.location}: {error}")
-    except UserError as error:  # what is wrong with the file as a whole, behind what is wrong with its rows
+    except UserError as error:  # a problem of the whole file is reported after those of its rows
         raise UserError(*problems[:9], *error.messages) from None
     if problems:
         raise UserError(*problems[:10])
@@ -78,7 +78,7 @@ def read_prompts(
 
 
 def one_prompt(text: str, tokenizer: Llama2ChatTransform, max_seq_len: int) -> FilePrompt:
-    """A single prompt that is in no file.
+    """Tokenize a single prompt, not from a file.
 
     Raises:
         UserError: it leaves no room for an answer, or contains one of the template's own marks.
@@ -93,10 +93,10 @@ def one_prompt(text: str, tokenizer: Llama2ChatTransform, max_seq_len: int) -> F
 
 
 def row_dialog(values: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A row's dialog up to the question that is to be answered, as it would be trained.
+    """Read a row's dialog up to the question to answer, as it would be trained.
 
     Raises:
-        ValueError: the row holds none.
+        ValueError: the row has no question.
     """
     values = _with_an_answer(values)
     try:
@@ -112,7 +112,7 @@ def row_dialog(values: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _with_an_answer(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row with some answer at its end: the converters of rows to train on ask for one."""
+    """Put an answer at the end of a row, because the converters of training rows need one."""
     answer = "-"
     messages = values.get("messages")
     if isinstance(messages, list) and messages:
@@ -128,17 +128,17 @@ def write_answers(
     batch_size: int,
     answer_batch: Callable[[list[list[int]]], dict[str, list[str]]],
 ) -> Iterator[int]:
-    """Answer all prompts; yields how many have been answered since the last time.
+    """Answer all prompts; yields the number answered since the last time.
 
-    The rows are written in the file's order as soon as all before them are there, so that after an interruption the
-    file holds whole rows.
+    Rows are written in the file's order as soon as all before them are answered, so after an interruption the file has
+    whole rows.
 
     Args:
         output_file: see :func:`check_output_file`.
-        answer_batch: from the tokens of up to `batch_size` prompts to the columns to add.
+        answer_batch: takes the tokens of up to `batch_size` prompts and returns the columns to add.
     """
     remaining = iter(prompts)
-    # Half a surrogate pair in another column is written as JSON spells it, and so as it was read.
+    # Half a surrogate pair in another column is written as a JSON escape, as it was read.
     with output_file.open("x", encoding="utf-8", errors="backslashreplace") as file:
         while window := list(islice(remaining, batch_size * _NUM_BATCHES_SORTED)):
             by_length = sorted(range(len(window)), key=lambda index: -len(window[index].tokens))

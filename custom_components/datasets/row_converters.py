@@ -1,4 +1,4 @@
-"""Rows as messages: one converter for each format of :mod:`row_formats`."""
+"""Rows to messages: one converter for each format of :mod:`row_formats`."""
 
 import re
 from collections.abc import Callable, Collection
@@ -10,12 +10,12 @@ RowConverter = Callable[[dict[str, Any]], list[ChatMessage]]
 
 
 def messages_row(values: dict[str, Any]) -> list[ChatMessage]:
-    """`{"messages": [{"role", "content"}, ...]}`, OpenAI's form.
+    """Convert `{"messages": [{"role", "content"}, ...]}`, OpenAI's form.
 
     openai/openai-cookbook @b774cbf1, examples/Chat_finetuning_data_prep.ipynb.
 
     Raises:
-        ValueError: it is no dialog, has an empty question or answer, or does not end with an answer.
+        ValueError: it is not a dialog, has an empty question or answer, or does not end with an answer.
     """
     return _dialog(_dicts(values, "messages"))
 
@@ -31,11 +31,11 @@ _SHAREGPT_ROLES = {
 
 
 def sharegpt_row(values: dict[str, Any]) -> list[ChatMessage]:
-    """`{"conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}`, also with role and content.
+    """Convert `{"conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}]}`, also with role and content.
 
     Raises:
-        ValueError: it is no dialog, an unknown speaker, an empty question or answer, the first is an answer or the last
-            is none.
+        ValueError: it is not a dialog, has an unknown speaker or an empty question or answer, begins with an answer, or
+            does not end with one.
     """
     messages = []
     for number, entry in enumerate(_dicts(values, "conversations"), 1):
@@ -51,12 +51,12 @@ def sharegpt_row(values: dict[str, Any]) -> list[ChatMessage]:
 
 
 def alpaca_row(values: dict[str, Any]) -> list[ChatMessage]:
-    """`{"instruction", "input", "output"}`, with `history`, a list of earlier [question, answer], where there is one.
+    """Convert `{"instruction", "input", "output"}`, with an optional `history`, a list of earlier [question, answer].
 
     tatsu-lab/stanford_alpaca, README.md; `history`: hiyouga/LLaMA-Factory, data/README.md.
 
     Raises:
-        ValueError: a column is no text, an empty question or answer, or `history` is no list of pairs.
+        ValueError: a column is not text, a question or answer is empty, or `history` is not a list of pairs.
     """
     question = _joined(_text(values, "instruction"), _optional_text(values, "input"))
     messages = []
@@ -72,15 +72,15 @@ def alpaca_row(values: dict[str, Any]) -> list[ChatMessage]:
 
 
 def prompt_completion_row(values: dict[str, Any]) -> list[ChatMessage]:
-    """`{"prompt", "completion"}`.
+    """Convert `{"prompt", "completion"}`.
 
     Raises:
-        ValueError: one of them is empty or no text.
+        ValueError: one of them is empty or not text.
     """
     return _dialog(_exchange(_text(values, "prompt"), _text(values, "completion")))
 
 
-# An answer may go without its </s>. Each \s* is followed by what is no space, so that no match is tried twice over.
+# The </s> after an answer may be missing. Each \s* is followed by a non-space, so that no match is tried twice.
 _LLAMA2_TURN = re.compile(r"\s*(?:<s>\s*)?\[INST\](.*?)\[/INST\](.*?)(?:</s>|(?=(?:<s>\s*)?\[INST\])|\Z)", re.DOTALL)
 _LLAMA2_SYSTEM = re.compile(r"<<SYS>>\n?(.*?)\n?<</SYS>>\s*(.*)", re.DOTALL)
 _LLAMA2_START = re.compile(r"\s*(?:<s>\s*)?\[INST\]")
@@ -91,7 +91,7 @@ def is_llama2_text(text: str) -> bool:
 
 
 def llama2_text_row(values: dict[str, Any]) -> list[ChatMessage]:
-    """`{"text": "<s>[INST] question [/INST] answer </s><s>[INST] ..."}`, already in Llama 2's format, parsed back.
+    """Parse `{"text": "<s>[INST] question [/INST] answer </s><s>[INST] ..."}`, text in Llama 2's own format.
 
     Empty questions and answers are kept: published sets have them.
 
@@ -116,8 +116,8 @@ def llama2_text_row(values: dict[str, Any]) -> list[ChatMessage]:
     return messages
 
 
-# What stands before a question and before its answer. timdettmers/openassistant-guanaco has Human and Assistant also
-# within a line, `... question### Assistant: answer### Human: ...`, so only the others have to begin one.
+# The marks of a question and of its answer. timdettmers/openassistant-guanaco has Human and Assistant also within a
+# line, `... question### Assistant: answer### Human: ...`, so only the other marks have to begin one.
 _MARKS = [("Human", "Assistant"), ("HUMAN", "RESPONSE"), ("Instruction", "Response"), ("User", "Assistant")]
 _MARK_PATTERNS = [
     re.compile(
@@ -134,13 +134,13 @@ def is_marked_text(text: str) -> bool:
 
 
 def marked_text_row(values: dict[str, Any]) -> list[ChatMessage]:
-    """`{"text": "### Human: question ### Assistant: answer ..."}`, parsed back; see `_MARKS` for the marks.
+    """Parse `{"text": "### Human: question ### Assistant: answer ..."}`; see `_MARKS` for the marks.
 
-    What stands before the first mark, or behind `### System:`, is the system prompt. A question at the end that has no
-    answer is left out: published sets have them.
+    The text before the first mark, or after `### System:`, is the system prompt. A question without an answer at the
+    end is left out: published sets have them.
 
     Raises:
-        ValueError: the text has no marks, they do not take turns, an empty question or answer, or no answer.
+        ValueError: the text has no marks or no answer, the marks do not take turns, or a question or answer is empty.
     """
     text = _text(values, "text")
     marks = _marks_of(text)
@@ -166,7 +166,7 @@ def marked_text_row(values: dict[str, Any]) -> list[ChatMessage]:
 
 
 def _marks_of(text: str) -> tuple[re.Pattern[str], str] | None:
-    """The pattern of the text's marks and its mark of a question; None for a text that does not have both marks."""
+    """Find the pattern of the text's marks and its mark of a question; None for a text without both marks."""
     found = []
     for pattern, (question, answer) in zip(_MARK_PATTERNS, _MARKS, strict=True):
         marks = [mark for mark in pattern.finditer(text) if mark[1]]
@@ -176,10 +176,10 @@ def _marks_of(text: str) -> tuple[re.Pattern[str], str] | None:
 
 
 def text_row(values: dict[str, Any]) -> list[ChatMessage]:
-    """`{"text"}` without prompt and answer: every token of it is trained.
+    """Convert `{"text"}` without prompt and answer: every token is trained.
 
     Raises:
-        ValueError: it is empty or no text.
+        ValueError: it is empty or not text.
     """
     text = _text(values, "text")
     if not text.strip():
@@ -188,7 +188,7 @@ def text_row(values: dict[str, Any]) -> list[ChatMessage]:
 
 
 def _dialog(messages: list[dict[str, Any]]) -> list[ChatMessage]:
-    """Messages that take turns up to an answer; a system message without text is none."""
+    """Check that messages take turns and end with an answer; an empty system message is left out."""
     if messages and messages[0].get("role") == "system" and _is_blank(messages[0].get("content")):
         messages = messages[1:]
     checked = chat_messages(messages)
@@ -205,7 +205,7 @@ def _exchange(question: Any, answer: Any) -> list[dict[str, Any]]:
 
 
 def with_system(convert: RowConverter) -> RowConverter:
-    """Puts the text of a `system` column before a dialog that has no system message of its own."""
+    """Make a converter that adds the `system` column to a dialog without a system message."""
 
     def convert_row(values: dict[str, Any]) -> list[ChatMessage]:
         messages = convert(values)
@@ -255,5 +255,5 @@ def listed(names: Collection[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, up to 60 characters of it."""
+    """Shorten a value to 60 characters, for an error message."""
     return repr(value[:60] if isinstance(value, str) else value)[:62]

@@ -1,4 +1,4 @@
-"""How rows spell a dialog: formats, by name or recognised from the columns of the rows."""
+"""The formats of rows that hold a dialog, by name or recognised from the columns."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from custom_components.datasets.row_converters import (
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A way to spell a dialog in columns.
+    """A format of dialogs in columns.
 
     Attributes:
         columns: those every row has.
-        optional_columns: those a row may have; all others are left alone.
-        convert: a row's messages; raises ValueError, which says what is wrong and shows it, for a bad row.
+        optional_columns: those a row may have; all others are ignored.
+        convert: turns a row into messages; for a bad row it raises a ValueError that shows what is wrong.
     """
 
     name: str
@@ -41,13 +41,13 @@ class RowFormat:
 def recognised_format(
     columns: Collection[str], first_row: Mapping[str, Any], mapped_columns: Collection[str] = ()
 ) -> RowFormat:
-    """The format of rows with these columns; which of the formats of a `text` column it is, the first row's text says.
+    """Recognise the format of rows by their columns, and of rows with a `text` column by the first row's text.
 
     Args:
-        mapped_columns: columns of ours that `column_map` names; a format that has not all of them is passed over.
+        mapped_columns: our columns that `column_map` names; a format without all of them is skipped.
 
     Raises:
-        ValueError: no format has these columns, or the first row's `text` is none to judge by.
+        ValueError: no format has these columns, or the first row's `text` is empty or not text.
     """
     for row_format in FORMATS.values():
         known = {*row_format.columns, *row_format.optional_columns}
@@ -64,10 +64,10 @@ def recognised_format(
 
 
 def format_by_name(name: str, columns: Collection[str]) -> RowFormat:
-    """The format of that name.
+    """Look up a format by its name.
 
     Raises:
-        ValueError: no such name, or the rows have not the columns of that format.
+        ValueError: there is no such format, or the rows do not have its columns.
     """
     if name not in FORMATS:
         nearest = get_close_matches(name, FORMATS, n=1, cutoff=0)[0]
@@ -82,10 +82,10 @@ def format_by_name(name: str, columns: Collection[str]) -> RowFormat:
 
 
 def renamed(values: Mapping[str, Any], column_map: Mapping[str, str]) -> dict[str, Any]:
-    """A row under our column names.
+    """Rename a row's columns to ours.
 
     Args:
-        column_map: the file's column for each of ours that it names otherwise.
+        column_map: the file's name for each of our columns that it names differently.
 
     Raises:
         ValueError: the row has no such column.
@@ -107,7 +107,7 @@ def _text_format_name(text: Any) -> str:
 
 
 _SYSTEM = ("system",)
-# In the order they are tried: rows with `messages` often have a `prompt` or `text` of the same beside it.
+# In the order they are tried: rows with `messages` often have the same as `prompt` or `text` too.
 FORMATS = {
     row_format.name: row_format
     for row_format in (

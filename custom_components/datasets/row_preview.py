@@ -1,4 +1,4 @@
-"""A row as it will be trained, for people to look at."""
+"""Shows rows as they will be trained."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ _HISTOGRAM_WIDTH = 40
 
 
 def rendered_row(row: dict[str, list[int]], tokenizer: Llama2ChatTransform, colour: bool) -> str:
-    """The text of a row's tokens, control tokens shown, the supervised ones in green.
+    """Write a row's tokens as text, with control tokens, the supervised ones in green.
 
     Args:
         row: of a :class:`ChatDataset`.
-        colour: False marks supervised text with brackets instead, for terminals and files without colour.
+        colour: False: mark supervised text with brackets instead, for terminals and files without colour.
     """
     opening, closing = (_GREEN, _PLAIN) if colour else ("\u27e6", "\u27e7")
     parts: list[str] = []
@@ -35,7 +35,7 @@ def rendered_row(row: dict[str, list[int]], tokenizer: Llama2ChatTransform, colo
 
 
 def label_table(row: dict[str, list[int]], tokenizer: Llama2ChatTransform) -> str:
-    """One line for each token: its position, id, text, and whether it is trained on."""
+    """Write a line for each token: its position, id, text, and whether it is trained on."""
     lines = []
     for position, (token, label) in enumerate(zip(row["tokens"], row["labels"], strict=True)):
         trained = "" if label == CROSS_ENTROPY_IGNORE_IDX else "trained"
@@ -44,7 +44,7 @@ def label_table(row: dict[str, list[int]], tokenizer: Llama2ChatTransform) -> st
 
 
 def length_histogram(lengths: Sequence[int]) -> str:
-    """Rows by their number of tokens, as bars of text of at most 80 columns."""
+    """Draw the rows by their number of tokens, as bars of text of at most 80 columns."""
     bin_width = -(-(max(lengths) + 1) // _NUM_HISTOGRAM_BINS)
     counts = [0] * _NUM_HISTOGRAM_BINS
     for length in lengths:

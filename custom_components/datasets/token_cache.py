@@ -13,20 +13,20 @@ from custom_components.datasets.sources import data_files
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
 
-# Part of every key: raised whenever the same inputs would give other tokens or other arrays.
+# Part of every key: raise it whenever the same inputs would give other tokens or other arrays.
 _VERSION = 2
 
 
 class TokenCache:
-    """The place of one source's tokens, keyed by the content of its files and by everything that decides its tokens.
+    """Keeps one source's tokens, keyed by the content of its files and by everything else that determines them.
 
     Args:
         cache_dir: the folder of all caches; None: nothing is kept.
-        source: a file, or a folder or glob of them; of a data set on the hub nothing is kept here.
-        decisive: whatever else decides the tokens, as JSON values.
+        source: a file, or a folder or glob of them; data sets on the hub are not kept here.
+        decisive: everything else that determines the tokens, as JSON values.
 
     Raises:
-        UserError: the source names no data, see :func:`data_files`.
+        UserError: the source has no data, see :func:`data_files`.
     """
 
     def __init__(self, cache_dir: str | Path | None, source: str, decisive: Sequence[Any]) -> None:
@@ -44,7 +44,7 @@ class TokenCache:
             self._directory = Path(cache_dir).expanduser() / "tokens" / digest.hexdigest()[:32]
 
     def load(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """The arrays and counts stored before, or None."""
+        """Load the arrays and counts stored before, if any."""
         if self._directory is None or not self._directory.is_dir():
             return None
         try:
@@ -54,10 +54,10 @@ class TokenCache:
             }
             return arrays, json.loads((self._directory / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return None  # damaged, or deleted meanwhile: it is made anew
+            return None  # damaged or deleted meanwhile: it is made again
 
     def store(self, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:
-        """Keep arrays and counts; where the folder cannot be written, nothing is kept and the run goes on."""
+        """Keep arrays and counts; if the folder cannot be written, nothing is kept and the run continues."""
         if self._directory is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""A data set ready to train on: every row as token ids, which of them are supervised, and an account of the rows."""
+"""A data set ready to train on: rows of token ids, which of them are supervised, and what became of the rows."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from custom_components.runtime.errors import UserError
 
 @dataclass
 class DatasetSummary:
-    """What became of the rows of a source, in counts."""
+    """Counts of what became of the rows of a source."""
 
     source: str
     format: str = ""
@@ -47,12 +47,16 @@ class DatasetSummary:
 
 
 class ChatDataset(Dataset):
-    """Rows as `{"tokens": list[int], "labels": list[int]}`, held as flat arrays.
+    """Gives rows as `{"tokens": list[int], "labels": list[int]}`, and holds them as flat arrays.
 
-    `labels[i]` is `tokens[i]` where that token is trained on, else torchtune's ignore index: not shifted yet.
+    `labels[i]` is `tokens[i]` if that token is supervised, else torchtune's ignore index; labels are not shifted yet.
 
-    Attributes:
-        summaries: one of each source.
+    Args:
+        tokens: the ids of all rows, end to end.
+        is_supervised: which of them are trained on.
+        ends: row i is `tokens[ends[i] : ends[i + 1]]`.
+        rows: which of these rows the data set has, in its order.
+        summaries: one for each source.
     """
 
     def __init__(
@@ -65,13 +69,13 @@ class ChatDataset(Dataset):
     ) -> None:
         self._tokens = tokens
         self._is_supervised = is_supervised
-        self._ends = ends  # row i lies in ends[i] .. ends[i + 1]
-        self._rows = rows  # which of the rows there are this data set's, in order
+        self._ends = ends
+        self._rows = rows
         self.summaries = list(summaries)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays of all rows, also those that are not this data set's, by the names of the arguments."""
+        """The arrays that hold the rows, by the names of the arguments."""
         return {"tokens": self._tokens, "is_supervised": self._is_supervised, "ends": self._ends}
 
     @property
@@ -82,7 +86,7 @@ class ChatDataset(Dataset):
     @property
     def sources(self) -> list[str]:
         """The source of each row."""
-        # A mix holds the kept rows of its sources one after the other; `_rows` are numbers in that sequence.
+        # The arrays of a mix have the kept rows of its sources one after the other.
         source_ends = np.cumsum([summary.num_kept for summary in self.summaries])
         return [self.summaries[source].source for source in np.searchsorted(source_ends, self._rows, side="right")]
 
@@ -95,7 +99,7 @@ class ChatDataset(Dataset):
         return {"tokens": self._tokens[row].tolist(), "labels": labels.tolist()}
 
     def rows(self, indices: Sequence[int]) -> "ChatDataset":
-        """A data set of some of the rows, which may repeat; the arrays are shared."""
+        """Make a data set of some of the rows, which may repeat; the arrays are shared."""
         return ChatDataset(**self.arrays, rows=self._rows[indices], summaries=self.summaries)
 
     @property
@@ -107,16 +111,16 @@ class ChatDataset(Dataset):
         return contents.hexdigest()
 
     def content_digest(self, index: int) -> bytes:
-        """A hash of a row's tokens and of which are supervised: equal for equal rows."""
+        """Hash a row's tokens and which of them are supervised; equal rows have equal hashes."""
         row = slice(*self._ends[self._rows[index] : self._rows[index] + 2])
-        # note: of torchtune's mask, the inverse. Validation rows are drawn by these bytes, and runs resumed by them.
+        # note: hashes the inverse, torchtune's mask. Validation rows are drawn by this hash, and resumed runs check it.
         return hashlib.sha256(self._tokens[row].tobytes() + (~self._is_supervised[row]).tobytes()).digest()
 
 
 def split_validation(dataset: ChatDataset, val_fraction: float, seed: int) -> tuple[ChatDataset, ChatDataset]:
-    """A data set without, and one with, about `val_fraction` of its rows, drawn by `seed`.
+    """Split off about `val_fraction` of the rows, drawn by `seed`; returns the rows to train on and the others.
 
-    Equal rows are drawn together, so that no validation row is trained on under another number.
+    Equal rows are drawn together, so that no validation row is trained on as another row.
 
     Raises:
         UserError: one of the two would be empty.
@@ -126,7 +130,7 @@ def split_validation(dataset: ChatDataset, val_fraction: float, seed: int) -> tu
         int.from_bytes(hashlib.sha256(salt + dataset.content_digest(index)).digest()[:8], "little") / 2**64
         for index in range(len(dataset))
     ]
-    # The rows of the lowest draws, rather than those under the fraction, so that small sets get their share too.
+    # The rows of the lowest draws, not those under the fraction, so that small sets get their share too.
     threshold = sorted(draws)[min(len(draws) - 1, max(0, round(val_fraction * len(draws)) - 1))]
     validation = [index for index, draw in enumerate(draws) if draw <= threshold]
     training = [index for index, draw in enumerate(draws) if draw > threshold]
@@ -136,7 +140,7 @@ def split_validation(dataset: ChatDataset, val_fraction: float, seed: int) -> tu
 
 
 def mixed(parts: Sequence[tuple[ChatDataset, float]]) -> ChatDataset:
-    """Parts end to end, each row as often as its part's weight says; a fraction takes evenly spread rows."""
+    """Join parts, each row as often as its part's weight; a fraction takes evenly spread rows."""
     tokens = np.concatenate([part._tokens for part, _ in parts])
     is_supervised = np.concatenate([part._is_supervised for part, _ in parts])
     lengths = np.concatenate([np.diff(part._ends) for part, _ in parts])

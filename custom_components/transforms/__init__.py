@@ -1,4 +1,4 @@
-"""From dialogs to token ids and back: what a config may name as `tokenizer`."""
+"""Dialogs to token ids and back: the components that a config can name as `tokenizer`."""
 
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 

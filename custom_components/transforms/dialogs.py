@@ -1,4 +1,4 @@
-"""Messages of a dialog, checked: roles, order and text."""
+"""The messages of a dialog, and the checks of their roles, order and text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class ChatMessage:
     A row of plain text, without prompt or answer, is one message of role "text".
 
     Raises:
-        ValueError: half a surrogate pair in the content.
+        ValueError: the content has half a surrogate pair.
     """
 
     role: str
@@ -20,7 +20,7 @@ class ChatMessage:
     is_supervised: bool = True
 
     def __post_init__(self) -> None:
-        # JSON can spell half a surrogate pair, "\ud83d": a str to Python, but nothing that a tokenizer can encode.
+        # JSON can spell half a surrogate pair, "\ud83d": a str to Python, but no tokenizer can encode it.
         try:
             self.content.encode()
         except UnicodeEncodeError as error:
@@ -33,11 +33,11 @@ PLAIN_TEXT_ROLE = "text"
 
 
 def chat_messages(messages: Sequence[Any]) -> list[ChatMessage]:
-    """Messages as dicts (`{"role", "content"}`) or as torchtune's Message objects, checked.
+    """Check messages, given as dicts (`{"role", "content"}`) or as torchtune's Message objects.
 
     Raises:
-        ValueError: an unknown role, content that is no text, a system message that is not the first, roles that do not
-            take turns. The text says which message.
+        ValueError: an unknown role, content that is not text, a system message that is not the first, or roles that do
+            not take turns. The error names the message.
     """
     checked = []
     for index, message in enumerate(messages):

@@ -1,6 +1,6 @@
-"""A prompt format as a Jinja chat template in a tokenizer_config.json, for transformers and what reads its files.
+"""A prompt format as a Jinja chat template in a tokenizer_config.json, for transformers and tools that read its files.
 
-What the template renders has the tokens of :class:`Llama2ChatTransform`, with the tokenizer of :mod:`tokenizer_json`.
+The rendered text has the tokens of :class:`Llama2ChatTransform`, with the tokenizer of :mod:`tokenizer_json`.
 """
 
 import json
@@ -11,7 +11,7 @@ import sentencepiece
 
 from custom_components.transforms.templates import LLAMA2_TAGS, MarkedTemplate, default_system_prompt, prompt_template
 
-# note: every tag strips the line break before it, so that nothing but expressions puts text into the prompt.
+# note: every tag strips the line break before it, so that only expressions add text to the prompt.
 _START = """\
 {%- if messages[0]['role'] == 'system' %}
 {%- set system = messages[0]['content'] %}
@@ -59,10 +59,10 @@ _END = "{%- endfor %}"
 
 
 def chat_template(description: str | dict[str, str], system_prompt: str | None, control_pieces: dict[str, str]) -> str:
-    """The Jinja template of a prompt format.
+    """Write the Jinja template of a prompt format.
 
-    A message that holds the text of a control token, or one of Llama 2's tags, is refused: what reads the rendered
-    text would take it for the token.
+    A message that contains the text of a control token, or one of Llama 2's tags, is refused: whatever reads the
+    rendered text would take it for the token.
 
     Args:
         description: a template's name or parts, as :func:`prompt_template` takes them.
@@ -90,7 +90,7 @@ def chat_template(description: str | dict[str, str], system_prompt: str | None, 
 
 
 def control_pieces_of(tokenizer_model: Path) -> dict[str, str]:
-    """The texts of a SentencePiece model's control tokens, by the names that transformers has for them."""
+    """Read the texts of a SentencePiece model's control tokens, by transformers' names for them."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
     ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
     return {name: processor.id_to_piece(index) for name, index in ids.items()}
@@ -99,17 +99,17 @@ def control_pieces_of(tokenizer_model: Path) -> dict[str, str]:
 def tokenizer_config(
     control_pieces: dict[str, str], max_seq_len: int, template: str | None, *, is_fast: bool
 ) -> dict[str, Any]:
-    """tokenizer_config.json beside a tokenizer.model that is Llama 2's or made like it.
+    """Describe a tokenizer.model that is Llama 2's, or made like it, as transformers' tokenizer_config.json.
 
     Args:
         max_seq_len: the model's context, in tokens.
-        template: the chat template, or None where it is not known.
-        is_fast: there is a tokenizer.json, to be taken as it is. LlamaTokenizer takes only its vocabulary and merges.
+        template: the chat template, or None if it is not known.
+        is_fast: there is a tokenizer.json to use as it is; LlamaTokenizer uses only its vocabulary and merges.
     """
     return {
         "tokenizer_class": "PreTrainedTokenizerFast" if is_fast else "LlamaTokenizer",
-        # For LlamaTokenizer of transformers 5, which else puts no space before the first word after a control token:
-        # 29961 for 518.
+        # Without it LlamaTokenizer of transformers 5 puts no space before the first word after a control token:
+        # 29961 instead of 518.
         "legacy": True,
         "add_bos_token": True,
         "add_eos_token": False,
@@ -121,5 +121,5 @@ def tokenizer_config(
 
 
 def _literal(value: str | None | list[str]) -> str:
-    # Jinja's literals have JSON's escapes, but for those of characters beyond 16 bits, which stay as they are.
+    # Jinja's literals have JSON's escapes, except for characters beyond 16 bits, which are kept as they are.
     return "none" if value is None else json.dumps(value, ensure_ascii=False)

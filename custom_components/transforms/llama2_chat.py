@@ -27,7 +27,7 @@ class EncodedDialog(NamedTuple):
 
 
 class _Changes(TypedDict, total=False):
-    """What :meth:`Llama2ChatTransform.replace` can change."""
+    """The attributes that :meth:`Llama2ChatTransform.replace` can change."""
 
     max_seq_len: int | None
     system_prompt: str | None
@@ -39,13 +39,13 @@ class _Changes(TypedDict, total=False):
 class Llama2ChatTransform:
     """Llama 2's tokenizer and chat format, as a torchtune model transform.
 
-    It is frozen: whoever holds a transform knows the tokens it gives. :meth:`replace` makes another.
+    It is frozen, so the tokens it gives never change. :meth:`replace` makes another.
 
     Args:
         path: the checkpoint's SentencePiece model, `tokenizer.model`.
         max_seq_len: rows are cut to this many tokens; None: never. A row that is cut gets no EOS.
         system_prompt: for dialogs that have none of their own; None: no system prompt, as Meta's default is.
-        prompt_template: "llama2", "alpaca", "human_response", "none", or one's own, see :func:`prompt_template`.
+        prompt_template: "llama2", "alpaca", "human_response", "none", or your own, see :func:`prompt_template`.
         train_on: "assistant": every answer; "last_assistant": the last answer of a dialog; "all": the prompts as well.
             An answer that its row marks with weight 0 is never trained on.
 
@@ -53,7 +53,7 @@ class Llama2ChatTransform:
         stop_tokens: the ids that end an answer.
 
     Raises:
-        UserError: there is no such file, or it is no SentencePiece model.
+        UserError: there is no such file, or it is not a SentencePiece model.
     """
 
     max_seq_len: int | None
@@ -126,40 +126,40 @@ class Llama2ChatTransform:
 
     @property
     def fingerprint(self) -> list[Any]:
-        """Everything that decides the tokens of a row, as JSON values: the tokenizer's content and the settings."""
+        """All that determines the tokens of a row, as JSON values: the tokenizer's content and the settings."""
         tokenizer_digest = hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
         return [tokenizer_digest, self.max_seq_len, self.system_prompt, self.prompt_template, self.train_on]
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
-        """Tokenize one row: torchtune's transform protocol.
+        """Tokenize one row, as torchtune's transform protocol has it.
 
         Args:
             sample: `{"messages": [...]}`, dicts with role and content or torchtune Messages.
-            inference: leave the last turn open, for the model to answer. A last assistant message without text, as
-                torchtune's generate recipe adds it, stands for that open turn.
+            inference: leave the last turn open, for the model to answer. An empty assistant message at the end, as
+                torchtune's generate recipe adds it, means the same as none.
 
         Returns:
             the sample without its messages, and `tokens`, a list of ids, and `mask`, True where not trained on.
 
         Raises:
-            ValueError: for messages that are no dialog.
+            ValueError: for messages that are not a dialog.
         """
         messages = list(sample["messages"])
         if inference and messages and _is_empty_answer(messages[-1]):
             messages.pop()
         [encoded] = self.encode_turns([self.render(chat_messages(messages))])
         rest = {key: value for key, value in sample.items() if key != "messages"}
-        # torchtune's mask is the other way round from everything here.
+        # torchtune's mask has the opposite polarity of everything here.
         mask = [not is_supervised for is_supervised in encoded.is_supervised]
         return {**rest, "tokens": encoded.tokens[: self.max_seq_len], "mask": mask[: self.max_seq_len]}
 
     def tokenize_messages(self, messages: Sequence[Any], add_end_tokens: bool = True) -> tuple[list[int], list[bool]]:
-        """torchtune's tokenizer protocol: the tokens and mask of `__call__`."""
+        """Give the tokens and mask of `__call__`, as torchtune's tokenizer protocol has it."""
         row = self({"messages": messages}, inference=not add_end_tokens)
         return row["tokens"], row["mask"]
 
     def render(self, dialog: Sequence[ChatMessage]) -> list[Turn]:
-        """Spell a dialog in the template, with the system prompt where it has none of its own.
+        """Write a dialog in the template, with the transform's system prompt if it has none of its own.
 
         Raises:
             ValueError: for a message that contains one of the template's own marks.
@@ -170,7 +170,7 @@ class Llama2ChatTransform:
         return turns
 
     def encode_turns(self, rendered_dialogs: Sequence[Sequence[Turn]]) -> list[EncodedDialog]:
-        """Tokenize many rendered dialogs at once, uncut; thousands together are faster than one by one."""
+        """Tokenize many rendered dialogs at once, which is faster than one by one; rows are not cut."""
         turns = [turn for dialog_turns in rendered_dialogs for turn in dialog_turns]
         encoded_turns = iter(self._encode_turns(turns))
         encoded_dialogs = []
@@ -183,15 +183,15 @@ class Llama2ChatTransform:
         return encoded_dialogs
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
-        """Plain text to ids; torchtune's tokenizer protocol."""
+        """Encode plain text, as torchtune's tokenizer protocol has it."""
         return [self.bos_id] * add_bos + self._processor.encode(text) + [self.eos_id] * add_eos
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Ids to text, control tokens left out. Ids beyond the tokenizer, of a padded vocabulary, are left out too."""
+        """Decode ids to text, without control tokens and ids beyond the tokenizer, of a padded vocabulary."""
         return self._processor.decode([int(token) for token in token_ids if token < self.vocab_size])
 
     def ids_of_pieces(self, pieces: Sequence[str]) -> list[int]:
-        """The ids of control tokens and other pieces by name, such as `</s>`.
+        """Look up control tokens and other pieces by name, such as `</s>`.
 
         Raises:
             UserError: the tokenizer has no such piece.
@@ -204,7 +204,7 @@ class Llama2ChatTransform:
         return ids
 
     def text_of_pieces(self, token_ids: Sequence[int]) -> str:
-        """Ids to text as they are, for people: control tokens by name, spaces kept, broken characters replaced."""
+        """Show ids as text: control tokens by name, spaces kept, broken characters replaced."""
         parts: list[bytes] = []
         for token in token_ids:
             if token >= self.vocab_size:
@@ -216,9 +216,9 @@ class Llama2ChatTransform:
         return b"".join(parts).decode(errors="replace")
 
     def _encode_turns(self, turns: Sequence[Turn]) -> Iterable[EncodedDialog]:
-        """BOS + prompt + answer + EOS of each turn; what is trained follows from the position."""
+        """Tokenize each turn as BOS + prompt + answer + EOS; positions determine what is supervised."""
         prompts_ids = self._processor.encode([turn.prompt for turn in turns])
-        # The newline keeps SentencePiece from putting its dummy space before an answer that has a prompt before it.
+        # The newline keeps SentencePiece from putting its dummy space before an answer that follows a prompt.
         answers_ids = self._processor.encode([("\n" if turn.prompt else "") + (turn.answer or "") for turn in turns])
         for turn, prompt_ids, answer_ids in zip(turns, prompts_ids, answers_ids, strict=True):
             tokens = [self.bos_id, *prompt_ids]
@@ -230,10 +230,11 @@ class Llama2ChatTransform:
             yield EncodedDialog(tokens, is_supervised)
 
     def _check_that_answers_can_be_split_off(self, path: str | Path) -> None:
-        """Meta encodes prompt and answer in one call; apart they give the same ids where no piece spans the seam.
+        """Refuse a tokenizer in which a piece could span the seam between prompt and answer.
 
-        An answer begins with a space or after a newline, so the seam is safe if no piece has a space after another
-        character and none has a newline: so it is in every Llama tokenizer (SentencePiece's split_by_whitespace).
+        Meta encodes both in one call; separately they give the same ids only if no piece spans the seam. An answer
+        begins with a space or after a newline, so the seam is safe if no piece has a space after another character or
+        a newline, which is true of every Llama tokenizer (SentencePiece's split_by_whitespace).
         """
         pieces = (self._processor.id_to_piece(index) for index in range(self.vocab_size))
         crossing = next((piece for piece in pieces if "\u2581" in piece.lstrip("\u2581") or "\n" in piece), None)
@@ -260,7 +261,7 @@ def fit_tokenizer(tokenizer: Llama2ChatTransform, model: TransformerDecoder) -> 
         the tokenizer for this model; without a `max_seq_len` it gets the model's context.
 
     Raises:
-        UserError: the tokenizer knows ids that the embedding has no row for.
+        UserError: the tokenizer has ids for which the embedding has no row.
     """
     num_embeddings = model.tok_embeddings.num_embeddings
     if tokenizer.vocab_size > num_embeddings:
@@ -276,13 +277,13 @@ def fit_tokenizer(tokenizer: Llama2ChatTransform, model: TransformerDecoder) -> 
 
 
 def prompt_tokens(tokenizer: Llama2ChatTransform, dialog: Sequence[dict[str, str]], max_seq_len: int) -> list[int]:
-    """A dialog that ends with the user's message as tokens, its last turn left open.
+    """Tokenize a dialog that ends with the user's message, its last turn left open.
 
     Raises:
         UserError: it leaves no room for an answer in the context.
-        ValueError: it is no dialog, or a message contains one of the template's own marks.
+        ValueError: it is not a dialog, or a message contains one of the template's own marks.
     """
-    # Not by the transform's call, which cuts at `tokenizer.max_seq_len`: that is for rows to train on.
+    # Not by the transform's call, which cuts at `tokenizer.max_seq_len`: that is for training rows.
     [(tokens, _)] = tokenizer.encode_turns([tokenizer.render(chat_messages(dialog))])
     if len(tokens) >= max_seq_len:
         raise UserError(f"prompt: {len(tokens)} tokens leave no room for an answer in a context of {max_seq_len}")

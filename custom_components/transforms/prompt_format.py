@@ -1,4 +1,4 @@
-"""The tokenizer and prompt format that an adapter or a merge was trained with, for all that asks it questions."""
+"""The tokenizer and prompt format that an adapter or a merge was trained with, for asking it questions."""
 
 import sys
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ PROMPT_FORMAT_NAME = "prompt_format.yaml"
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How the prompts looked that an adapter was trained on, and the tokens that end an answer."""
+    """The format of the prompts an adapter was trained on, and the tokens that end an answer."""
 
     prompt_template: str | dict[str, str]
     system_prompt: str | None
@@ -28,10 +28,10 @@ class PromptFormat:
 
 
 def read_prompt_format(directory: Path) -> PromptFormat | None:
-    """The prompt format of an adapter or a merge; None where it states none, as those of other tools.
+    """Read the prompt format of an adapter or a merge; None if it has none, as those of other tools.
 
     Raises:
-        UserError: what it states is no prompt format.
+        UserError: the file is not a prompt format.
     """
     path = directory / PROMPT_FORMAT_NAME
     if not path.exists():
@@ -47,7 +47,7 @@ def read_prompt_format(directory: Path) -> PromptFormat | None:
 
 
 def stated_prompt_format(checkpoint_dir: Path, adapter_dir: Path | None) -> PromptFormat | None:
-    """The prompt format of an adapter, or else of the merge it is on."""
+    """Read the prompt format of an adapter, or else of the merge it is on."""
     of_adapter = read_prompt_format(adapter_dir) if adapter_dir else None
     return of_adapter or read_prompt_format(checkpoint_dir)
 
@@ -59,16 +59,16 @@ def tokenizer_of_adapter(
     prompt_template: str | dict[str, str] | None = None,
     system_prompt: str | None = None,
 ) -> Llama2ChatTransform:
-    """The checkpoint's tokenizer with the prompt format and stop tokens of an adapter.
+    """Load the checkpoint's tokenizer with the prompt format and stop tokens of an adapter.
 
     Args:
-        adapter_dir: None, or an adapter that states no prompt format: that of the merge in `checkpoint_dir`, if it is
+        adapter_dir: None, or an adapter without a prompt format: use that of the merge in `checkpoint_dir`, if it is
             one, else Llama 2's.
-        prompt_template, system_prompt: say otherwise; where another was trained with, a warning says so.
+        prompt_template, system_prompt: override the prompt format; a warning says so if training used another.
 
     Raises:
-        UserError: no tokenizer there, an unknown template, a damaged prompt format, or stop tokens that the tokenizer
-            does not have.
+        UserError: there is no tokenizer, the template is unknown, the prompt format is damaged, or the tokenizer does
+            not have its stop tokens.
     """
     trained = stated_prompt_format(checkpoint_dir, adapter_dir)
     chosen: dict[str, Any] = {}

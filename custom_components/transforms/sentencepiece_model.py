@@ -1,7 +1,7 @@
-"""What a SentencePiece model file says of itself beyond what its processor tells.
+"""The parts of a SentencePiece model file that its processor does not show.
 
 Format: google/sentencepiece, src/sentencepiece_model.proto, in protobuf's wire format (protobuf.dev, "Encoding"). Read
-here because the module that sentencepiece generates for it demands one of the newest releases of protobuf.
+here because the module that sentencepiece generates for it needs one of the newest releases of protobuf.
 """
 
 import struct
@@ -35,13 +35,13 @@ class Piece:
 
 @dataclass
 class SentencePieceModel:
-    """A model's pieces in the order of their ids, and how it treats texts before it splits them.
+    """A model's pieces in the order of their ids, and how it normalizes text before splitting it.
 
     Attributes:
         is_byte_pair: byte-pair encoding, not one of SentencePiece's other algorithms.
-        replaces_characters: texts go through a table of replacements, such as NFKC's.
+        replaces_characters: text goes through a table of replacements, such as NFKC's.
         adds_leading_space: a space is put before every text.
-        removes_repeated_spaces: spaces that follow a space, lead or trail are dropped.
+        removes_repeated_spaces: leading, trailing and repeated spaces are dropped.
     """
 
     pieces: list[Piece] = field(default_factory=list)
@@ -52,7 +52,7 @@ class SentencePieceModel:
 
 
 def read_sentencepiece_model(path: Path) -> SentencePieceModel:
-    """Read a `tokenizer.model` that SentencePiece itself loads; others are undefined."""
+    """Read a `tokenizer.model` that SentencePiece itself can load; for other files the result is undefined."""
     model = SentencePieceModel()
     for number, value in _fields(path.read_bytes()):
         if number == 1:
@@ -80,7 +80,7 @@ def _piece(message: bytes) -> Piece:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a protobuf message in order: number and value, an int for varints and bytes for all others."""
+    """Read the fields of a protobuf message in order: number and value, an int for varints, else bytes."""
     position = 0
 
     def varint() -> int:

@@ -1,4 +1,4 @@
-"""Dialogs as text: what is shown to the model, what it has to answer, and where one ends and the other begins."""
+"""Dialogs as text: the prompts a model is shown, and the answers it is to learn."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from custom_components.transforms.dialogs import PLAIN_TEXT_ROLE, ChatMessage
 class Turn:
     """A prompt and its answer as they are tokenized: BOS + prompt + answer + EOS.
 
-    An open turn, the last of a dialog that asks for an answer, has answer None and no EOS.
+    The last turn of a dialog that waits for an answer is open: its answer is None, and it has no EOS.
     """
 
     prompt: str
@@ -26,13 +26,13 @@ PromptTemplate = Callable[[Sequence[ChatMessage]], list[Turn]]
 
 
 def llama2_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
-    """A dialog in Llama 2's chat format.
+    """Write a dialog in Llama 2's chat format.
 
     Meta's `chat_completion`, repository meta-llama/llama @689c7f2, llama/generation.py: the system prompt goes inside
-    the first user message, `strip()` is applied to the folded text, one space stands before and after the answer.
+    the first user message, `strip()` is applied to the result, and one space is before and after the answer.
 
     Raises:
-        ValueError: for a message that contains one of the format's tags, as Meta refuses it.
+        ValueError: a message contains one of the format's tags, which Meta refuses too.
     """
     for message in messages:
         if tag := next((tag for tag in LLAMA2_TAGS if tag in message.content), None):
@@ -52,12 +52,12 @@ def llama2_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
 class MarkedTemplate:
     """A template of marks around each message's `{content}`.
 
-    A turn is the system part (in the first turn), the user part and what stands before the answer's `{content}`; the
-    answer is trained with what stands after it.
+    A turn's prompt is the system part (in the first turn), the user part, and the assistant part up to `{content}`;
+    the rest of the assistant part is trained with the answer.
 
     Attributes:
         system, user, assistant: text with one `{content}`.
-        default_system: the system prompt of dialogs that have none; None: they get no system part.
+        default_system: the system prompt of dialogs without one; None: they get no system part.
     """
 
     user: str
@@ -109,10 +109,10 @@ TEMPLATES: dict[str, PromptTemplate] = {
 
 
 def prompt_template(description: str | Mapping[str, str]) -> PromptTemplate:
-    """A template by its name, or one's own as `{system, user, assistant}` with `{content}` in each.
+    """Look up a template by its name, or make your own from `{system, user, assistant}` with `{content}` in each.
 
     Raises:
-        UserError: no such name, another key, or a part without exactly one `{content}`.
+        UserError: an unknown name or key, or a part without exactly one `{content}`.
     """
     if isinstance(description, str):
         if description not in TEMPLATES:
@@ -146,7 +146,7 @@ def default_system_prompt(description: str | Mapping[str, str], system_prompt: s
 
 
 def dialog_turns(messages: Sequence[ChatMessage], template: PromptTemplate) -> list[Turn]:
-    """The turns of a dialog in a template, or of plain text: one answer without a prompt."""
+    """Write a dialog in a template; plain text is one answer without a prompt."""
     if messages[0].role == PLAIN_TEXT_ROLE:
         return [Turn("", message.content) for message in messages]
     return template(messages)
@@ -155,7 +155,7 @@ def dialog_turns(messages: Sequence[ChatMessage], template: PromptTemplate) -> l
 def _exchanges(
     messages: Sequence[ChatMessage],
 ) -> tuple[str | None, list[tuple[ChatMessage, ChatMessage | None]]]:
-    """The system prompt, and each user message with its answer; the last may have none."""
+    """Split a dialog into its system prompt and each user message with its answer, which the last may not have."""
     system = messages[0].content if messages[0].role == "system" else None
     rest = messages[1:] if system is not None else messages
     return system, list(zip_longest(rest[::2], rest[1::2]))

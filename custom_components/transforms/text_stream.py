@@ -1,4 +1,4 @@
-"""Tokens as text while they come: never half a character, never a space that the answer may end with."""
+"""Tokens as text while they come: no half characters; trailing spaces are held back until more text follows."""
 
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 
@@ -16,23 +16,23 @@ class TextStream:
         self._is_started = False
 
     def text_of(self, token: int) -> str:
-        """What can be shown after this token; often nothing."""
+        """Give the text that can be shown after this token; often none."""
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
-        # A character beyond the vocabulary comes byte by byte; what is still incomplete decodes to U+FFFD.
+        # A character that is not in the vocabulary comes byte by byte; until it is complete it decodes to U+FFFD.
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         return self._given(text)
 
     def rest(self) -> str:
-        """What is left at the end of the answer."""
+        """Give what is left at the end of the answer."""
         return self._given(self._tokenizer.decode(self._tokens))
 
     def _given(self, text: str) -> str:
         new = self._withheld + text[self._num_given_chars :]
         self._num_given_chars = len(text)
         if len(self._tokens) > _MAX_TOKENS_DECODED_AGAIN:
-            # SentencePiece drops the space before the first token, so that the next is decoded behind this one.
+            # SentencePiece drops the space before the first token, so the next one is decoded after this one.
             del self._tokens[:-1]
             self._num_given_chars = len(self._tokenizer.decode(self._tokens))
         if not self._is_started:

@@ -2,7 +2,7 @@
 
 transformers 5 can make one from tokenizer.model itself, but ranks the merges by id instead of by score (5.23,
 convert_slow_tokenizer.py, `SentencePieceExtractor.extract`): Llama 2's pieces of several spaces, which have the lowest
-score, then come first, and repeated spaces or indented code get other ids than those of training.
+score, then come first, and repeated spaces or indented code get other ids than in training.
 """
 
 from pathlib import Path
@@ -12,14 +12,14 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 
 _SPACE = "\u2581"
-# What tokenizers do in different ways: repeated spaces, line breaks, characters that are bytes or stand for others.
+# Text that tokenizers treat differently: repeated spaces, line breaks, characters split into bytes or replaced.
 _PROBE = "  Où   est-il?\n\n\tdef f():\n        return 12.5\u00a0½ ﬁ e\u0301 漢字 🙂 internationalization "
 
 
 def fast_tokenizer(tokenizer_model: Path) -> tokenizers.Tokenizer | None:
-    """A tokenizer that gives the text between two control tokens the ids that SentencePiece gives it.
+    """Build a tokenizer that gives the text between two control tokens the ids that SentencePiece gives it.
 
-    None where that cannot be had: for a model that is no byte-pair encoding, or replaces characters.
+    None if that is not possible: for a model that is not a byte-pair encoding, or replaces characters.
     """
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
     ids = {processor.id_to_piece(index): index for index in range(processor.vocab_size())}
@@ -44,7 +44,7 @@ def fast_tokenizer(tokenizer_model: Path) -> tokenizers.Tokenizer | None:
 
 
 def _merges(processor: sentencepiece.SentencePieceProcessor) -> list[tuple[str, str]]:
-    """Every pair of pieces that joins to a piece, the best score first, as SentencePiece joins them."""
+    """List the pairs of pieces that join to a piece, best score first, as SentencePiece joins them."""
     indices = [
         index
         for index in range(processor.vocab_size())
