@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu import ALL_ATTENTION, give_random_weights, random_batch
 from custom_components.models import shapes as llama_shapes
-from custom_components.models.builders import lora_llama
+from custom_components.models.llama import lora_llama
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.host_allocator import keep_freed_memory, return_freed_memory
 from custom_components.runtime.process_memory import PeakMemory

@@ -25,7 +25,7 @@ from custom_components.datasets.batching import Batch, collate
 from custom_components.memory.estimate import MemoryEstimate, estimate_memory
 from custom_components.models import nf4
 from custom_components.models import shapes as llama_shapes
-from custom_components.models.builders import lora_llama
+from custom_components.models.llama import lora_llama
 from custom_components.models.lora import FrozenLinear
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.process_memory import PeakMemory

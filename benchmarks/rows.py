@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from benchmarks.training_job import LORA_ALPHA, LORA_RANK
 from custom_components.datasets.chat import chat_dataset
-from custom_components.models.builders import ATTENTION_MODULES, lora_llama_from_config
+from custom_components.models.builders import lora_llama_from_config
+from custom_components.models.llama import ATTENTION_MODULES
 from custom_components.models.lora import adapter_modules
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat

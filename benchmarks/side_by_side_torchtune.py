@@ -12,7 +12,7 @@ from torchtune.models.llama2 import lora_llama2
 from torchtune.modules import TransformerDecoder
 
 from benchmarks.training_job import CLIP_GRAD_NORM, LEARNING_RATE, LORA_ALPHA, LORA_RANK, TrainingJob
-from custom_components.models.builders import ATTENTION_MODULES
+from custom_components.models.llama import ATTENTION_MODULES
 from custom_components.models.shapes import shape_from_checkpoint
 
 

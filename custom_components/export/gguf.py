@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchtune.models.convert_weights import get_mapped_key
 
-from custom_components.models.builders import lora_llama
+from custom_components.models.llama import lora_llama
 from custom_components.models.shapes import LlamaShape
 from custom_components.runtime.atomic_files import whole_file
 from custom_components.runtime.errors import UserError

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchtune.models.convert_weights import get_mapped_key
 from torchtune.modules import TransformerDecoder
 
-from custom_components.models.builders import lora_llama
+from custom_components.models.llama import lora_llama
 from custom_components.models.shapes import LlamaShape
 from custom_components.weights.names import HUGGING_FACE_NAMES
 

@@ -153,8 +153,6 @@ def _with_weights(module: nn.Module, prefix: str, read: Callable[[str], Tensor])
                 if full_name not in values:
                     values[full_name] = nn.Parameter(read(full_name).float(), requires_grad=False)
                 setattr(submodule, parameter_name, values[full_name])
-        if isinstance(submodule, LoRALinear) and submodule.use_dora:
-            magnitude = submodule.magnitude
-            submodule.initialize_dora_magnitude()  # takes the frozen weight's lengths, and resets what was learned
-            submodule.magnitude = magnitude
+        if isinstance(submodule, LoRALinear):
+            submodule.base_changed()
     return module

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from custom_components.models import nf4
@@ -75,7 +75,7 @@ class BaseWeights:
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """An adapter without its base: each module's A and B (and DoRA's magnitude) on the CPU, the frozen weight on meta.
+    """An adapter without its base: each module's trained parameters on the CPU, the frozen weight on meta.
 
     Attributes:
         weight: the factor of its change to the weights.
@@ -106,10 +106,7 @@ def read_adapter(checkpoint_dir: Path, adapter_dir: Path, weight: float = 1.0) -
     model = model_for_adapter(checkpoint_dir, adapter_dir, quantize_base=False)
     modules = adapter_modules(model)
     for module in modules.values():
-        module.lora_a.to_empty(device="cpu")
-        module.lora_b.to_empty(device="cpu")
-        if module.use_dora:
-            module.magnitude = nn.Parameter(torch.empty(module.out_dim))
+        module.allocate_adapter(torch.device("cpu"))
     load_adapter(model, adapter_dir)
     if broken := modules_not_finite(modules):
         raise UserError(f"adapter_dir: {str(adapter_dir)!r}: the adapter of {broken[0]} is not finite; train it again")

@@ -33,7 +33,7 @@ class InferenceLinear(nn.Module):
         super().__init__()
         self.disabled = False
         adapters = [layer for layer in layers if isinstance(layer, LoRALinear)]
-        self.register_buffer("ratio_O", _dora_ratios(layers, dtype), persistent=False)
+        self.register_buffer("ratio_O", _output_ratios(layers, dtype), persistent=False)
         self.register_buffer("low_rank_AI", None, persistent=False)
         self.register_buffer("update_AO", None, persistent=False)
         if adapters:
@@ -65,18 +65,17 @@ def _scaled_b(layer: FrozenLinear) -> Tensor:
     return torch.zeros(layer.out_dim, 0, device=layer.weight.device)
 
 
-@torch.no_grad()
-def _dora_ratios(layers: Sequence[FrozenLinear], dtype: torch.dtype) -> Tensor | None:
-    """DoRA's magnitude over the norm of every row, (O,); None without DoRA. See :class:`LoRALinear`."""
-    if not any(isinstance(layer, LoRALinear) and layer.use_dora for layer in layers):
+def _output_ratios(layers: Sequence[FrozenLinear], dtype: torch.dtype) -> Tensor | None:
+    """The factor of every output, (O,), where the adapter of some layer has one; None: there is none."""
+    ratios = [layer.output_ratio_O(dtype) if isinstance(layer, LoRALinear) else None for layer in layers]
+    if all(ratio_O is None for ratio_O in ratios):
         return None
-    ratios = [
-        layer.magnitude / layer.row_norms(layer.plain_output(layer.lora_a.weight.to(dtype)))
-        if isinstance(layer, LoRALinear)
-        else torch.ones(layer.out_dim, device=layer.weight.device)
-        for layer in layers
-    ]
-    return torch.cat(ratios)
+    return torch.cat(
+        [
+            torch.ones(layer.out_dim, device=layer.weight.device) if ratio_O is None else ratio_O
+            for layer, ratio_O in zip(layers, ratios, strict=True)
+        ]
+    )
 
 
 class _JoinedLinear(nn.Module):

@@ -18,6 +18,7 @@ from torchtune.modules import KVCache
 
 from custom_components.models.blockwise_attention import attend_blockwise
 from custom_components.models.lora import lora_linears
+from custom_components.models.shapes import LlamaShape
 
 # Behind them, the scores of a block leave the processor's caches, and torch's own kernel is as fast.
 _MAX_BLOCKWISE_TOKENS = 1024
@@ -55,10 +56,8 @@ class SelfAttention(nn.Module):
 
     def __init__(
         self,
+        shape: LlamaShape,
         *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
         q_proj: nn.Module,
         k_proj: nn.Module,
         v_proj: nn.Module,
@@ -66,10 +65,10 @@ class SelfAttention(nn.Module):
         pos_embeddings: nn.Module,
     ) -> None:
         super().__init__()
-        assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
+        assert shape.num_heads % shape.num_kv_heads == 0, (shape.num_heads, shape.num_kv_heads)
+        self.num_heads = shape.num_heads
+        self.num_kv_heads = shape.num_kv_heads
+        self.head_dim = shape.head_dim
         self.q_proj = q_proj
         self.k_proj = k_proj
         self.v_proj = v_proj

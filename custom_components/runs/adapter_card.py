@@ -140,8 +140,7 @@ def _hyperparameters(training: TrainingFacts, progress: Progress) -> Mapping[str
         "lora_rank": adapter.rank,
         "lora_alpha": adapter.alpha,
         "lora_dropout": adapter.dropout,
-        "use_rslora": adapter.use_rslora or None,
-        "use_dora": adapter.use_dora or None,
+        **adapter.flags,
         "base while training": "4-bit NF4 with double quantization" if training.is_base_quantized else None,
         "optimizer steps": progress.num_steps,
         **training.hyperparameters,
@@ -169,7 +168,7 @@ def how_to_load_adapter(adapter: AdapterSettings, base: str) -> str:
     Args:
         base: what transformers and vLLM load: a name on the hub, or a path.
     """
-    is_plain = not (adapter.use_dora or "lm_head" in adapter.target_modules)
+    is_plain = not ("use_dora" in adapter.flags or "lm_head" in adapter.target_modules)
     vllm_rank = next((rank for rank in _VLLM_RANKS if rank >= adapter.rank), None)
     if is_plain and vllm_rank is not None:
         fourth = f"""

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torchtune.modules import TransformerDecoder
 
-from custom_components.models.builders import ATTENTION_MODULES, lora_llama_from_config
+from custom_components.models.builders import lora_llama_from_config
+from custom_components.models.llama import ATTENTION_MODULES
 from custom_components.models.lora import FrozenLinear, adapter_modules
 from custom_components.weights.adapter_files import stored_adapter
 from custom_components.weights.adapters import check_adapter_fits, check_same_base, copy_into_adapter, target_names

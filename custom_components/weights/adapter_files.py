@@ -15,14 +15,21 @@ from torch import Tensor
 from custom_components.runtime.errors import UserError
 from custom_components.weights.checkpoint_files import StoredTensor, tensors_of_file
 from custom_components.weights.names import interleave_rope_rows
-from custom_components.weights.peft_format import CONFIG_NAME, PeftConfig, parameter_name, peft_key, read_peft_config
+from custom_components.weights.peft_format import (
+    ADAPTER_PARAMETERS,
+    CONFIG_NAME,
+    PeftConfig,
+    parameter_name,
+    peft_key,
+    read_peft_config,
+)
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 _PEFT_WEIGHTS_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
 _TUNE_NAME = re.compile(
     r"(?P<module>layers\.\d+\.attn\.(?:[qkv]|output)_proj|layers\.\d+\.mlp\.w[123]|output)"
-    r"\.(?:lora_[ab]\.weight|magnitude)"
+    rf"\.(?:{'|'.join(map(re.escape, ADAPTER_PARAMETERS))})"
 )
 
 

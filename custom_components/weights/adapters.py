@@ -19,9 +19,8 @@ from custom_components.weights.peft_format import (
     BASE_WEIGHTS,
     CONFIG_NAME,
     TARGETS,
-    VARIANTS,
     hugging_face_module,
-    peft_key,
+    peft_module,
 )
 
 
@@ -31,23 +30,21 @@ class AdapterSettings:
 
     Attributes:
         target_modules: the kinds of linear layers that have an adapter, by PEFT's names.
+        flags: the variant, see :attr:`LoRALinear.peft_flags`.
     """
 
     target_modules: list[str]
     rank: int
     alpha: float
     dropout: float
-    use_rslora: bool
-    use_dora: bool
+    flags: Mapping[str, bool]
 
 
 def adapter_settings(model: TransformerDecoder) -> AdapterSettings:
     """Read the settings off a model that has adapters, which are all alike."""
     modules = adapter_modules(model)
     first = next(iter(modules.values()))
-    return AdapterSettings(
-        target_names(modules), first.rank, first.alpha, first.dropout, first.use_rslora, first.use_dora
-    )
+    return AdapterSettings(target_names(modules), first.rank, first.alpha, first.dropout, first.peft_flags)
 
 
 def save_adapter(
@@ -75,16 +72,16 @@ def save_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        **{key: True for key in VARIANTS if getattr(settings, key)},
+        **settings.flags,
     }
     num_kv_heads = model.layers[0].attn.num_kv_heads
     tensors = {}
     for module_name, module in adapter_modules(model).items():
-        for parameter in module.adapter_params():
-            name = f"{module_name}.{parameter}"
-            tensor, num_heads = module.get_parameter(parameter), rope_heads(name, model.num_heads, num_kv_heads)
+        for parameter, peft_name in module.peft_names.items():
+            num_heads = rope_heads(f"{module_name}.{parameter}", model.num_heads, num_kv_heads)
+            tensor = module.get_parameter(parameter)
             rows = tensor if num_heads is None else halve_rope_rows(tensor, num_heads)
-            tensors[peft_key(name)] = rows.detach().cpu().contiguous()
+            tensors[f"{peft_module(module_name)}.{peft_name}"] = rows.detach().cpu().contiguous()
     with whole_directory(adapter_dir) as directory:
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -172,8 +169,8 @@ def _problems_of_settings(model: TransformerDecoder, stored: StoredAdapter) -> l
     settings = {
         "lora_rank": (config.rank, built.rank),
         "lora_alpha": (config.alpha, built.alpha),
-        "use_rslora": (config.use_rslora, built.use_rslora),
-        "use_dora": (stored.use_dora, built.use_dora),
+        "use_rslora": (config.use_rslora, "use_rslora" in built.flags),
+        "use_dora": (stored.use_dora, "use_dora" in built.flags),
         "target_modules": (sorted(target_names(stored.modules)), sorted(built.target_modules)),
     }
     return [f"{key} is {theirs}, the model's {ours}" for key, (theirs, ours) in settings.items() if theirs != ours]

@@ -10,7 +10,7 @@ from torchtune.modules import RMSNorm, TransformerDecoder
 from tqdm import tqdm
 
 from custom_components.models import nf4
-from custom_components.models.lora import FrozenLinear, LoRALinear
+from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
 from custom_components.models.shapes import LlamaShape, shape_from_checkpoint
 from custom_components.runtime.devices import NUM_LOADING_THREADS
 from custom_components.runtime.errors import UserError
@@ -79,7 +79,8 @@ def load_base_weights(
         cache.store({name: model.get_parameter(name).data for name in quantized})
     if isinstance(model.output, LoRALinear) and shape.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight
-    _initialize_adapters(model, device)
+    for module in adapter_modules(model).values():
+        module.initialize_adapter(device)
     model.to(device)  # what is left: rope's cache
 
 
@@ -104,18 +105,6 @@ def unquantized_modules(model: TransformerDecoder) -> list[str]:
         for name, module in model.layers.named_modules()
         if isinstance(module, FrozenLinear) and not module.quantize_base
     ]
-
-
-def _initialize_adapters(model: TransformerDecoder, device: torch.device) -> None:
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            for linear in (module.lora_a, module.lora_b):
-                linear.to_empty(device="cpu")
-            module.initialize_parameters()
-            module.lora_a.to(device)
-            module.lora_b.to(device)
-            if module.use_dora:
-                module.initialize_dora_magnitude()
 
 
 def _check_same_model(model: TransformerDecoder, shape: LlamaShape, checkpoint_dir: Path) -> None:

@@ -13,25 +13,27 @@ from typing import Any
 
 from torchtune.models.convert_weights import _FROM_HF
 
+from custom_components.models.dora import DoRALinear
+from custom_components.models.lora import LoRALinear
 from custom_components.runtime.errors import UserError
 from custom_components.weights.names import HUGGING_FACE_NAMES
 
 CONFIG_NAME = "adapter_config.json"
-VARIANTS = ("use_rslora", "use_dora")  # named alike by PEFT, the builders and LoRALinear
 TARGETS = {
     **{"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"},
     **{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "lm_head": "output"},
 }
 BASE_WEIGHTS = ("tok_embeddings.weight", "output.weight")  # with an adapter on the head PEFT saves it too
 
-_PARTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-_TUNE_PARTS = {part.removesuffix(".weight"): tune for tune, part in _PARTS.items()}
+# PEFT's name of every parameter that an adapter may have.
+ADAPTER_PARAMETERS = {**LoRALinear.peft_names, **DoRALinear.peft_names}
+_TUNE_PARTS = {part.removesuffix(".weight"): tune for tune, part in ADAPTER_PARAMETERS.items()}
 
 # The prefix is absent where transformers saved with save_peft_format=False; torch.compile adds one; the adapter's name
 # stays where a model's own state dict was saved.
 _PEFT_KEY = re.compile(
     r"(?:base_model\.model\.)?(?:_orig_mod\.)?(?P<module>.+?)"
-    r"\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+    rf"\.(?P<part>{'|'.join(_TUNE_PARTS)})(?:\.default)?(?:\.weight)?"
 )
 # `BASE_WEIGHTS`: wrapped in an adapter, or plain where the vocabulary was resized.
 _PEFT_BASE_KEY = re.compile(
@@ -118,8 +120,13 @@ def read_peft_config(adapter_dir: Path) -> PeftConfig:
 
 def peft_key(parameter: str) -> str:
     """PEFT's key of an adapter's parameter, layers.0.attn.q_proj.lora_a.weight for example."""
-    part = next(part for part in _PARTS if parameter.endswith(f".{part}"))
-    return f"base_model.model.{hugging_face_module(parameter.removesuffix(f'.{part}'))}.{_PARTS[part]}"
+    part = next(part for part in ADAPTER_PARAMETERS if parameter.endswith(f".{part}"))
+    return f"{peft_module(parameter.removesuffix(f'.{part}'))}.{ADAPTER_PARAMETERS[part]}"
+
+
+def peft_module(module: str) -> str:
+    """PEFT's name of a module with an adapter, layers.0.attn.q_proj for example."""
+    return f"base_model.model.{hugging_face_module(module)}"
 
 
 def parameter_name(key: str) -> str | None:

@@ -14,6 +14,7 @@ from custom_components.config.task_settings import MergeSettings
 from custom_components.export import merge_output
 from custom_components.export.merge_output import check_space
 from custom_components.export.merged_weights import BaseWeights, MergedWeights, read_adapter
+from custom_components.models.dora import DoRALinear
 from custom_components.models.lora import adapter_modules, merged_weight
 from custom_components.runs.origin import example_rows, trained_on_nf4
 from custom_components.runtime.errors import UserError
@@ -74,7 +75,7 @@ def test_a_merged_weight_is_the_papers(make_checkpoint, variants):
     model = with_random_variants(loaded_model(make_checkpoint(), lora_alpha=7.0, **variants))
     for layer in adapter_modules(model).values():
         base = layer.weight.detach()
-        each = merged_dora_weight(layer) if layer.use_dora else merged_lora_weight(layer)
+        each = merged_dora_weight(layer) if isinstance(layer, DoRALinear) else merged_lora_weight(layer)
         torch.testing.assert_close(merged_weight(base, [(1.0, layer)]), each)
         torch.testing.assert_close(merged_weight(base, [(0.7, layer), (-0.2, layer)]), base + 0.5 * (each - base))
 

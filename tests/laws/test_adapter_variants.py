@@ -10,6 +10,7 @@ from torchtune.modules.peft import disable_adapter
 
 from custom_components.models.attention import RowLengths
 from custom_components.models.builders import lora_llama_from_config
+from custom_components.models.dora import DoRALinear
 from custom_components.models.hidden_states import final_hidden_states
 from custom_components.models.lora import LoRALinear, adapter_modules
 from custom_components.runtime.errors import UserError
@@ -142,7 +143,7 @@ def test_dora_s_first_magnitudes_are_the_rows_lengths(make_checkpoint, tied, is_
 def test_dora_is_the_paper_s_formula_and_its_norm_a_constant(use_rslora):
     """Outputs and gradients against equation 5 with the sum built and its norm detached."""
     torch.manual_seed(0)
-    layer = LoRALinear(48, 80, 5, alpha=3, use_dora=True, use_rslora=use_rslora)
+    layer = DoRALinear(48, 80, 5, alpha=3, use_rslora=use_rslora)
     with torch.no_grad():
         layer.lora_b.weight.normal_()
         layer.magnitude.mul_(1 + torch.rand(80))
@@ -174,7 +175,7 @@ def test_dora_s_magnitude_learns_from_the_first_step(make_checkpoint, quantize_b
 def test_dora_drops_inputs_of_the_update_only():
     """The norm is of the weights, not of what was dropped: an update of zero gives the base, dropout or not."""
     torch.manual_seed(0)
-    layer = LoRALinear(64, 64, 4, alpha=8, dropout=0.5, use_dora=True).train()
+    layer = DoRALinear(64, 64, 4, alpha=8, dropout=0.5).train()
     input = torch.randn(3, 64)
     torch.testing.assert_close(layer(input), layer.plain_output(input), atol=1e-6, rtol=0)
     with torch.no_grad():
@@ -185,7 +186,7 @@ def test_dora_drops_inputs_of_the_update_only():
 
 
 def test_dora_leaves_a_row_of_zeros_zero():
-    layer = LoRALinear(64, 8, 4, alpha=8, use_dora=True)
+    layer = DoRALinear(64, 8, 4, alpha=8)
     with torch.no_grad():
         layer.weight[3] = 0
     layer.initialize_dora_magnitude()

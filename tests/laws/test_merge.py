@@ -12,6 +12,7 @@ from custom_components.export import merged_weights
 from custom_components.export.merge_proof import compared, logits_with_adapters
 from custom_components.export.merged_weights import BaseWeights, read_adapter
 from custom_components.models import lora
+from custom_components.models.dora import DoRALinear
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.weights import safetensors_writing as safetensors_streaming
 from custom_components.weights.adapted_model import load_model_for_inference
@@ -118,7 +119,7 @@ def test_L22_several_adapters_with_weights(make_checkpoint, tmp_path, variants):
         for factor, model in zip((0.7, -0.4), models, strict=True):
             layer = model.get_submodule(name.removesuffix(".weight"))
             if hasattr(layer, "lora_a"):
-                one = merged_dora_weight(layer) if layer.use_dora else merged_lora_weight(layer)
+                one = merged_dora_weight(layer) if isinstance(layer, DoRALinear) else merged_lora_weight(layer)
                 expected += factor * (one - layer.weight).detach()
         torch.testing.assert_close(merged_weights.read(name), expected, atol=1e-5, rtol=0)
     rows = TOKENS.tolist()

@@ -9,6 +9,7 @@ from torchtune.modules import TransformerDecoder
 
 from custom_components.models import nf4
 from custom_components.models.builders import lora_llama_from_config
+from custom_components.models.dora import DoRALinear
 from custom_components.models.lora import LoRALinear, adapter_modules
 from custom_components.weights.checkpoint_loading import load_base_weights
 from custom_components.weights.names import halve_rope_rows
@@ -56,7 +57,7 @@ def merged_lora_weight(layer: LoRALinear) -> Tensor:
     return layer.weight + layer.scaling * layer.lora_b.weight @ layer.lora_a.weight
 
 
-def merged_dora_weight(layer: LoRALinear) -> Tensor:
+def merged_dora_weight(layer: DoRALinear) -> Tensor:
     """magnitude * (W + s B A) / ||W + s B A||, equation 5 of the paper, with the sum built."""
     direction = layer.weight + layer.scaling * layer.lora_b.weight @ layer.lora_a.weight
     return layer.magnitude.unsqueeze(1) * direction / direction.norm(dim=1, keepdim=True)

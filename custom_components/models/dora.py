@@ -1,0 +1,96 @@
+"""DoRA, LoRA with learned row lengths: Liu et al. 2024, arXiv 2402.09353.
+
+Section 4: the rows of W + s B A are brought to learned lengths, the magnitude m: m (W + s B A) / ||W + s B A||.
+
+Dimensions: `I` in_dim, `O` out_dim, `R` rank.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from custom_components.models import nf4
+from custom_components.models.lora import LoRALinear
+
+
+class DoRALinear(LoRALinear):
+    """A :class:`LoRALinear` that learns the lengths of the weight's rows apart from their directions.
+
+    Its arguments are those of :class:`LoRALinear`. `magnitude` is (out_dim,).
+    """
+
+    peft_names: ClassVar[Mapping[str, str]] = {**LoRALinear.peft_names, "magnitude": "lora_magnitude_vector"}
+    magnitude: nn.Parameter
+    base_squared_norms: Tensor
+
+    def __init__(self, *sizes: Any, **settings: Any) -> None:
+        super().__init__(*sizes, **settings)
+        self.register_buffer("base_squared_norms", None, persistent=False)
+        self.initialize_dora_magnitude()
+
+    @property
+    def peft_flags(self) -> dict[str, bool]:
+        return {**super().peft_flags, "use_dora": True}
+
+    @torch.no_grad()
+    def initialize_dora_magnitude(self) -> None:
+        """Set the magnitude to the lengths of the frozen weight's rows, so that the first output is the base's.
+
+        torchtune's protocol. To be called whenever the frozen weight gets other values, before an optimizer takes
+        the parameters.
+        """
+        self.base_changed()
+        # As `row_norms` takes the root, so that the first ratio of the two is exactly 1.
+        self.magnitude = nn.Parameter(self.base_squared_norms.sqrt().to(self.lora_a.weight.dtype))
+
+    def allocate_adapter(self, device: torch.device) -> None:
+        super().allocate_adapter(device)
+        self.magnitude = nn.Parameter(torch.empty_like(self.magnitude, device=device))
+
+    def initialize_adapter(self, device: torch.device) -> None:
+        super().initialize_adapter(device)
+        self.initialize_dora_magnitude()
+
+    @torch.no_grad()
+    def base_changed(self) -> None:
+        weight = nf4.dequantize(self.weight, self.weight.dtype) if nf4.is_quantized(self.weight) else self.weight
+        self.base_squared_norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+
+    def adapted_output(self, input: Tensor, low_rank: Tensor) -> Tensor:
+        # W x and W A^T, which the norms need, in one product: NF4 is dequantized once.
+        rows = torch.cat([input.reshape(-1, self.in_dim), self.lora_a.weight.detach().to(input.dtype)])
+        base, base_of_a_RO = self.plain_output(rows).split([len(rows) - self.rank, self.rank])
+        base = base.view(*input.shape[:-1], self.out_dim)
+        output = torch.add(base, self.update(low_rank), alpha=self.scaling)
+        ratio_O = self.magnitude / self.row_norms(base_of_a_RO)
+        # The difference to 1, because bf16 has no steps finer than 1/256 around 1 itself.
+        return torch.addcmul(output, output, (ratio_O - 1).to(output.dtype))
+
+    @torch.no_grad()
+    def row_norms(self, base_of_a_RO: Tensor) -> Tensor:
+        """Compute the lengths of the rows of W + s B A, (out_dim,), in fp32 and without building that sum.
+
+        ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b for a row w of W and its row b of B. They are
+        constants of the backward (section 4.3 of the paper).
+
+        Args:
+            base_of_a_RO: A W^T.
+        """
+        a_RI = self.lora_a.weight.to(base_of_a_RO.dtype).float()
+        scaled_b_OR = self.lora_b.weight.float() * self.scaling
+        change_O = (scaled_b_OR * (2 * base_of_a_RO.float().T + scaled_b_OR @ (a_RI @ a_RI.T))).sum(dim=1)
+        # A row of zeros, as of a padded vocabulary, stays one: its magnitude is 0, and 0 over this is 0.
+        return (self.base_squared_norms + change_O).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+    @torch.no_grad()
+    def output_ratio_O(self, dtype: torch.dtype) -> Tensor:
+        return self.magnitude / self.row_norms(self.plain_output(self.lora_a.weight.to(dtype)))
+
+    def add_change(self, merged_OI: Tensor, base_OI: Tensor, factor: float) -> None:
+        a_RI, b_OR = self.lora_a.weight.float(), self.lora_b.weight.float()
+        changed_OI = torch.addmm(base_OI, b_OR, a_RI, alpha=self.scaling)
+        norms_O = torch.linalg.vector_norm(changed_OI, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        changed_OI.mul_((self.magnitude.float() / norms_O).unsqueeze(1))
+        merged_OI.add_(changed_OI.sub_(base_OI), alpha=factor)
