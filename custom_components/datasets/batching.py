@@ -53,7 +53,7 @@ class Batch:
         return self.num_supervised_tokens
 
     def to(self, device: torch.device) -> "Batch":
-        boundaries = None
+        boundaries = self.boundaries
         if device.type == "cuda":
             boundaries = torch.tensor([0, *accumulate(self.row_lengths)], dtype=torch.int32).to(device)
         return Batch(
