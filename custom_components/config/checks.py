@@ -156,9 +156,12 @@ def _component_problems(
         yield f"{name}._component_", "missing: the dotted path of the component to build"
         return
     try:
-        component(node["_component_"])
+        target = component(node["_component_"])
     except Exception as error:  # noqa: BLE001 - importing a user's module can fail in any way
         yield f"{name}._component_", f"{node['_component_']!r} cannot be imported ({type(error).__name__}: {error})"
+        return
+    if not callable(target):
+        yield f"{name}._component_", f"{node['_component_']!r} is a {type(target).__name__}, not a function or class"
         return
     parameters, hints = _parameters(node)
     takes_any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
