@@ -6,8 +6,10 @@ import re
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from tests.support.paths import PROJECT
 from tests.support.recipe_runs import arguments, started_tune, tune_run
 from tests.support.run_results import assert_equal, outcome
 
@@ -91,6 +93,19 @@ def test_the_written_config_runs_again(finished_run, tmp_path):
         for folder in (output_dir, tmp_path / "again")
     ]
     assert first[0]["loss"] == first[1]["loss"]
+
+
+@pytest.mark.parametrize("system_prompt", ["Be kind.", ""])
+def test_L25_the_adapter_states_the_system_prompt_of_its_rows(make_checkpoint, rows, tmp_path, system_prompt):
+    config = yaml.safe_load((PROJECT / "configs/llama_qlora.yaml").read_text())
+    config["tokenizer"]["system_prompt"] = "Be brief."
+    config["dataset"]["system_prompt"] = system_prompt
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    overrides = arguments(make_checkpoint(), rows, tmp_path / "out", "epochs=1", "max_steps_per_epoch=1")[2:]
+    result = tune_run("--config", str(tmp_path / "config.yaml"), *overrides)
+    assert result.returncode == 0, result.stderr
+    stated = yaml.safe_load((tmp_path / "out/adapter/prompt_format.yaml").read_text())
+    assert stated["system_prompt"] == system_prompt
 
 
 def test_L16_two_runs_are_bit_equal_and_another_seed_is_not(make_checkpoint, rows, tmp_path):
