@@ -19,7 +19,7 @@ from custom_components.models.llama import lora_llama
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.host_allocator import keep_freed_memory, return_freed_memory
 from custom_components.runtime.process_memory import PeakMemory
-from custom_components.training.gradients import accumulate_gradients
+from custom_components.training.gradients import accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 
 STEP_TOKENS = (128, 256, 512, 1024, 2048, 4096)
@@ -63,13 +63,8 @@ def measured_step(
     step_seconds = []
     for _ in range(NUM_STEPS):
         start_seconds = time.perf_counter()
-        loss = accumulate_gradients(
-            model.train(),
-            [batch],
-            LinearCrossEntropy(),
-            torch.amp.GradScaler(device.type, enabled=False),
-            device=device,
-        )
+        no_scaler = torch.amp.GradScaler(device.type, enabled=False)
+        loss = accumulate_gradients([batch], supervised_loss(model.train(), LinearCrossEntropy()), no_scaler, device)
         assert loss.isfinite()
         model.zero_grad(set_to_none=True)
         step_seconds.append(time.perf_counter() - start_seconds)

@@ -30,7 +30,7 @@ from custom_components.models.lora import FrozenLinear
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.training.compiling import compile_layers
-from custom_components.training.gradients import accumulate_gradients
+from custom_components.training.gradients import ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 from custom_components.training.optimizer import clip_gradients
 
@@ -129,17 +129,12 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[float
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     batch = random_batch([case.row_tokens] * case.num_rows, shape.vocab_size)
+    options = ForwardOptions(num_recomputed_layers=len(model.layers) if case.recomputed else 0)
+    loss_of = supervised_loss(model.train(), LinearCrossEntropy(), options)
     step_seconds = []
     for _ in range(NUM_STEPS):
         start_seconds = time.perf_counter()
-        loss = accumulate_gradients(
-            model.train(),
-            [batch],
-            LinearCrossEntropy(),
-            scaler,
-            num_recomputed_layers=len(model.layers) if case.recomputed else 0,
-            device=device,
-        )
+        loss = accumulate_gradients([batch], loss_of, scaler, device)
         clip_gradients(optimizer, scaler, 1.0)
         scaler.step(optimizer)
         scaler.update()

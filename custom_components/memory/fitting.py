@@ -14,7 +14,7 @@ from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.batching import collate
 from custom_components.memory.estimate import estimate_memory, optimizer_bytes_per_parameter
 from custom_components.runtime.process_memory import usable_bytes
-from custom_components.training.gradients import NOWHERE_ELSE, accumulate_gradients
+from custom_components.training.gradients import NOWHERE_ELSE, ForwardOptions, accumulate_gradients, supervised_loss
 
 # A weight is dequantized once a forward; beyond this many tokens that is too little of it for a fuller one to pay.
 _ENOUGH_FORWARD_TOKENS = 16_384
@@ -138,16 +138,8 @@ def tried_fit(
         # In the second forward the gradients stand, and what the optimizer will keep.
         optimizer_state = torch.empty(num_optimizer_bytes, dtype=torch.uint8, device=device)
         try:
-            accumulate_gradients(
-                model.train(),
-                [batch] * min(2, fit.gradient_accumulation_steps),
-                loss_function,
-                scaler,
-                num_recomputed_layers=fit.num_recomputed_layers,
-                neftune_noise_alpha=settings.neftune_noise_alpha,
-                activations_kept=OffloadActivations() if settings.enable_activation_offloading else NOWHERE_ELSE,
-                device=device,
-            )
+            loss_of = supervised_loss(model.train(), loss_function, forward_options(settings, fit))
+            accumulate_gradients([batch] * min(2, fit.gradient_accumulation_steps), loss_of, scaler, device)
         finally:
             model.zero_grad(set_to_none=True)
             del optimizer_state
@@ -190,6 +182,15 @@ def first_fitting(
                 raise
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def forward_options(settings: TrainingSettings, fit: Fit) -> ForwardOptions:
+    """Read how the forward of a training step is computed."""
+    return ForwardOptions(
+        num_recomputed_layers=fit.num_recomputed_layers,
+        neftune_noise_alpha=settings.neftune_noise_alpha,
+        activations_kept=OffloadActivations() if settings.enable_activation_offloading else NOWHERE_ELSE,
+    )
 
 
 def describe_fit(fit: Fit, settings: TrainingSettings, num_layers: int) -> None:

@@ -19,7 +19,7 @@ from torchtune.modules import RMSNorm, TransformerDecoder
 from custom_components.datasets.batching import Batch
 from custom_components.models import nf4
 from custom_components.models.lora import FrozenLinear
-from custom_components.training.gradients import accumulate_gradients
+from custom_components.training.gradients import ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 
 
@@ -110,15 +110,10 @@ def simulated_step(
                 _give_shapes(module, dtype)
             batch = _batch_without_values(lengths, device_type)
             with LiveBytes() as memory:
-                accumulate_gradients(
-                    short_model,
-                    [batch],
-                    loss_function,
-                    torch.amp.GradScaler("cpu", enabled=False),
-                    num_recomputed_layers=num_recomputed_layers,
-                    neftune_noise_alpha=neftune_noise_alpha,
-                    device=torch.device("meta"),
-                )
+                options = ForwardOptions(num_recomputed_layers, neftune_noise_alpha)
+                loss_of = supervised_loss(short_model, loss_function, options)
+                no_scaler = torch.amp.GradScaler("cpu", enabled=False)
+                accumulate_gradients([batch], loss_of, no_scaler, torch.device("meta"))
         return memory.peak_bytes
 
     two_kept, three_kept = peak_bytes(2, 0), peak_bytes(3, 0)

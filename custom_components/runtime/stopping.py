@@ -13,6 +13,10 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
 
+    @property
+    def is_asked(self) -> bool:
+        return self.signal_number is not None
+
     def leave_if_asked(self) -> None:
         """Leave the program as the signal asked, 128 + its number; to be called when all is saved."""
         if self.signal_number is not None:

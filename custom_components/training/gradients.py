@@ -4,8 +4,9 @@ Dimensions: `T` tokens of all rows of a forward, `D` embed_dim.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,60 +21,76 @@ from custom_components.training.loss import LinearCrossEntropy
 
 NOWHERE_ELSE: AbstractContextManager = nullcontext()
 
+# The summed loss of a batch, a scalar: what the training recipes differ in. The mean is taken over `Batch.num_units`.
+LossOf = Callable[[Batch], Tensor]
 
-def accumulate_gradients(
-    model: TransformerDecoder,
-    batches: Sequence[Batch],
-    loss_function: LinearCrossEntropy,
-    scaler: GradScaler,
-    *,
-    num_recomputed_layers: int = 0,
-    neftune_noise_alpha: float | None = None,
-    activations_kept: AbstractContextManager = NOWHERE_ELSE,
-    device: torch.device,
-) -> Tensor:
-    """Forward and backward over the batches of one optimizer step; returns the loss per supervised token, in nats.
 
-    The sum over all batches is divided by the supervised tokens of all of them, so that N forwards of 1 row and 1 of N
-    rows are the same step. It is divided before the backward, so that fp16 gradients do not overflow. `scaler`, enabled
-    for fp16, leaves the gradients scaled.
+@dataclass(frozen=True)
+class ForwardOptions:
+    """How the forward of a training step is computed.
 
-    Args:
+    Attributes:
         num_recomputed_layers, neftune_noise_alpha: see :func:`final_hidden_states`.
         activations_kept: entered during the forward, as torchtune's `OffloadActivations`.
     """
-    num_supervised_tokens = sum(batch.num_supervised_tokens for batch in batches)
-    total = torch.zeros((), device=device)
-    # note: before the first forward, because copying from the host waits for what the device is doing.
-    for batch in [batch.to(device) for batch in batches]:
-        with activations_kept:
+
+    num_recomputed_layers: int = 0
+    neftune_noise_alpha: float | None = None
+    activations_kept: AbstractContextManager = NOWHERE_ELSE
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a recipe trains by and validates by."""
+
+    training: LossOf
+    validation: LossOf
+
+
+def supervised_loss(
+    model: TransformerDecoder, loss_function: LinearCrossEntropy, options: ForwardOptions | None = None
+) -> LossOf:
+    """Make the loss of supervised fine-tuning: the sum over a batch's supervised positions, in nats."""
+    options = options or ForwardOptions()
+
+    def loss_of(batch: Batch) -> Tensor:
+        with options.activations_kept:
             hidden_1TD = final_hidden_states(
                 model,
                 batch.tokens_1T,
                 RowLengths(batch.row_lengths, batch.boundaries),
                 batch.positions_1T,
-                num_recomputed_layers=num_recomputed_layers,
-                neftune_noise_alpha=neftune_noise_alpha,
+                num_recomputed_layers=options.num_recomputed_layers,
+                neftune_noise_alpha=options.neftune_noise_alpha,
             )
-        loss = supervised_loss(model, hidden_1TD, batch, loss_function) / num_supervised_tokens
+        hidden_PD = hidden_1TD[0].index_select(0, batch.supervised_P)
+        return loss_function(hidden_PD, model.output, batch.labels_1T[0].index_select(0, batch.supervised_P))
+
+    return loss_of
+
+
+def accumulate_gradients(batches: Sequence[Batch], loss_of: LossOf, scaler: GradScaler, device: torch.device) -> Tensor:
+    """Run forward and backward over the batches of one optimizer step; return the loss per unit.
+
+    The sum over all batches is divided by the units of all of them, so N forwards of one row equal one forward of N
+    rows. It is divided before the backward, so that fp16 gradients do not overflow. `scaler`, enabled for fp16, leaves
+    the gradients scaled.
+    """
+    num_units = sum(batch.num_units for batch in batches)
+    total = torch.zeros((), device=device)
+    # note: before the first forward, because copying from the host waits for what the device is doing.
+    for batch in [batch.to(device) for batch in batches]:
+        loss = loss_of(batch) / num_units
         scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
-def supervised_loss(
-    model: TransformerDecoder, hidden_1TD: Tensor, batch: Batch, loss_function: LinearCrossEntropy
-) -> Tensor:
-    """The summed loss of a batch's supervised positions, in nats."""
-    hidden_PD = hidden_1TD[0].index_select(0, batch.supervised_P)
-    return loss_function(hidden_PD, model.output, batch.labels_1T[0].index_select(0, batch.supervised_P))
-
-
 @torch.no_grad()
 def validation_loss(
-    model: TransformerDecoder, batches: Sequence[Batch], loss_function: LinearCrossEntropy, device: torch.device
+    model: TransformerDecoder, batches: Sequence[Batch], loss_of: LossOf, device: torch.device
 ) -> float:
-    """The loss per supervised token over all batches, in nats, without dropout.
+    """Compute the loss per unit over all batches, without dropout.
 
     Raises:
         UserError: it is NaN or infinite.
@@ -82,13 +99,9 @@ def validation_loss(
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
-        batch = batch.to(device)
-        hidden_1TD = final_hidden_states(
-            model, batch.tokens_1T, RowLengths(batch.row_lengths, batch.boundaries), batch.positions_1T
-        )
-        total += supervised_loss(model, hidden_1TD, batch, loss_function)
+        total += loss_of(batch.to(device))
     model.train(was_training)
-    mean = total.item() / sum(batch.num_supervised_tokens for batch in batches)
+    mean = total.item() / sum(batch.num_units for batch in batches)
     if not math.isfinite(mean):
         raise UserError(f"the validation loss is {mean}; lower optimizer.lr")
     return mean

@@ -1,6 +1,7 @@
 """Parameter groups, gradient clipping and the optimizer step of the adapters."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ def adapter_parameter_groups(model: nn.Module, lr: float, lora_plus_ratio: float
     b_ids = {id(weight) for weight in b_weights}
     others = [parameter for parameter in trained if id(parameter) not in b_ids]
     return [{"params": others, "lr": lr}, {"params": b_weights, "lr": lr * lora_plus_ratio}]
+
+
+def set_rates(optimizer: Optimizer, peak_rates: Sequence[float], rate_factor: float) -> None:
+    """Give each parameter group its peak rate times the schedule's factor."""
+    for group, peak_rate in zip(optimizer.param_groups, peak_rates, strict=True):
+        group["lr"] = peak_rate * rate_factor
 
 
 def clip_gradients(optimizer: Optimizer, scaler: GradScaler, clip_grad_norm: float | None) -> Tensor:

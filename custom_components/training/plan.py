@@ -37,10 +37,12 @@ class Plan:
     """All steps of a run, in order.
 
     Attributes:
+        batch_size: rows of a forward; with packs, packs.
         num_warmup_steps: the first steps, over which the rate rises.
     """
 
     steps: list[PlannedStep]
+    batch_size: int
     num_warmup_steps: int
 
     @property
@@ -100,7 +102,7 @@ def plan_of(
                 or (settings.save_every_n_steps is None and ends_epoch),
             )
         )
-    return Plan(planned, num_warmup_steps)
+    return Plan(planned, batches.batch_size, num_warmup_steps)
 
 
 def _is_due(number: int, every_n_steps: int | None) -> bool:

@@ -12,7 +12,7 @@ from custom_components.models.attention import RowLengths
 from custom_components.models.hidden_states import final_hidden_states
 from custom_components.models.lora import LoRALinear
 from custom_components.runtime.errors import UserError
-from custom_components.training.gradients import accumulate_gradients
+from custom_components.training.gradients import ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 from custom_components.training.optimizer import stop_if_not_finite
 from tests.support.models import CPU, loaded_model, with_random_adapters
@@ -26,14 +26,8 @@ def gradients_of_step(model, rows, batch_size, num_recomputed_layers=0, pack_cap
     [forwards] = plan.steps([len(row["tokens"]) for row in rows], epoch=0)
     batches = [collate([rows[index] for index in forward]) for forward in forwards]
     no_scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loss = accumulate_gradients(
-        model,
-        batches,
-        LinearCrossEntropy(chunk_size=7),
-        no_scaler,
-        num_recomputed_layers=num_recomputed_layers,
-        device=CPU,
-    )
+    loss_of = supervised_loss(model, LinearCrossEntropy(chunk_size=7), ForwardOptions(num_recomputed_layers))
+    loss = accumulate_gradients(batches, loss_of, no_scaler, CPU)
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -8,7 +8,7 @@ from custom_components.datasets.batching import BatchPlan, collate
 from custom_components.models import attention, blockwise_attention, nf4, nf4_product
 from custom_components.models.attention import RowLengths, attend_row_by_row, attend_within_rows
 from custom_components.training.compiling import compile_layers
-from custom_components.training.gradients import NOWHERE_ELSE, accumulate_gradients
+from custom_components.training.gradients import NOWHERE_ELSE, ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 from tests.support.models import CPU, loaded_model, with_random_adapters
 from tests.support.rows import random_rows
@@ -23,14 +23,9 @@ def step(model, rows, *, pack_capacity=None, chunk_size=512, num_recomputed_laye
     plan = BatchPlan(2, len(rows), shuffle=False, seed=0, pack_capacity_tokens=pack_capacity)
     [forwards] = plan.steps([len(row["tokens"]) for row in rows], epoch=0)
     batches = [collate([rows[index] for index in forward]) for forward in forwards]
+    options = ForwardOptions(num_recomputed_layers, activations_kept=kept)
     loss = accumulate_gradients(
-        model,
-        batches,
-        LinearCrossEntropy(chunk_size),
-        NO_SCALER,
-        num_recomputed_layers=num_recomputed_layers,
-        activations_kept=kept,
-        device=CPU,
+        batches, supervised_loss(model, LinearCrossEntropy(chunk_size), options), NO_SCALER, CPU
     )
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 

@@ -7,7 +7,7 @@ import torch
 
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
-from custom_components.memory.step_limit import StepMemory
+from custom_components.memory.step_limit import StepLimit
 from custom_components.runtime.errors import UserError
 from tests.support.models import CPU
 from tests.support.paths import PROJECT
@@ -86,7 +86,7 @@ def test_sgd_samples_and_init_from_an_adapter(make_checkpoint, tmp_path):
     ("batch_size", "words"), [(8, "set batch_size=4 "), (1, "set batch_size=1 and max_seq_len=500 ")]
 )
 def test_out_of_memory_says_what_would_fit(batch_size, words):
-    error = StepMemory(CPU).error(step=3, largest_forward_tokens=1000, batch_size=batch_size)
+    error = StepLimit(CPU, batch_size).error(step=3, largest_forward_tokens=1000)
     assert words in str(error) and "step 3: 1000 tokens" in str(error)
 
 
@@ -98,6 +98,6 @@ def test_out_of_memory_reckons_with_the_steps_that_fitted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 4e9)
     properties = type("Properties", (), {"total_memory": 10e9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    memory = StepMemory(cuda)
+    memory = StepLimit(cuda, batch_size=8)
     memory.add_step(1000)
-    assert "set batch_size=3 " in str(memory.error(step=9, largest_forward_tokens=8000, batch_size=8))
+    assert "set batch_size=3 " in str(memory.error(step=9, largest_forward_tokens=8000))

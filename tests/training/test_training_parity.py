@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from custom_components.datasets.batching import BatchPlan, collate
 from custom_components.datasets.chat import chat_dataset
-from custom_components.training.gradients import accumulate_gradients
+from custom_components.training.gradients import accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
@@ -47,7 +47,7 @@ def our_run(model, dataset, steps):
     for forwards in steps:
         batches = [collate([dataset[row] for row in rows]) for rows in forwards]
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        losses.append(accumulate_gradients(model, batches, LinearCrossEntropy(), scaler, device=CPU).item())
+        losses.append(accumulate_gradients(batches, supervised_loss(model, LinearCrossEntropy()), scaler, CPU).item())
         optimizer.step()
         optimizer.zero_grad()
     return losses

@@ -1,0 +1,88 @@
+"""What a run records and shows while it trains: metrics.jsonl, samples.jsonl, a metric logger, the terminal."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from custom_components.config.components import instantiate
+from custom_components.datasets.batching import Batch
+from custom_components.runs.metrics import MetricsFile, write_samples
+from custom_components.runs.progress_bar import ProgressBar
+from custom_components.runs.run import Run
+from custom_components.training.plan import PlannedStep
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step came to.
+
+    Attributes:
+        loss: per supervised token, in nats.
+        grad_norm: before clipping.
+        rate: of the first parameter group.
+        seconds: that it took.
+    """
+
+    loss: float
+    grad_norm: float
+    rate: float
+    seconds: float
+
+
+class TrainingLog(contextlib.AbstractContextManager):
+    """Records the steps and validations of a run, every one flushed as it is written.
+
+    Args:
+        num_steps: of the whole run.
+        num_done_steps: of those, the steps that an earlier process took.
+    """
+
+    def __init__(self, run: Run, num_steps: int, num_done_steps: int) -> None:
+        self._run = run
+        self._metrics = MetricsFile(run.directory.metrics)
+        node = run.settings.metric_logger
+        self._metric_logger = instantiate(node) if node else None
+        self._bar = ProgressBar(num_steps, num_done_steps)
+
+    def step(self, step: PlannedStep, batches: Sequence[Batch], result: StepResult) -> None:
+        """Record an optimizer step."""
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        record = {
+            "step": step.number,
+            "epoch": step.epoch,
+            "loss": result.loss,
+            "lr": result.rate,
+            "grad_norm": result.grad_norm,
+            "tokens": num_tokens,
+            "supervised_tokens": sum(batch.num_supervised_tokens for batch in batches),
+            "step_seconds": result.seconds,
+            "tokens_per_second": num_tokens / result.seconds,
+            "peak_memory_gib": self._run.memory.gib(),
+        }
+        self._metrics.write(record)
+        if self._metric_logger is not None and step.number % self._run.settings.log_every_n_steps == 0:
+            known = {key: value for key, value in record.items() if value is not None}
+            self._metric_logger.log_dict(known, step=step.number)
+        self._bar.update(step.number, result.loss)
+
+    def validation(self, step: PlannedStep, val_loss: float) -> None:
+        """Record a validation after a step."""
+        self._metrics.write({"step": step.number, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)})
+
+    def samples(self, step: PlannedStep, answers: Sequence[str]) -> None:
+        """Record the answers to the config's sample prompts after a step, if there are any."""
+        if not answers:
+            return
+        write_samples(self._run.directory.samples, step.number, self._run.settings.sample_prompts, answers)
+
+    def say(self, text: str) -> None:
+        """Print a line of its own beside the progress."""
+        self._bar.say(text)
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+        self._metrics.close()
+        if self._metric_logger is not None:
+            self._metric_logger.close()
