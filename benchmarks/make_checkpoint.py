@@ -53,7 +53,7 @@ def write_random_checkpoint(shape: LlamaShape, output_dir: Path, tokenizer: Path
         weight_map |= {name: file_name for name, _ in part}
     index = {"metadata": {}, "weight_map": weight_map}
     (output_dir / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = config_of_shape(shape, bos_id=1, eos_id=2)
+    config = {**config_of_shape(shape, bos_id=1), "eos_token_id": 2}
     config |= {"tie_word_embeddings": shape.tied_embeddings, "torch_dtype": "bfloat16"}
     (output_dir / "config.json").write_text(json.dumps(config, indent=2))
     shutil.copyfile(tokenizer, output_dir / "tokenizer.model")

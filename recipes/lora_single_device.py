@@ -100,7 +100,7 @@ def recipe_main() -> None:
         if resumed_from is not None:
             load_checkpoint(resumed_from, model, state)
             go_on_in(directory, resumed_from, state.progress.num_steps)
-        prompt_format = PromptFormat(settings.prompt_template, data.tokenizer.system_prompt, ["</s>"])
+        prompt_format = PromptFormat(settings.prompt_template, data.tokenizer.system_prompt, data.tokenizer.stop_pieces)
         beside = BesideWeights(base_model_name(settings.checkpoint_dir), prompt_format.texts(), config_text(settings))
         directory.config.write_text(beside.config, encoding="utf-8")
         run = Run(settings, device, dtype, directory, beside, memory)

@@ -16,7 +16,7 @@ from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import MergeSettings
 from custom_components.export.gguf import write_gguf
 from custom_components.export.gguf_reading import GgufWeights
-from custom_components.export.hugging_face import source_template, write_config, write_tokenizer, write_weights
+from custom_components.export.hugging_face import write_config, write_weights
 from custom_components.export.merge_output import check_output_dir, check_space, merge_directory, restore_replaced
 from custom_components.export.merge_proof import (
     Weights,
@@ -40,6 +40,7 @@ from custom_components.transforms.prompt_format import (
     tokenizer_of_adapter,
     write_prompt_format,
 )
+from custom_components.transforms.tokenizer_files import ExportedTokenizer, source_template, write_tokenizer
 from custom_components.weights.card import CARD_NAME
 
 # q8_0: blocks of 32 values in a byte each, with a scale in f16.
@@ -58,20 +59,22 @@ def recipe_main() -> None:
     adapters = [read_adapter(settings.checkpoint_dir, a.dir, a.weight) for a in settings.weighted_adapters]
     check_not_merged_yet(settings.checkpoint_dir, adapters, allow_merged_base=settings.allow_merged_base)
     merged = MergedWeights(base, adapters)
-    tokenizer = fit_tokenizer(tokenizer_of_adapter(settings.checkpoint_dir, adapter_dirs[0]), base.model)
-    template = template_of(adapter_dirs, settings.checkpoint_dir)
+    transform = fit_tokenizer(tokenizer_of_adapter(settings.checkpoint_dir, adapter_dirs[0]), base.model)
+    template = template_of(adapter_dirs, settings.checkpoint_dir, transform)
+    tokenizer_model = settings.checkpoint_dir / "tokenizer.model"
+    tokenizer = ExportedTokenizer(tokenizer_model, transform.tokenizer, transform.stop_tokens, template)
     storage = storage_of(settings, base)
     num_bytes = round(merged.num_values * BYTES_PER_VALUE[storage])
     check_space(settings.output_dir, num_bytes)
 
     with merge_directory(settings.output_dir) as directory:
         if settings.format == "gguf":
-            written: Weights = write_gguf_file(directory, merged, settings, template)
+            written: Weights = write_gguf_file(directory, merged, settings, tokenizer)
         else:
-            written = write_hugging_face(directory, merged, settings, tokenizer, template, storage)
+            written = write_hugging_face(directory, merged, settings, tokenizer, storage)
         write_record(directory, settings.checkpoint_dir, settings.base, adapters)
         if settings.prove:
-            prove(written, storage, base, settings.base, adapters, tokenizer)
+            prove(written, storage, base, settings.base, adapters, transform)
     peak_gib = memory.gib()
     print(
         f"merged {settings.output_dir}: {num_bytes / 1e9:.3g} GB in {storage}"
@@ -95,8 +98,7 @@ def write_hugging_face(
     directory: Path,
     merged: MergedWeights,
     settings: MergeSettings,
-    tokenizer: Llama2ChatTransform,
-    template: str | None,
+    tokenizer: ExportedTokenizer,
     storage: str,
 ) -> Weights:
     """Write a Hugging Face directory; returns what it holds, read back."""
@@ -105,7 +107,7 @@ def write_hugging_face(
     card = merged_card(settings.checkpoint_dir, weights_by_directory, settings.base)
     write_weights(directory, with_progress(merged), merged.shapes, merged.shape, dtype)
     write_config(directory, settings.checkpoint_dir, merged.shape, tokenizer, dtype)
-    write_tokenizer(directory, settings.checkpoint_dir / "tokenizer.model", merged.shape.max_seq_len, template)
+    write_tokenizer(directory, tokenizer, merged.shape.max_seq_len)
     prompt_format = stated_prompt_format(settings.checkpoint_dir, weights_by_directory[0][0])
     if prompt_format is not None:
         write_prompt_format(prompt_format, directory)
@@ -113,7 +115,9 @@ def write_hugging_face(
     return BaseWeights(directory, dequantized=False)
 
 
-def write_gguf_file(directory: Path, merged: MergedWeights, settings: MergeSettings, template: str | None) -> Weights:
+def write_gguf_file(
+    directory: Path, merged: MergedWeights, settings: MergeSettings, tokenizer: ExportedTokenizer
+) -> Weights:
     """Write one GGUF file, and a Modelfile for Ollama; returns what the file holds, read back."""
     name = settings.output_dir.resolve().name
     path = directory / f"{name}-{settings.gguf_quantization}.gguf"
@@ -121,9 +125,8 @@ def write_gguf_file(directory: Path, merged: MergedWeights, settings: MergeSetti
         path,
         merged.shape,
         with_progress(merged),
-        tokenizer_model=settings.checkpoint_dir / "tokenizer.model",
+        tokenizer=tokenizer,
         quantization=settings.gguf_quantization,
-        chat_template=template,
         name=name,
     )
     prompt_format = stated_prompt_format(settings.checkpoint_dir, settings.weighted_adapters[0].dir)
@@ -135,7 +138,7 @@ def with_progress(merged: MergedWeights) -> Iterable[tuple[str, Tensor]]:
     return tqdm(merged.tensors(), "merging", len(merged.shapes), unit="tensor", leave=False, delay=1)
 
 
-def template_of(adapter_dirs: Sequence[Path], checkpoint_dir: Path) -> str | None:
+def template_of(adapter_dirs: Sequence[Path], checkpoint_dir: Path, transform: Llama2ChatTransform) -> str | None:
     """The chat template of the adapters' prompt format; the checkpoint's own, if any, where they state none."""
     formats = [read_prompt_format(adapter_dir) for adapter_dir in adapter_dirs]
     if any(other != formats[0] for other in formats):
@@ -146,7 +149,8 @@ def template_of(adapter_dirs: Sequence[Path], checkpoint_dir: Path) -> str | Non
         print(f"{adapter_dirs[0]} states no prompt format: {found}")
         return template
     pieces = control_pieces_of(checkpoint_dir / "tokenizer.model")
-    return chat_template(formats[0].prompt_template, formats[0].system_prompt, pieces)
+    added_tokens = [token.text for token in transform.tokenizer.added_tokens.tokens]
+    return chat_template(formats[0].prompt_template, formats[0].system_prompt, pieces, added_tokens)
 
 
 def prove(

@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
-import sentencepiece
 import torch
 from torch import Tensor
 from torchtune.models.convert_weights import get_mapped_key
@@ -22,6 +21,7 @@ from custom_components.models.shapes import LlamaShape
 from custom_components.runtime.atomic_files import whole_file
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.sentencepiece_model import Piece, PieceType, read_sentencepiece_model
+from custom_components.transforms.tokenizer_files import ExportedTokenizer
 from custom_components.weights.names import HUGGING_FACE_NAMES
 
 # Rows that are converted together: a few tens of MB beside the tensor, whatever its size.
@@ -44,9 +44,8 @@ def write_gguf(
     shape: LlamaShape,
     tensors: Iterable[tuple[str, Tensor]],
     *,
-    tokenizer_model: Path,
+    tokenizer: ExportedTokenizer,
     quantization: Literal["f16", "q8_0"],
-    chat_template: str | None,
     name: str,
 ) -> None:
     """Write a model with its tokenizer as one GGUF file, whole or not at all; what was at `path` is replaced.
@@ -57,10 +56,9 @@ def write_gguf(
         shape: of the tensors given. With `tied_embeddings` there must be no `output.weight`.
         tensors: every tensor of the model once, in any order, under torchtune's name and with torchtune's row order of
             q and k, which is also that of GGUF's `llama` architecture. Any floating dtype, any device.
-        tokenizer_model: the checkpoint's SentencePiece model.
+        tokenizer: written with its chat template, if it has one.
         quantization: "f16", or "q8_0": blocks of 32 values in 8 bits with one f16 scale. Norms stay in f32, and under
             q8_0 matrices whose rows do not divide into blocks in f16.
-        chat_template: Jinja, as tokenizer_config.json has it; None: none is written.
         name: the model's name, for people.
 
     Raises:
@@ -71,9 +69,7 @@ def write_gguf(
     gguf = _import_gguf()
     writer = gguf.GGUFWriter(None, "llama")
     _add_model(writer, gguf, shape, name, quantization)
-    _add_tokenizer(writer, tokenizer_model, shape.vocab_size)
-    if chat_template is not None:
-        writer.add_chat_template(chat_template)
+    _add_tokenizer(writer, tokenizer, shape.vocab_size)
     plan = _planned_tensors(gguf, shape, quantization)
     for planned in plan.values():
         writer.add_tensor_info(planned.gguf_name, planned.shape, None, planned.num_bytes, planned.encoding)
@@ -121,16 +117,16 @@ def _add_model(writer: Any, gguf: ModuleType, shape: LlamaShape, name: str, quan
     writer.add_layer_norm_rms_eps(shape.norm_eps)
 
 
-def _add_tokenizer(writer: Any, tokenizer_model: Path, num_embeddings: int) -> None:
-    """The SentencePiece model: its pieces with scores and types, and ids up to the number of embeddings.
+def _add_tokenizer(writer: Any, tokenizer: ExportedTokenizer, num_embeddings: int) -> None:
+    """Add the SentencePiece model's pieces with scores and types, added tokens, and ids up to the number of embeddings.
 
     Raises:
         UserError: it is not byte-pair encoding, the only kind that llama.cpp's `llama` tokenizer computes.
     """
-    model = read_sentencepiece_model(tokenizer_model)
+    model = read_sentencepiece_model(tokenizer.model)
     if not model.is_byte_pair:
         raise UserError(
-            f"format: {str(tokenizer_model)!r} is no byte-pair tokenizer: llama.cpp would split texts in another way "
+            f"format: {str(tokenizer.model)!r} is no byte-pair tokenizer: llama.cpp would split texts in another way "
             "than the model was trained with; merge to another format"
         )
     if model.removes_repeated_spaces or model.replaces_characters:
@@ -139,12 +135,18 @@ def _add_tokenizer(writer: Any, tokenizer_model: Path, num_embeddings: int) -> N
             "does not, and splits such prompts in another way"
         )
     assert len(model.pieces) <= num_embeddings, f"{len(model.pieces)} pieces, {num_embeddings} embeddings"
+    added = {
+        # Recognized in a rendered prompt; those that are not special in what users type as well.
+        token.index: Piece(token.text, -1000.0, PieceType.CONTROL if token.is_special else PieceType.USER_DEFINED)
+        for token in tokenizer.tokenizer.added_tokens.tokens
+    }
     # note: llama.cpp refuses two tokens of the same text.
-    padding = [
-        Piece(f"[PAD{index}]", -10_000.0, PieceType.UNUSED) for index in range(len(model.pieces), num_embeddings)
+    beyond = [
+        added.get(index, Piece(f"[PAD{index}]", -10_000.0, PieceType.UNUSED))
+        for index in range(len(model.pieces), num_embeddings)
     ]
-    pieces = [*model.pieces, *padding]
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
+    pieces = [*model.pieces, *beyond]
+    processor = tokenizer.tokenizer.processor
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([piece.text for piece in pieces])
@@ -152,11 +154,22 @@ def _add_tokenizer(writer: Any, tokenizer_model: Path, num_embeddings: int) -> N
     # GGUF numbers the types of tokens as SentencePiece does.
     writer.add_token_types([piece.type for piece in pieces])
     writer.add_bos_token_id(processor.bos_id())
-    writer.add_eos_token_id(processor.eos_id())
     writer.add_unk_token_id(processor.unk_id())
+    # Beside EOS there is a place for two more tokens that end an answer: of a turn and of a message.
+    [eos] = tokenizer.tokenizer.ids_of_pieces([tokenizer.names["eos_token"]])
+    writer.add_eos_token_id(eos)
+    others = [token for token in tokenizer.stop_tokens if token != eos]
+    for add_id, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
+        add_id(token)
+    if left_out := [tokenizer.tokenizer.piece(token) for token in others[2:]]:
+        print(f"note: a GGUF file has room for three tokens that end an answer; left out: {left_out}")
+    if tokenizer.pad_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(model.adds_leading_space)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)
 
 
 def _planned_tensors(gguf: ModuleType, shape: LlamaShape, quantization: str) -> dict[str, _PlannedTensor]:

@@ -47,7 +47,7 @@ def write_modelfile(
 
 
 def modelfile(gguf_name: str, prompt_format: PromptFormat, control_pieces: Mapping[str, str]) -> str:
-    """The text of a Modelfile.
+    """Write the text of a Modelfile.
 
     Raises:
         UserError: no such template.

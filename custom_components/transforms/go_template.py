@@ -17,7 +17,7 @@ from custom_components.transforms.templates import MarkedTemplate, prompt_templa
 
 # What Python's str.strip() strips.
 _WHITESPACE = "".join(character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace())
-# note: every tag strips the line break before it, so that nothing but expressions puts text into the prompt.
+# note: every tag strips the line break before it, so that only expressions add text to the prompt.
 _START = """\
 {{- $has_user := false }}
 {{- $has_answer := false }}
@@ -58,7 +58,7 @@ _END = "{{- end }}\n{{- end }}"
 def go_template(
     description: str | Mapping[str, str], control_pieces: Mapping[str, str], system_prompt: str | None
 ) -> str:
-    """The Go template of a prompt format.
+    """Write the Go template of a prompt format.
 
     Args:
         description: a template's name or parts, as :func:`prompt_template` takes them.

@@ -1,11 +1,11 @@
-"""A prompt format as a Jinja chat template in a tokenizer_config.json, for transformers and tools that read its files.
+"""A prompt format as a Jinja chat template, for transformers and tools that read its files.
 
 The rendered text has the tokens of :class:`Llama2ChatTransform`, with the tokenizer of :mod:`tokenizer_json`.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
@@ -58,16 +58,22 @@ _MARKED_TURN = """\
 _END = "{%- endfor %}"
 
 
-def chat_template(description: str | dict[str, str], system_prompt: str | None, control_pieces: dict[str, str]) -> str:
+def chat_template(
+    description: str | dict[str, str],
+    system_prompt: str | None,
+    control_pieces: dict[str, str],
+    added_tokens: Sequence[str] = (),
+) -> str:
     """Write the Jinja template of a prompt format.
 
-    A message that contains the text of a control token, or one of Llama 2's tags, is refused: whatever reads the
-    rendered text would take it for the token.
+    A message that contains the text of a control token or an added one, or one of Llama 2's tags, is refused: whatever
+    reads the rendered text would take it for the token.
 
     Args:
         description: a template's name or parts, as :func:`prompt_template` takes them.
         system_prompt: for dialogs that have none of their own.
         control_pieces: see :func:`control_pieces_of`.
+        added_tokens: the texts of the tokens that the checkpoint's files add.
 
     Raises:
         UserError: no such template.
@@ -76,7 +82,7 @@ def chat_template(description: str | dict[str, str], system_prompt: str | None, 
     constants: dict[str, str | None | list[str]] = {
         "bos": control_pieces["bos_token"],
         "eos": control_pieces["eos_token"],
-        "marks": [*control_pieces.values()],
+        "marks": [*control_pieces.values(), *added_tokens],
         "default_system": default_system_prompt(description, system_prompt),
     }
     if isinstance(template, MarkedTemplate):
@@ -84,7 +90,7 @@ def chat_template(description: str | dict[str, str], system_prompt: str | None, 
         constants |= template.marks
     else:
         turn = _LLAMA2_TURN
-        constants["marks"] = [*control_pieces.values(), *LLAMA2_TAGS]
+        constants["marks"] = [*control_pieces.values(), *added_tokens, *LLAMA2_TAGS]
     definitions = "".join(f"{{%- set {name} = {_literal(value)} %}}\n" for name, value in constants.items())
     return definitions + _START + turn + _END
 
@@ -94,30 +100,6 @@ def control_pieces_of(tokenizer_model: Path) -> dict[str, str]:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
     ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
     return {name: processor.id_to_piece(index) for name, index in ids.items()}
-
-
-def tokenizer_config(
-    control_pieces: dict[str, str], max_seq_len: int, template: str | None, *, is_fast: bool
-) -> dict[str, Any]:
-    """Describe a tokenizer.model that is Llama 2's, or made like it, as transformers' tokenizer_config.json.
-
-    Args:
-        max_seq_len: the model's context, in tokens.
-        template: the chat template, or None if it is not known.
-        is_fast: there is a tokenizer.json to use as it is; LlamaTokenizer uses only its vocabulary and merges.
-    """
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast" if is_fast else "LlamaTokenizer",
-        # Without it LlamaTokenizer of transformers 5 puts no space before the first word after a control token:
-        # 29961 instead of 518.
-        "legacy": True,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        **control_pieces,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_seq_len,
-        **({"chat_template": template} if template is not None else {}),
-    }
 
 
 def _literal(value: str | None | list[str]) -> str:

@@ -1,20 +1,19 @@
 """From messages to token ids and which of them are supervised, exactly as Meta trained Llama 2's chat models."""
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, Unpack
 
-import sentencepiece
 from torchtune.modules import TransformerDecoder
 
 from custom_components.runtime.errors import UserError
 from custom_components.transforms import templates as prompts
 from custom_components.transforms.dialogs import ChatMessage, chat_messages, with_system_message
-from custom_components.transforms.templates import Turn
+from custom_components.transforms.templates import MarkedTemplate, Turn
+from custom_components.transforms.tokenizer import Tokenizer
 
 TrainOn = Literal["assistant", "last_assistant", "all"]
 
@@ -33,6 +32,7 @@ class _Changes(TypedDict, total=False):
     system_prompt: str | None
     train_on: TrainOn
     stop_tokens: tuple[int, ...]
+    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -51,6 +51,8 @@ class Llama2ChatTransform:
 
     Attributes:
         stop_tokens: the ids that end an answer.
+        tokenizer: encodes and decodes text. Tokens that the files beside `path` add are recognized where the template
+            itself has them; in a message, their text stays text.
 
     Raises:
         UserError: there is no such file, or it is not a SentencePiece model.
@@ -64,9 +66,8 @@ class Llama2ChatTransform:
     bos_id: int
     eos_id: int
     pad_id: ClassVar[int] = 0  # nothing here pads; torchtune's collators need it
+    tokenizer: Tokenizer
     _template: prompts.PromptTemplate
-    _processor: sentencepiece.SentencePieceProcessor
-    _newline_ids: list[int]
 
     def __init__(
         self,
@@ -76,28 +77,20 @@ class Llama2ChatTransform:
         prompt_template: str | dict[str, str] = "llama2",
         train_on: TrainOn = "assistant",
     ) -> None:
-        if not Path(path).is_file():
-            raise UserError(
-                f"tokenizer.path: {str(path)!r} is not a file; it is the checkpoint's SentencePiece tokenizer.model"
-            )
         template = prompts.prompt_template(prompt_template)
-        try:
-            processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except RuntimeError:
-            raise UserError(f"tokenizer.path: {str(path)!r} is not a SentencePiece model; download it again") from None
+        tokenizer = Tokenizer.read(path)
+        bos_id, eos_id = tokenizer.processor.bos_id(), tokenizer.processor.eos_id()
         vars(self).update(  # note: a frozen dataclass cannot set its fields one by one
             max_seq_len=max_seq_len,
             system_prompt=system_prompt,
             prompt_template=prompt_template,
             train_on=train_on,
-            stop_tokens=(processor.eos_id(),),
-            bos_id=processor.bos_id(),
-            eos_id=processor.eos_id(),
+            bos_id=bos_id,
+            eos_id=eos_id,
+            tokenizer=tokenizer,
             _template=template,
-            _processor=processor,
-            _newline_ids=processor.encode("\n"),
         )
-        self._check_that_answers_can_be_split_off(path)
+        vars(self)["stop_tokens"] = (eos_id, *self._token_after_answers())
 
     def replace(self, **changes: Unpack[_Changes]) -> "Llama2ChatTransform":
         """Make a transform that differs in these and shares the loaded tokenizer."""
@@ -122,13 +115,19 @@ class Llama2ChatTransform:
 
     @property
     def vocab_size(self) -> int:
-        return self._processor.vocab_size()
+        return self.tokenizer.num_pieces
+
+    @property
+    def stop_pieces(self) -> list[str]:
+        """The names of the stop tokens, such as `</s>`."""
+        return [piece for token in self.stop_tokens if (piece := self.tokenizer.piece(token)) is not None]
 
     @property
     def fingerprint(self) -> list[Any]:
         """All that determines the tokens of a row, as JSON values: the tokenizer's content and the settings."""
-        tokenizer_digest = hashlib.sha256(self._processor.serialized_model_proto()).hexdigest()
-        return [tokenizer_digest, self.max_seq_len, self.system_prompt, self.prompt_template, self.train_on]
+        settings = [self.max_seq_len, self.system_prompt, self.prompt_template, self.train_on]
+        marks = [[mark, self.tokenizer.added_tokens.ids[mark]] for mark in self._marks]
+        return [self.tokenizer.digest, *settings, *([marks] if marks else [])]
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         """Tokenize one row, as torchtune's transform protocol has it.
@@ -164,6 +163,10 @@ class Llama2ChatTransform:
         Raises:
             ValueError: for a message that contains one of the template's own marks.
         """
+        marks = self._marks
+        for message in dialog:
+            if mark := next((mark for mark in marks if mark in message.content), None):
+                raise ValueError(f"{message.role} message contains {mark!r}, which marks a part of the prompt template")
         turns = prompts.dialog_turns(with_system_message(dialog, self.system_prompt), self._template)
         if self.train_on == "last_assistant":
             turns[:-1] = [replace(turn, is_supervised=False) for turn in turns[:-1]]
@@ -184,65 +187,49 @@ class Llama2ChatTransform:
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Encode plain text, as torchtune's tokenizer protocol has it."""
-        return [self.bos_id] * add_bos + self._processor.encode(text) + [self.eos_id] * add_eos
+        return [self.bos_id] * add_bos + self.tokenizer.encode([text])[0] + [self.eos_id] * add_eos
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode ids to text, without control tokens and ids beyond the tokenizer, of a padded vocabulary."""
-        return self._processor.decode([int(token) for token in token_ids if token < self.vocab_size])
+        return self.tokenizer.decode(token_ids)
 
     def ids_of_pieces(self, pieces: Sequence[str]) -> list[int]:
-        """Look up control tokens and other pieces by name, such as `</s>`.
-
-        Raises:
-            UserError: the tokenizer has no such piece.
-        """
-        ids = [self._processor.piece_to_id(piece) for piece in pieces]
-        if unknown := [piece for piece, index in zip(pieces, ids, strict=True) if index == self._processor.unk_id()]:
-            raise UserError(
-                f"stop_tokens: the tokenizer has no {unknown}; is this the tokenizer of the adapter's base?"
-            )
-        return ids
+        """Look up control tokens and other pieces by name, see :meth:`Tokenizer.ids_of_pieces`."""
+        return self.tokenizer.ids_of_pieces(pieces)
 
     def text_of_pieces(self, token_ids: Sequence[int]) -> str:
-        """Show ids as text: control tokens by name, spaces kept, broken characters replaced."""
-        parts: list[bytes] = []
-        for token in token_ids:
-            if token >= self.vocab_size:
-                parts.append(f"<{token}>".encode())
-            elif self._processor.is_byte(token):
-                parts.append(bytes([int(self._processor.id_to_piece(token)[3:-1], 16)]))
-            else:
-                parts.append(self._processor.id_to_piece(token).replace("\u2581", " ").encode())
-        return b"".join(parts).decode(errors="replace")
+        """Show ids as text, see :meth:`Tokenizer.text_of_pieces`."""
+        return self.tokenizer.text_of_pieces(token_ids)
 
     def _encode_turns(self, turns: Sequence[Turn]) -> Iterable[EncodedDialog]:
         """Tokenize each turn as BOS + prompt + answer + EOS; positions determine what is supervised."""
-        prompts_ids = self._processor.encode([turn.prompt for turn in turns])
-        # The newline keeps SentencePiece from putting its dummy space before an answer that follows a prompt.
-        answers_ids = self._processor.encode([("\n" if turn.prompt else "") + (turn.answer or "") for turn in turns])
-        for turn, prompt_ids, answer_ids in zip(turns, prompts_ids, answers_ids, strict=True):
+        marks = self._marks
+        # The newline keeps SentencePiece from putting its dummy space before an answer that follows a text.
+        joined = [bool(turn.prompt) and not turn.prompt.endswith(marks) for turn in turns]
+        answers = [("\n" if join else "") + (turn.answer or "") for turn, join in zip(turns, joined, strict=True)]
+        prompts_ids = self.tokenizer.encode([turn.prompt for turn in turns], marks)
+        answers_ids = self.tokenizer.encode(answers, marks)
+        num_newline_ids = len(self.tokenizer.newline_ids)
+        for turn, join, prompt_ids, answer_ids in zip(turns, joined, prompts_ids, answers_ids, strict=True):
             tokens = [self.bos_id, *prompt_ids]
             is_supervised = [False] + [self.train_on == "all"] * len(prompt_ids)
             if turn.answer is not None:
-                closed_ids = [*answer_ids[len(self._newline_ids) if turn.prompt else 0 :], self.eos_id]
+                closed_ids = [*answer_ids[num_newline_ids if join else 0 :], self.eos_id]
                 tokens += closed_ids
                 is_supervised += [turn.is_supervised] * len(closed_ids)
             yield EncodedDialog(tokens, is_supervised)
 
-    def _check_that_answers_can_be_split_off(self, path: str | Path) -> None:
-        """Refuse a tokenizer in which a piece could span the seam between prompt and answer.
+    @property
+    def _marks(self) -> tuple[str, ...]:
+        """List the added tokens that the template's own text contains."""
+        texts = self._template.marks.values() if isinstance(self._template, MarkedTemplate) else ()
+        return tuple(added for added in self.tokenizer.added_tokens.ids if any(added in text for text in texts))
 
-        Meta encodes both in one call; separately they give the same ids only if no piece spans the seam. An answer
-        begins with a space or after a newline, so the seam is safe if no piece has a space after another character or
-        a newline, which is true of every Llama tokenizer (SentencePiece's split_by_whitespace).
-        """
-        pieces = (self._processor.id_to_piece(index) for index in range(self.vocab_size))
-        crossing = next((piece for piece in pieces if "\u2581" in piece.lstrip("\u2581") or "\n" in piece), None)
-        if crossing is not None or self._processor.encode("\nx")[: len(self._newline_ids)] != self._newline_ids:
-            raise UserError(
-                f"tokenizer.path: {str(path)!r} joins words into one piece ({crossing!r}) or drops newlines; "
-                "Llama's tokenizers do not, and this one cannot be used for the chat format"
-            )
+    def _token_after_answers(self) -> list[int]:
+        """Find the added token that the template puts after every answer, if it does."""
+        after = self._template.marks["after_answer"] if isinstance(self._template, MarkedTemplate) else ""
+        marks = sorted(self._marks, key=len, reverse=True)
+        return [self.tokenizer.added_tokens.ids[mark] for mark in marks if after.startswith(mark)][:1]
 
 
 def _is_empty_answer(message: Any) -> bool:
@@ -269,8 +256,16 @@ def fit_tokenizer(tokenizer: Llama2ChatTransform, model: TransformerDecoder) -> 
             f"tokenizer.path: the tokenizer has {tokenizer.vocab_size} pieces, the model embeds {num_embeddings}; "
             "name the tokenizer.model of this checkpoint"
         )
-    if tokenizer.vocab_size < num_embeddings:
-        print(f"the tokenizer has {tokenizer.vocab_size} pieces, the model's padded vocabulary {num_embeddings}")
+    embedded, left_out = tokenizer.tokenizer.added_tokens.split_at(num_embeddings)
+    if left_out.tokens:
+        print(f"warning: {left_out} left out: the model embeds {num_embeddings} ids, and has none for it")
+        tokenizer = tokenizer.replace(tokenizer=replace(tokenizer.tokenizer, added_tokens=embedded))
+    is_padded = tokenizer.vocab_size + len(embedded.tokens) < num_embeddings
+    if embedded.tokens or is_padded:
+        print(
+            f"the tokenizer has {tokenizer.vocab_size} pieces{f' and {embedded}' if embedded.tokens else ''}"
+            + (f", the model's padded vocabulary {num_embeddings}" if is_padded else "")
+        )
     if tokenizer.max_seq_len is not None and tokenizer.max_seq_len > model.max_seq_len:
         print(f"max_seq_len {tokenizer.max_seq_len} is capped to the model's context of {model.max_seq_len} tokens")
     return tokenizer.replace(max_seq_len=min(tokenizer.max_seq_len or model.max_seq_len, model.max_seq_len))

@@ -9,6 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from custom_components.runtime.errors import UserError
+from custom_components.transforms.added_tokens import stated_ids
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 
 PROMPT_FORMAT_NAME = "prompt_format.yaml"
@@ -63,7 +64,7 @@ def tokenizer_of_adapter(
 
     Args:
         adapter_dir: None, or an adapter without a prompt format: use that of the merge in `checkpoint_dir`, if it is
-            one, else Llama 2's.
+            one, else Llama 2's with the stop tokens that the checkpoint's own configs state.
         prompt_template, system_prompt: override the prompt format; a warning says so if training used another.
 
     Raises:
@@ -79,7 +80,9 @@ def tokenizer_of_adapter(
         chosen[name] = trained_value if told is None else told
     tokenizer = Llama2ChatTransform(checkpoint_dir / "tokenizer.model", **chosen)
     if trained is None:
-        return tokenizer
+        stated = stated_ids(checkpoint_dir, "eos_token_id")
+        stop_tokens = tuple(token for token in stated if tokenizer.tokenizer.piece(token) is not None)
+        return tokenizer.replace(stop_tokens=stop_tokens) if stop_tokens else tokenizer
     return tokenizer.replace(stop_tokens=tuple(tokenizer.ids_of_pieces(trained.stop_tokens)))
 
 

@@ -5,23 +5,32 @@ convert_slow_tokenizer.py, `SentencePieceExtractor.extract`): Llama 2's pieces o
 score, then come first, and repeated spaces or indented code get other ids than in training.
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
+from tokenizers import Regex, decoders, models, normalizers, processors
+
+from custom_components.transforms.added_tokens import AddedToken
 
 _SPACE = "\u2581"
 # Text that tokenizers treat differently: repeated spaces, line breaks, characters split into bytes or replaced.
 _PROBE = "  Où   est-il?\n\n\tdef f():\n        return 12.5\u00a0½ ﬁ e\u0301 漢字 🙂 internationalization "
 
 
-def fast_tokenizer(tokenizer_model: Path) -> tokenizers.Tokenizer | None:
+def fast_tokenizer(
+    processor: sentencepiece.SentencePieceProcessor, added_tokens: Sequence[AddedToken] = ()
+) -> tokenizers.Tokenizer | None:
     """Build a tokenizer that gives the text between two control tokens the ids that SentencePiece gives it.
 
     None if that is not possible: for a model that is not a byte-pair encoding, or replaces characters.
+
+    Args:
+        added_tokens: recognized in texts like the control tokens, in the order of their ids.
     """
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
     ids = {processor.id_to_piece(index): index for index in range(processor.vocab_size())}
     unk, bos, eos = map(processor.id_to_piece, (processor.unk_id(), processor.bos_id(), processor.eos_id()))
     tokenizer = tokenizers.Tokenizer(
@@ -38,9 +47,47 @@ def fast_tokenizer(tokenizer_model: Path) -> tokenizers.Tokenizer | None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, ids[bos])]
     )
-    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in (unk, bos, eos)])
+    control = [tokenizers.AddedToken(piece, normalized=False, special=True) for piece in (unk, bos, eos)]
+    tokenizer.add_special_tokens(control)
     is_the_same = tokenizer.encode(_PROBE, add_special_tokens=False).ids == processor.encode(_PROBE)
-    return tokenizer if is_the_same else None
+    return _with_added_tokens(tokenizer, added_tokens) if is_the_same else None
+
+
+def equals_but_for_additions(path: Path, tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether a tokenizer.json gives all texts the ids of `tokenizer`, and has the tokens that are added to it."""
+    if not path.is_file():
+        return False
+    theirs, ours = json.loads(path.read_text(encoding="utf-8")), json.loads(tokenizer.to_str())
+    parts = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    if any(theirs.get(part) != ours[part] for part in parts):
+        return False
+    their_model, our_model = theirs.get("model") or {}, ours["model"]
+    settings = ("type", "dropout", "unk_token", "fuse_unk", "byte_fallback", "vocab")
+    if any(their_model.get(setting) != our_model[setting] for setting in settings):
+        return False
+    added = {(token.get("id"), token.get("content")) for token in theirs.get("added_tokens", [])}
+    return (
+        _ranked_merges(their_model) == _ranked_merges(our_model)
+        and {(token["id"], token["content"]) for token in ours["added_tokens"]} <= added
+    )
+
+
+def _ranked_merges(model: dict[str, Any]) -> tuple[list[str], set[tuple[str, str]]]:
+    """The pieces in the order in which they are joined, and the pairs. Pairs of one piece have no order."""
+    # Older files have a pair as one text.
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    return list(dict.fromkeys("".join(pair) for pair in merges)), {(left, right) for left, right in merges}
+
+
+def _with_added_tokens(tokenizer: tokenizers.Tokenizer, added_tokens: Sequence[AddedToken]) -> tokenizers.Tokenizer:
+    for token in added_tokens:
+        # Where ids are left out, an unused name takes each: a token without one gets the next id that is free.
+        for index in range(tokenizer.get_vocab_size(), token.index):
+            tokenizer.add_tokens([tokenizers.AddedToken(f"[PAD{index}]", normalized=False)])
+        added = tokenizers.AddedToken(token.text, special=token.is_special, **{"normalized": False, **token.flags})
+        (tokenizer.add_special_tokens if token.is_special else tokenizer.add_tokens)([added])
+        assert tokenizer.token_to_id(token.text) == token.index, token
+    return tokenizer
 
 
 def _merges(processor: sentencepiece.SentencePieceProcessor) -> list[tuple[str, str]]:

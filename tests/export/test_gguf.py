@@ -14,6 +14,7 @@ from custom_components.export.gguf import write_gguf
 from custom_components.models.shapes import LlamaShape
 from custom_components.runtime.errors import UserError
 from tests.support.paths import TINY_TOKENIZER
+from tests.support.tokenizers import exported_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -58,7 +59,7 @@ def gguf_name(tune_name: str) -> str:
 
 def written(path: Path, shape: LlamaShape, tensors: dict[str, Tensor], **changes):
     arguments = {
-        **{"tokenizer_model": TINY_TOKENIZER, "quantization": "f16", "chat_template": "{{ messages }}"},
+        **{"tokenizer": exported_tokenizer(TINY_TOKENIZER, "{{ messages }}"), "quantization": "f16"},
         **{"name": "a model", **changes},
     }
     write_gguf(path, shape, tensors.items(), **arguments)
@@ -148,7 +149,8 @@ def test_metadata_is_the_shape(tmp_path):
 
 
 def test_without_a_chat_template_none_is_written(tmp_path):
-    reader = written(tmp_path / "model.gguf", GROUPED_HEADS, random_tensors(GROUPED_HEADS), chat_template=None)
+    tokenizer = exported_tokenizer(TINY_TOKENIZER)
+    reader = written(tmp_path / "model.gguf", GROUPED_HEADS, random_tensors(GROUPED_HEADS), tokenizer=tokenizer)
     assert reader.get_field("tokenizer.chat_template") is None
 
 
@@ -202,7 +204,7 @@ def trained_tokenizer(path: Path, **changes) -> Path:
 def test_tokenizer_of_ones_own_making(tmp_path, capsys):
     tokenizer_model = trained_tokenizer(tmp_path / "tokenizer.model", add_dummy_prefix=False)
     tensors = random_tensors(GROUPED_HEADS)
-    reader = written(tmp_path / "model.gguf", GROUPED_HEADS, tensors, tokenizer_model=tokenizer_model)
+    reader = written(tmp_path / "model.gguf", GROUPED_HEADS, tensors, tokenizer=exported_tokenizer(tokenizer_model))
     assert field(reader, "tokenizer.ggml.add_space_prefix") is False
     tokens, types = (field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
     assert types[tokens.index("<sep>")] == gguf.TokenType.USER_DEFINED
@@ -212,7 +214,12 @@ def test_tokenizer_of_ones_own_making(tmp_path, capsys):
 @pytest.mark.parametrize("change", [{"remove_extra_whitespaces": True}, {"normalization_rule_name": "nmt_nfkc"}])
 def test_a_tokenizer_that_llama_cpp_only_nearly_reproduces_is_said(tmp_path, capsys, change):
     tokenizer_model = trained_tokenizer(tmp_path / "tokenizer.model", **change)
-    written(tmp_path / "model.gguf", GROUPED_HEADS, random_tensors(GROUPED_HEADS), tokenizer_model=tokenizer_model)
+    written(
+        tmp_path / "model.gguf",
+        GROUPED_HEADS,
+        random_tensors(GROUPED_HEADS),
+        tokenizer=exported_tokenizer(tokenizer_model),
+    )
     assert "splits such prompts in another way" in capsys.readouterr().out
 
 
@@ -222,7 +229,7 @@ def never_asked() -> Iterator[tuple[str, Tensor]]:
 
 
 def refused(path: Path, tensors, match: str, **changes) -> None:
-    arguments = {"tokenizer_model": TINY_TOKENIZER, "quantization": "f16", "chat_template": None, "name": "a model"}
+    arguments = {"tokenizer": exported_tokenizer(TINY_TOKENIZER), "quantization": "f16", "name": "a model"}
     path.write_text("what was there before")
     with pytest.raises(UserError, match=match):
         write_gguf(path, GROUPED_HEADS, tensors, **{**arguments, **changes})
@@ -232,7 +239,9 @@ def refused(path: Path, tensors, match: str, **changes) -> None:
 
 def test_a_tokenizer_that_llama_cpp_cannot_reproduce_is_refused(tmp_path):
     tokenizer_model = trained_tokenizer(tmp_path / "tokenizer.model", model_type="unigram")
-    refused(tmp_path / "model.gguf", never_asked(), "no byte-pair tokenizer", tokenizer_model=tokenizer_model)
+    refused(
+        tmp_path / "model.gguf", never_asked(), "no byte-pair tokenizer", tokenizer=exported_tokenizer(tokenizer_model)
+    )
 
 
 def test_the_missing_package_is_named_with_how_to_install_it(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.weights.adapted_model import load_model_for_inference
 from tests.support.models import CPU, loaded_model
 from tests.support.paths import PROJECT, TINY_LLAMA
+from tests.support.tokenizers import exported_tokenizer
 
 pytestmark = pytest.mark.slow
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not there: pip install llama-cpp-python")
@@ -44,13 +45,13 @@ Q8_0_TOLERANCE = 1e-1
 def export(checkpoint_dir: Path, path: Path, quantization: str = "f16") -> Path:
     weights = BaseWeights(checkpoint_dir, dequantized=False)
     tokenizer_model = checkpoint_dir / "tokenizer.model"
+    template = chat_template("llama2", None, control_pieces_of(tokenizer_model))
     write_gguf(
         path,
         weights.shape,
         ((name, weights.read(name)) for name in weights.shapes),
-        tokenizer_model=tokenizer_model,
+        tokenizer=exported_tokenizer(tokenizer_model, template),
         quantization=quantization,
-        chat_template=chat_template("llama2", None, control_pieces_of(tokenizer_model)),
         name="exported",
     )
     return path

@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from custom_components.export.hugging_face import write_tokenizer
 from custom_components.export.modelfile import modelfile, write_modelfile
 from custom_components.transforms.jinja_template import control_pieces_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
+from custom_components.transforms.tokenizer_files import write_tokenizer
 from tests.support.adapters import PROMPT_FORMAT, saved_adapter
 from tests.support.dialogs import CUSTOM, DIALOGS, messages_of
 from tests.support.go_template import rendered_by_go, rendered_in_python
@@ -16,6 +16,7 @@ from tests.support.modelfile import ollama_messages, ollama_prompt, read_modelfi
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import TINY_TOKENIZER
 from tests.support.recipe_runs import run_merge
+from tests.support.tokenizers import exported_tokenizer
 
 OPEN_SPACES = {"system": "{content} ", "user": "Q: {content} ", "assistant": " {content} "}
 DESCRIPTIONS = ["llama2", "alpaca", "human_response", "none", CUSTOM, OPEN_SPACES]
@@ -40,7 +41,7 @@ def their_ids(tmp_path_factory, tokenizer_model):
     """Tokenizes a text with the control tokens in it, as llama.cpp does for Ollama, and puts BOS before it."""
     transformers = pytest.importorskip("transformers")
     directory = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(directory, tokenizer_model, 512, None)
+    write_tokenizer(directory, exported_tokenizer(tokenizer_model), 512)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     return lambda text: tokenizer(text).input_ids
 

@@ -5,11 +5,12 @@ import random
 import pytest
 import sentencepiece
 
-from custom_components.export.hugging_face import write_tokenizer
 from custom_components.transforms.jinja_template import chat_template, control_pieces_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.tokenizer_files import write_tokenizer
 from tests.support.dialogs import CUSTOM, DIALOGS, messages_of
 from tests.support.paths import TINY_TOKENIZER
+from tests.support.tokenizers import exported_tokenizer
 
 
 @pytest.fixture(scope="module", params=["tiny", "llama2_tokenizer", "stories260K"])
@@ -23,7 +24,7 @@ def their_tokenizer(tmp_path_factory, tokenizer_model):
     """What transformers reads from a written directory."""
     transformers = pytest.importorskip("transformers")
     directory = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(directory, tokenizer_model, 512, None)
+    write_tokenizer(directory, exported_tokenizer(tokenizer_model), 512)
     return transformers.AutoTokenizer.from_pretrained(directory)
 
 
@@ -53,7 +54,8 @@ def test_L23_the_template_renders_the_ids_of_training(their_ids, tokenizer_model
 def test_L23_the_golden_ids(test_data, tmp_path):
     transformers = pytest.importorskip("transformers")
     source = test_data("llama2_tokenizer/tokenizer.model")
-    write_tokenizer(tmp_path, source, 512, chat_template("llama2", None, control_pieces_of(source)))
+    template = chat_template("llama2", None, control_pieces_of(source))
+    write_tokenizer(tmp_path, exported_tokenizer(source, template), 512)
     messages = messages_of([("user", "Hello"), ("assistant", "Hi there!")])
     golden = [1, 518, 25580, 29962, 15043, 518, 29914, 25580, 29962, 6324, 727, 29991, 29871, 2]
     # The second is what ignores tokenizer_class, and needs `legacy`.
@@ -91,7 +93,7 @@ def test_a_tokenizer_that_cannot_be_converted_is_said(tmp_path, capsys):
     text.write_text("\n".join(f"some words and {number} more of them" for number in range(300)))
     options = {"model_type": "unigram", "vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(tmp_path / "unigram"), **options)
-    write_tokenizer(tmp_path, tmp_path / "unigram.model", 512, None)
+    write_tokenizer(tmp_path, exported_tokenizer(tmp_path / "unigram.model"), 512)
     assert "warning: no tokenizer.json is written" in capsys.readouterr().out
     assert not (tmp_path / "tokenizer.json").exists()
 

@@ -1,0 +1,118 @@
+"""A model's tokenizer in the files that transformers, vLLM and llama.cpp's converter read."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from custom_components.transforms.added_tokens import NAMES, read_json, stated_ids
+from custom_components.transforms.jinja_template import control_pieces_of
+from custom_components.transforms.tokenizer import Tokenizer
+from custom_components.transforms.tokenizer_json import equals_but_for_additions, fast_tokenizer
+
+
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """A checkpoint's tokenizer as it goes out with a model made from it.
+
+    Attributes:
+        model: the checkpoint's tokenizer.model.
+        tokenizer: its pieces, and the tokens that are added to them.
+        stop_tokens: the ids that end an answer.
+        chat_template: Jinja, as tokenizer_config.json has it; None: none is written.
+    """
+
+    model: Path
+    tokenizer: Tokenizer
+    stop_tokens: tuple[int, ...]
+    chat_template: str | None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The texts of tokens by what transformers calls them.
+
+        BOS and the unknown token are the SentencePiece model's, EOS is one of the stop tokens, preferably the one that
+        the checkpoint calls so, and the others are the checkpoint's.
+        """
+        stated = self.tokenizer.added_tokens.names
+        known = {name: text for name, text in stated.items() if self.tokenizer.id_of(text) is not None}
+        stops = [self.tokenizer.piece(token) for token in self.stop_tokens]
+        eos = known.get("eos_token")
+        named = known | control_pieces_of(self.model)
+        named["eos_token"] = eos if eos is not None and eos in stops else str(stops[0])
+        return {name: named[name] for name in NAMES if name in named}
+
+    @property
+    def pad_id(self) -> int | None:
+        """The id that fills rows up, of the token that is named so or else of the checkpoint's configs; None: none."""
+        if "pad_token" in self.names:
+            return self.tokenizer.id_of(self.names["pad_token"])
+        stated = stated_ids(self.model.parent, "pad_token_id")
+        return stated[0] if stated else None
+
+
+def write_tokenizer(directory: Path, exported: ExportedTokenizer, max_seq_len: int) -> None:
+    """Write tokenizer.model, tokenizer.json, tokenizer_config.json and, where there are any, added_tokens.json.
+
+    Args:
+        max_seq_len: the model's context, in tokens.
+    """
+    shutil.copyfile(exported.model, directory / "tokenizer.model")
+    added = exported.tokenizer.added_tokens
+    fast = fast_tokenizer(exported.tokenizer.processor, added.tokens)
+    if fast is None:
+        print(
+            "warning: no tokenizer.json is written, for this tokenizer.model is not a plain byte-pair encoding; what "
+            "transformers makes of it may give other ids than training used"
+        )
+    elif equals_but_for_additions(exported.model.parent / "tokenizer.json", fast):
+        shutil.copyfile(exported.model.parent / "tokenizer.json", directory / "tokenizer.json")
+    else:
+        fast.save(str(directory / "tokenizer.json"))
+    if added.tokens:
+        _write(directory / "added_tokens.json", added.ids)
+    _write(directory / "tokenizer_config.json", _tokenizer_config(exported, max_seq_len, is_fast=fast is not None))
+
+
+def source_template(source_dir: Path) -> str | None:
+    """Read the chat template that a checkpoint comes with, if any."""
+    if (source_dir / "chat_template.jinja").exists():
+        return (source_dir / "chat_template.jinja").read_text(encoding="utf-8")
+    template = read_json(source_dir / "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _tokenizer_config(exported: ExportedTokenizer, max_seq_len: int, *, is_fast: bool) -> dict[str, Any]:
+    """Describe a tokenizer.model that is Llama 2's, or made like it, as transformers' tokenizer_config.json."""
+    added = exported.tokenizer.added_tokens
+    config: dict[str, Any] = {
+        # LlamaTokenizer takes only the vocabulary and the merges of a tokenizer.json.
+        "tokenizer_class": "PreTrainedTokenizerFast" if is_fast else "LlamaTokenizer",
+        # Without it LlamaTokenizer of transformers 5 puts no space before the first word after a control token:
+        # 29961 instead of 518.
+        "legacy": True,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        **exported.names,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_seq_len,
+    }
+    if added.tokens:
+        config["added_tokens_decoder"] = {
+            str(token.index): {
+                "content": token.text,
+                **{"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, **token.flags},
+                "special": token.is_special,
+            }
+            for token in added.tokens
+        }
+    if other_special := [text for text in added.other_special if exported.tokenizer.id_of(text) is not None]:
+        config["additional_special_tokens"] = other_special
+    if exported.chat_template is not None:
+        config["chat_template"] = exported.chat_template
+    return config
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
