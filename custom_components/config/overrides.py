@@ -1,5 +1,6 @@
 """`key=value` overrides and `${key}` references over a config as written."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -9,7 +10,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from custom_components.config.checks import known_annotations, nearest_key, union_members
+from custom_components.config.checks import union_members
+from custom_components.config.component_checks import known_annotations
+from custom_components.config.key_hints import nearest_key
 from custom_components.config.settings import Settings
 from custom_components.runtime.errors import UserError
 
@@ -23,10 +26,13 @@ class RawConfig:
     origins: dict[str, str] = field(default_factory=dict)
 
     def origin(self, key: str) -> str:
-        """Where `key`, or else the nearest node that holds it, was set."""
-        while key and key not in self.origins:
-            key = key.rpartition(".")[0]
-        return self.origins.get(key, str(self.path))
+        """Where `key`, such as `dataset.source[1].weight`, was set; else something in it, or the node it is in."""
+        while key:
+            for known in (key, *self.origins):
+                if known in self.origins and f"{known}.".startswith((f"{key}.", f"{key}[")):
+                    return self.origins[known]
+            key = re.sub(r"(^|\.)[^.\[]*$|\[\d+\]$", "", key)
+        return str(self.path)
 
 
 class Verbatim(str):
@@ -55,7 +61,7 @@ def apply_override(
             raise UserError(f"{override!r}: {parent_name!r} is {parent!r}, which has no keys of its own")
     if deletes and name not in parent:
         raise UserError(f"{override!r}: there is no key {key!r} to delete{nearest_key(key, list(raw.origins))}")
-    for stale_key in [known for known in raw.origins if f"{known}.".startswith(f"{key}.")]:
+    for stale_key in [known for known in raw.origins if f"{known}.".startswith((f"{key}.", f"{key}["))]:
         del raw.origins[stale_key]
     raw.origins[key] = f"override {override!r}"
     if deletes:

@@ -96,12 +96,16 @@ def config_text(settings: Settings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _record_lines(node: yaml.Node | None, prefix: str, raw: RawConfig) -> None:
+def _record_lines(node: yaml.Node | None, key: str, raw: RawConfig) -> None:
     if isinstance(node, yaml.MappingNode):
-        for key_node, value_node in node.value:
-            key = f"{prefix}{key_node.value}"
-            raw.origins[key] = f"{raw.path}:{key_node.start_mark.line + 1}"
-            _record_lines(value_node, f"{key}.", raw)
+        items = [(f"{key}.{name.value}".removeprefix("."), name, value) for name, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        items = [(f"{key}[{index}]", value, value) for index, value in enumerate(node.value)]
+    else:
+        items = []
+    for item_key, first, value in items:
+        raw.origins[item_key] = f"{raw.path}:{first.start_mark.line + 1}"
+        _record_lines(value, item_key, raw)
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[Path, list[str]]:

@@ -3,8 +3,8 @@
 configs/*.yaml name every key and say its effect; tests hold the two together.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,9 +19,33 @@ AttentionModule = Literal["q_proj", "k_proj", "v_proj", "output_proj", "o_proj"]
 
 @dataclass(frozen=True)
 class ComponentNode:
-    """Marks a field as a node with a `_component_`; `supplied` names the arguments that the recipe adds."""
+    """Marks a field as a node with a `_component_`, and says what the recipe needs of it.
 
+    Attributes:
+        ours: the component to name where another does not fit.
+        supplied: the arguments that the recipe adds.
+        libraries: starts of the paths that fit, beside this project's and the user's own.
+        methods: of what the component makes, those that the recipe calls, with their number of arguments.
+        attributes: of what the component makes, those that the recipe reads.
+    """
+
+    ours: str
     supplied: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    methods: Mapping[str, int] = field(default_factory=dict)
+    attributes: tuple[str, ...] = ()
+
+
+# torchtune's names of the nodes that the recipes share.
+TOKENIZER = ComponentNode(
+    "custom_components.transforms.Llama2ChatTransform", methods={"render": 1, "encode_turns": 1, "decode": 1}
+)
+DATASET = ComponentNode(
+    "custom_components.datasets.chat_dataset",
+    supplied=("tokenizer",),
+    methods={"__len__": 0, "__getitem__": 1},
+    attributes=("lengths", "digest", "summaries"),
+)
 
 
 class Settings(BaseModel):

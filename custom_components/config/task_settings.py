@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
-from custom_components.config.settings import ComponentNode, Device, DtypeName, PathText, Settings
+from custom_components.config.settings import DATASET, Device, DtypeName, PathText, Settings
 
 
 class GenerationSettings(Settings):
@@ -71,7 +71,7 @@ class EvaluationSettings(Settings):
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     on_bad_row: Literal["error", "skip"] = "error"
     cache_dir: PathText | None = Path("~/.cache/llama-lora-recipes")
-    dataset: Annotated[dict[str, Any] | None, ComponentNode(supplied=("tokenizer",))] = None
+    dataset: Annotated[dict[str, Any] | None, DATASET] = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**43)] = 0
     batch_size: PositiveInt = 4

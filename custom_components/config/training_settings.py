@@ -7,10 +7,40 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from custom_components.config.settings import AttentionModule, ComponentNode, Device, DtypeName, PathText, Settings
+from custom_components.config.settings import (
+    DATASET,
+    TOKENIZER,
+    AttentionModule,
+    ComponentNode,
+    Device,
+    DtypeName,
+    PathText,
+    Settings,
+)
 from custom_components.runtime.errors import UserError
 
 _OPTIMIZER_KEYS = ("lr", "weight_decay", "betas", "eps")
+
+MODEL = ComponentNode(
+    "custom_components.models.lora_llama_from_config", methods={"forward": 1}, attributes=("layers", "output")
+)
+OPTIMIZER = ComponentNode(
+    "torch.optim.AdamW",
+    supplied=("params",),
+    libraries=("torch.optim.", "torchao.optim.", "bitsandbytes.optim."),
+    methods={"step": 0, "zero_grad": 0, "state_dict": 0},
+)
+LR_SCHEDULER = ComponentNode(
+    "custom_components.training.schedules.cosine",
+    supplied=("step", "num_steps", "num_warmup_steps"),
+    methods={"__float__": 0},
+)
+LOSS = ComponentNode("custom_components.training.loss.LinearCrossEntropy", methods={"__call__": 3})
+METRIC_LOGGER = ComponentNode(
+    "torchtune.training.metric_logging.TensorBoardLogger",
+    libraries=("torchtune.training.metric_logging.",),
+    methods={"log_dict": 2, "close": 0},
+)
 
 
 class TrainingSettings(Settings):
@@ -31,17 +61,17 @@ class TrainingSettings(Settings):
     use_dora: bool = False
     use_rslora: bool = False
     quantize_base: bool
-    model: Annotated[dict[str, Any], ComponentNode()]
+    model: Annotated[dict[str, Any], MODEL]
 
     max_seq_len: Annotated[int, Field(ge=8)] | None = None
     prompt_template: str | dict[str, str] = "llama2"
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
-    tokenizer: Annotated[dict[str, Any], ComponentNode()]
+    tokenizer: Annotated[dict[str, Any], TOKENIZER]
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     on_bad_row: Literal["error", "skip"] = "error"
     cache_dir: PathText | None = Path("~/.cache/llama-lora-recipes")
-    dataset: Annotated[dict[str, Any], ComponentNode(supplied=("tokenizer",))]
-    dataset_val: Annotated[dict[str, Any] | None, ComponentNode(supplied=("tokenizer",))] = None
+    dataset: Annotated[dict[str, Any], DATASET]
+    dataset_val: Annotated[dict[str, Any] | None, DATASET] = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     run_val_every_n_steps: PositiveInt | None = None
     packed: bool = False
@@ -53,8 +83,8 @@ class TrainingSettings(Settings):
     max_steps_per_epoch: PositiveInt | None = None
     batch_size: PositiveInt | Literal["auto"]
     gradient_accumulation_steps: PositiveInt
-    optimizer: Annotated[dict[str, Any], ComponentNode(supplied=("params",))]
-    lr_scheduler: Annotated[dict[str, Any], ComponentNode(supplied=("step", "num_steps", "num_warmup_steps"))]
+    optimizer: Annotated[dict[str, Any], OPTIMIZER]
+    lr_scheduler: Annotated[dict[str, Any], LR_SCHEDULER]
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     warmup_steps: NonNegativeInt | None = None
     lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
@@ -63,7 +93,7 @@ class TrainingSettings(Settings):
     early_stopping_patience: PositiveInt | None = None
     save_every_n_steps: PositiveInt | None = None
     keep_last_n_checkpoints: PositiveInt = 2
-    loss: Annotated[dict[str, Any], ComponentNode()]
+    loss: Annotated[dict[str, Any], LOSS]
 
     device: Device = "auto"
     dtype: DtypeName = "auto"
@@ -74,7 +104,7 @@ class TrainingSettings(Settings):
     verify_base: bool = False
 
     log_every_n_steps: PositiveInt = 1
-    metric_logger: Annotated[dict[str, Any] | None, ComponentNode()] = None
+    metric_logger: Annotated[dict[str, Any] | None, METRIC_LOGGER] = None
     sample_prompts: list[str] = []
 
     def training_hyperparameters(self) -> dict[str, object]:

@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from custom_components.config.checks import component_nodes
+from custom_components.config.component_checks import component_nodes
 from custom_components.config.reading import config_text, load_settings
 from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
 from custom_components.config.training_settings import PreviewSettings, TrainingSettings

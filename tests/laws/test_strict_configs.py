@@ -7,7 +7,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from custom_components.config.checks import known_annotations
+from custom_components.config.component_checks import known_annotations
 from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import GenerationSettings
 from custom_components.config.training_settings import TrainingSettings

@@ -1,0 +1,77 @@
+"""What pydantic finds wrong with a value, in words: one message for each place in it."""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+# How alike two names are when the one may be a slip for the other: `sauce` and `source` are 0.73.
+_LIKENESS = 0.7
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` may be a slip for, also in capitals or with hyphens; None where none is near."""
+    by_spelling = {_plain(other): other for other in reversed([*known])}
+    near = difflib.get_close_matches(_plain(name), by_spelling, n=1, cutoff=_LIKENESS)
+    return by_spelling[near[0]] if near else None
+
+
+def value_problems(error: ValidationError, value: Any, hint: Callable[[str], str]) -> dict[str, str]:
+    """A message for each place in `value` that is wrong, such as `[1].weight`; "" is the value itself.
+
+    Where a value has the shape of one alternative of a union, nothing is said of the others.
+
+    Args:
+        hint: what to add for the place of an unknown key, such as `; did you mean 'weight'?`.
+    """
+    by_place: dict[str, list[Any]] = {}
+    for problem in error.errors(include_url=False):
+        by_place.setdefault(_place(problem, value), []).append(problem)
+    return {
+        place: _message(problems, hint(place))
+        for place, problems in by_place.items()
+        if not any(other.startswith((f"{place}.", f"{place}[")) for other in by_place)
+    }
+
+
+def model_keys(annotation: Any) -> Iterator[str]:
+    """The keys of every pydantic model in a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield from annotation.model_fields
+    for member in get_args(annotation):
+        yield from model_keys(member)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def _place(problem: Any, value: Any) -> str:
+    """`[1].weight`, of a location that names alternatives of unions beside keys and indices."""
+    place = ""
+    for part in problem["loc"]:
+        if isinstance(value, list) and isinstance(part, int) and part < len(value):
+            place, value = f"{place}[{part}]", value[part]
+        elif isinstance(value, dict) and (part in value or problem["type"] == "missing"):
+            place, value = f"{place}.{part}", value.get(part)
+    return place
+
+
+def _message(problems: Sequence[Any], hint: str) -> str:
+    if problems[0]["type"] == "extra_forbidden":
+        return f"unknown key{hint}"
+    if problems[0]["type"] == "missing":
+        is_in_tuple = isinstance(problems[0]["loc"][-1], int)
+        return f"{problems[0]['input']!r} has too few values" if is_in_tuple else "missing: this key has no default"
+    return f"{problems[0]['input']!r} {_expectation(problems)}"
+
+
+def _expectation(problems: Sequence[Any]) -> str:
+    """`should be a valid boolean or 'auto'`, of the messages of one value's alternatives."""
+    alternatives = dict.fromkeys(
+        problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        for problem in problems
+        if problem["type"] != "needs_python_object"  # an alternative that no config can spell, such as a tensor
+    )
+    return f"should be {' or '.join(alternatives)}"
