@@ -11,12 +11,14 @@ from custom_components.generation.decoding import decode_steps
 from custom_components.generation.incremental import IncrementalLlama, made_for_inference
 from custom_components.generation.sampling import Sampling
 from custom_components.weights.adapted_model import load_model_for_inference
+from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.checkpoint_files import open_checkpoint
 
 
 def main(job: GenerationJob) -> None:
     model = load_model_for_inference(
-        Path(job.checkpoint_dir),
-        Path(job.adapter_dir),
+        open_checkpoint(Path(job.checkpoint_dir)),
+        open_adapter(Path(job.adapter_dir)),
         quantize_base=True,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),

@@ -26,13 +26,14 @@ from custom_components.evaluation.answers import (
 )
 from custom_components.evaluation.report import Measures, results_file, results_table
 from custom_components.evaluation.scores import scores_by_source
-from custom_components.models.builders import lora_llama_from_config
 from custom_components.runs.origin import tokenizer_of_run
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import tokenizer_of_adapter
-from custom_components.weights.adapted_model import load_model_for_inference
+from custom_components.weights.adapted_model import load_model_for_inference, model_for_adapter
+from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.checkpoint_files import open_checkpoint
 
 if TYPE_CHECKING:  # lm-eval is an extra
     from custom_components.evaluation.lm_eval import LoadedTasks
@@ -43,14 +44,15 @@ def recipe_main() -> None:
     device = resolved_device(settings.device)
     dtype, dtype_words = resolved_dtype(settings.dtype, device)
     with results_file(settings.output_file) as results:
-        tokenizer = fitted_tokenizer(settings)
+        tokenizer = trained_tokenizer(settings)
+        base = open_checkpoint(settings.checkpoint_dir)
+        tokenizer = fit_tokenizer(tokenizer, model_for_adapter(base, None, quantize_base=False))
         dataset = rows_to_evaluate(settings, tokenizer)
         questions = questions_to_answer(settings, dataset, tokenizer)
         tasks = tasks_to_solve(settings)
 
-        model = load_model_for_inference(
-            settings.checkpoint_dir, settings.adapter_dir, settings.quantize_base, dtype, device
-        )
+        adapter = open_adapter(settings.adapter_dir) if settings.adapter_dir else None
+        model = load_model_for_inference(base, adapter, settings.quantize_base, dtype, device)
         print(f"device {device}, dtype {dtype_words}{'; the base in NF4' if settings.quantize_base else ''}")
         rows: dict[str, dict[str, Measures]] = {}
         answers: dict[str, list[str]] = {}
@@ -86,8 +88,8 @@ def recipe_main() -> None:
         print(f"results {settings.output_file}")
 
 
-def fitted_tokenizer(settings: EvaluationSettings) -> Llama2ChatTransform:
-    """The tokenizer, with the prompt format that the adapter was trained with and the model's context."""
+def trained_tokenizer(settings: EvaluationSettings) -> Llama2ChatTransform:
+    """The tokenizer, with the prompt format that the adapter was trained with."""
     tokenizer = tokenizer_of_adapter(
         settings.checkpoint_dir,
         settings.adapter_dir,
@@ -95,9 +97,8 @@ def fitted_tokenizer(settings: EvaluationSettings) -> Llama2ChatTransform:
         system_prompt=settings.system_prompt,
     ).replace(max_seq_len=settings.max_seq_len)
     if settings.val_fraction is not None and settings.adapter_dir is not None:
-        tokenizer = tokenizer_of_run(settings.adapter_dir, tokenizer, settings)
-    with torch.device("meta"):
-        return fit_tokenizer(tokenizer, lora_llama_from_config(settings.checkpoint_dir, lora_attn_modules=[]))
+        return tokenizer_of_run(settings.adapter_dir, tokenizer, settings)
+    return tokenizer
 
 
 def rows_to_evaluate(settings: EvaluationSettings, tokenizer: Llama2ChatTransform) -> ChatDataset | None:

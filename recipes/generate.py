@@ -27,12 +27,13 @@ from custom_components.generation.chat import Conversation, chat
 from custom_components.generation.decoding import generate, streamed_answer
 from custom_components.generation.incremental import IncrementalLlama, made_for_inference
 from custom_components.generation.sampling import Sampling
-from custom_components.models.shapes import shape_from_checkpoint
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import tokenizer_of_adapter
 from custom_components.weights.adapted_model import load_model_for_inference
+from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
 
 
 def recipe_main() -> None:
@@ -46,9 +47,10 @@ def recipe_main() -> None:
             prompt_template=settings.prompt_template,
             system_prompt=settings.system_prompt,
         )
+        base = open_checkpoint(settings.checkpoint_dir)
         # Read before the model is loaded: what is wrong with them is said at once.
-        prompts = tokenized_prompts(settings, tokenizer)
-        loaded = load_model(settings)
+        prompts = tokenized_prompts(settings, tokenizer, base.shape.max_seq_len)
+        loaded = load_model(settings, base)
         tokenizer = fit_tokenizer(tokenizer, loaded)
         model = made_for_inference(loaded, fold_adapter=settings.fold_adapter)
 
@@ -70,21 +72,21 @@ def check_that_something_is_asked(settings: GenerationSettings) -> None:
         print("warning: top_k and top_p have no effect at temperature 0", file=sys.stderr)
 
 
-def tokenized_prompts(settings: GenerationSettings, tokenizer: Llama2ChatTransform) -> list[FilePrompt]:
+def tokenized_prompts(
+    settings: GenerationSettings, tokenizer: Llama2ChatTransform, max_seq_len: int
+) -> list[FilePrompt]:
     """The prompts of the file, or the one of the command line; none for a chat."""
-    max_seq_len = shape_from_checkpoint(settings.checkpoint_dir).max_seq_len
     if settings.prompts_file is not None:
         columns = [ANSWER, BASE_ANSWER] if settings.compare else [ANSWER]
         return read_prompts(settings.prompts_file, tokenizer, max_seq_len, columns)
     return [] if settings.chat else [one_prompt(settings.prompt, tokenizer, max_seq_len)]
 
 
-def load_model(settings: GenerationSettings) -> TransformerDecoder:
+def load_model(settings: GenerationSettings, base: BaseCheckpoint) -> TransformerDecoder:
     device = resolved_device(settings.device)
     dtype, _ = resolved_dtype(settings.dtype, device)
-    return load_model_for_inference(
-        settings.checkpoint_dir, settings.adapter_dir, settings.quantize_base, dtype, device
-    )
+    adapter = open_adapter(settings.adapter_dir) if settings.adapter_dir else None
+    return load_model_for_inference(base, adapter, settings.quantize_base, dtype, device)
 
 
 def sampling(settings: GenerationSettings) -> Sampling:

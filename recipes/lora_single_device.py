@@ -5,7 +5,6 @@ tune run recipes/lora_single_device.py --config configs/llama2_7b_qlora.yaml lor
 
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -19,10 +18,10 @@ from custom_components.generation.sample_answers import answer_sample_prompts, s
 from custom_components.memory.fitting import describe_fit, fit_to_device, forward_options, tried_fit
 from custom_components.memory.step_limit import StepLimit
 from custom_components.runs.adapter_card import TrainingFacts, adapter_card
-from custom_components.runs.checkpoints import BesideWeights, find_checkpoint, load_checkpoint, save_checkpoint
+from custom_components.runs.checkpoints import BesideWeights, delete_checkpoints_after, save_run_checkpoint
 from custom_components.runs.metrics import keep_metrics_until, plot_losses
 from custom_components.runs.report import closing_summary, describe_model
-from custom_components.runs.resuming import check_resumed_config, delete_checkpoints_after, with_batches_of
+from custom_components.runs.resuming import ResumedRun, open_run_to_resume
 from custom_components.runs.run import Run
 from custom_components.runs.run_directory import RunDirectory, run_directory
 from custom_components.runs.training_log import StepResult, TrainingLog
@@ -38,6 +37,7 @@ from custom_components.training.plan import Plan, plan_of
 from custom_components.training.state import TrainingState
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import PromptFormat
+from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.adapters import (
     adapter_settings,
     check_adapter_fits,
@@ -46,8 +46,8 @@ from custom_components.weights.adapters import (
     save_adapter,
 )
 from custom_components.weights.card import CARD_NAME
-from custom_components.weights.checkpoint_files import base_model_name
-from custom_components.weights.checkpoint_loading import check_checkpoint, frozen_checksum, load_base_weights
+from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
+from custom_components.weights.checkpoint_loading import check_base_weights, frozen_checksum, load_base_weights
 
 
 def recipe_main() -> None:
@@ -65,21 +65,24 @@ def recipe_main() -> None:
     data = training_and_validation(settings, fit_tokenizer(instantiate(settings.tokenizer), model))
     print("\n".join(map(str, data.train.summaries)))
 
-    resumed_from = find_checkpoint(settings.resume_from_checkpoint, settings.output_dir)
-    if resumed_from is not None:
-        settings = with_batches_of(resumed_from, settings)
-        check_resumed_config(resumed_from, settings)
-    check_checkpoint(model, settings.checkpoint_dir)
+    resumed = open_run_to_resume(settings.resume_from_checkpoint, settings.output_dir)
+    if resumed is not None:
+        if settings.batch_size == "auto":
+            batches = resumed.fitted_batches(settings.gradient_accumulation_steps)
+            settings = settings.model_copy(update=batches)
+        resumed.check_config(settings.model_dump(mode="json"))
+    base = open_checkpoint(settings.checkpoint_dir)
+    check_base_weights(model, base)
     init_adapter = None
-    if settings.init_adapter_from is not None and resumed_from is None:
-        init_adapter = check_adapter_fits(model, settings.init_adapter_from)
+    if settings.init_adapter_from is not None and resumed is None:
+        init_adapter = check_adapter_fits(model, open_adapter(settings.init_adapter_from))
 
     lengths, max_seq_len = data.train.lengths, data.tokenizer.max_seq_len
     fit = fit_to_device(settings, model, lengths, max_seq_len, dtype, device)
-    resumes_here = resumed_from is not None and resumed_from.resolve().is_relative_to(settings.output_dir.resolve())
+    resumes_here = resumed is not None and resumed.is_inside(settings.output_dir)
     with run_directory(settings.output_dir, overwrite=settings.overwrite_output_dir, resumes=resumes_here) as directory:
         quantized_cache_dir = settings.cache_dir if settings.quantized_cache else None
-        load_base_weights(model, settings.checkpoint_dir, dtype, device, quantized_cache_dir)
+        load_base_weights(model, base, dtype, device, quantized_cache_dir)
         return_freed_memory()
         if init_adapter is not None:
             copy_into_adapter(model, init_adapter)
@@ -97,11 +100,11 @@ def recipe_main() -> None:
             scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
             data_digest=data.train.digest,
         )
-        if resumed_from is not None:
-            load_checkpoint(resumed_from, model, state)
-            go_on_in(directory, resumed_from, state.progress.num_steps)
+        if resumed is not None:
+            resumed.restore(model, state)
+            go_on_in(directory, resumed, state.progress.num_steps)
         prompt_format = PromptFormat(settings.prompt_template, data.tokenizer.system_prompt, data.tokenizer.stop_pieces)
-        beside = BesideWeights(base_model_name(settings.checkpoint_dir), prompt_format.texts(), config_text(settings))
+        beside = BesideWeights(base.name, prompt_format.texts(), config_text(settings))
         directory.config.write_text(beside.config, encoding="utf-8")
         run = Run(settings, device, dtype, directory, beside, memory)
         plan = plan_of(settings, lengths, max_seq_len, has_validation=data.validation is not None)
@@ -116,7 +119,7 @@ def recipe_main() -> None:
 
         if base_checksum is not None and frozen_checksum(model) != base_checksum:
             raise AssertionError("verify_base: the frozen base has changed")
-        save_result(run, model, data, state, prompt_format)
+        save_result(run, model, data, state, base, prompt_format)
         answers_after = answer_sample_prompts(model, data.tokenizer, settings.sample_prompts)
         show_answers(settings.sample_prompts, answers_before, answers_after)
         print(closing_summary(state.progress, time.perf_counter() - start_seconds, memory, directory))
@@ -165,18 +168,23 @@ def train(run: Run, model: TransformerDecoder, data: Data, plan: Plan, state: Tr
                     state.keep_best(model)
                 log.samples(step, answer_sample_prompts(model, data.tokenizer, settings.sample_prompts))
             if step.saves or stop.is_asked or progress.stops_early(settings.early_stopping_patience):
-                save_checkpoint(run.directory.path, model, state, run.beside, settings.keep_last_n_checkpoints)
+                save_run_checkpoint(run.directory.path, model, state, run.beside, settings.keep_last_n_checkpoints)
             stop.leave_if_asked()
 
 
 def save_result(
-    run: Run, model: TransformerDecoder, data: Data, state: TrainingState, prompt_format: PromptFormat
+    run: Run,
+    model: TransformerDecoder,
+    data: Data,
+    state: TrainingState,
+    base: BaseCheckpoint,
+    prompt_format: PromptFormat,
 ) -> None:
     """Save the adapter of the best validation, or else the last, with its card, and draw the plot."""
     model.load_state_dict(state.best_adapter, strict=False)
     check_adapter_was_trained(model)
     training = TrainingFacts(
-        run.settings.checkpoint_dir,
+        base,
         adapter_settings(model),
         run.settings.quantize_base,
         prompt_format,
@@ -190,12 +198,12 @@ def save_result(
     plot_losses(run.directory.metrics, run.directory.plot)
 
 
-def go_on_in(directory: RunDirectory, checkpoint: Path, num_steps: int) -> None:
-    """Bring a run's records to where its checkpoint stands; those of a run elsewhere are copied."""
-    print(f"going on from {checkpoint}")
+def go_on_in(directory: RunDirectory, resumed: ResumedRun, num_steps: int) -> None:
+    """Cut a run's records to the steps of its checkpoint; those of a run elsewhere are copied."""
+    print(f"going on from {resumed.path}")
     delete_checkpoints_after(directory.path, num_steps)
-    run_before = RunDirectory(checkpoint.parent.parent)
-    for before, records in ((run_before.metrics, directory.metrics), (run_before.samples, directory.samples)):
+    so_far = resumed.directory
+    for before, records in ((so_far.metrics, directory.metrics), (so_far.samples, directory.samples)):
         if before.exists():
             keep_metrics_until(before, records, num_steps)
 

@@ -41,7 +41,9 @@ from custom_components.transforms.prompt_format import (
     write_prompt_format,
 )
 from custom_components.transforms.tokenizer_files import ExportedTokenizer, source_template, write_tokenizer
+from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.card import CARD_NAME
+from custom_components.weights.checkpoint_files import open_checkpoint
 
 # q8_0: blocks of 32 values in a byte each, with a scale in f16.
 BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "f16": 2, "q8_0": 34 / 32}
@@ -55,14 +57,14 @@ def recipe_main() -> None:
     restore_replaced(settings.output_dir)
     check_output_dir(settings.output_dir, inputs, overwrite=settings.overwrite_output_dir)
 
-    base = BaseWeights(settings.checkpoint_dir, dequantized=settings.base == "dequantized")
-    adapters = [read_adapter(settings.checkpoint_dir, a.dir, a.weight) for a in settings.weighted_adapters]
+    checkpoint = open_checkpoint(settings.checkpoint_dir)
+    base = BaseWeights(checkpoint, dequantized=settings.base == "dequantized")
+    adapters = [read_adapter(checkpoint, open_adapter(a.dir), a.weight) for a in settings.weighted_adapters]
     check_not_merged_yet(settings.checkpoint_dir, adapters, allow_merged_base=settings.allow_merged_base)
     merged = MergedWeights(base, adapters)
     transform = fit_tokenizer(tokenizer_of_adapter(settings.checkpoint_dir, adapter_dirs[0]), base.model)
     template = template_of(adapter_dirs, settings.checkpoint_dir, transform)
-    tokenizer_model = settings.checkpoint_dir / "tokenizer.model"
-    tokenizer = ExportedTokenizer(tokenizer_model, transform.tokenizer, transform.stop_tokens, template)
+    tokenizer = ExportedTokenizer(checkpoint.tokenizer_model, transform.tokenizer, transform.stop_tokens, template)
     storage = storage_of(settings, base)
     num_bytes = round(merged.num_values * BYTES_PER_VALUE[storage])
     check_space(settings.output_dir, num_bytes)
@@ -71,8 +73,10 @@ def recipe_main() -> None:
         if settings.format == "gguf":
             written: Weights = write_gguf_file(directory, merged, settings, tokenizer)
         else:
+            card = merged_card(checkpoint, [(a.directory, a.weight) for a in adapters], settings.base)
+            (directory / CARD_NAME).write_text(card, encoding="utf-8")
             written = write_hugging_face(directory, merged, settings, tokenizer, storage)
-        write_record(directory, settings.checkpoint_dir, settings.base, adapters)
+        write_record(directory, checkpoint, settings.base, adapters)
         if settings.prove:
             prove(written, storage, base, settings.base, adapters, transform)
     peak_gib = memory.gib()
@@ -103,16 +107,13 @@ def write_hugging_face(
 ) -> Weights:
     """Write a Hugging Face directory; returns what it holds, read back."""
     dtype = PRECISION_STR_TO_DTYPE[storage]
-    weights_by_directory = [(adapter.dir, adapter.weight) for adapter in settings.weighted_adapters]
-    card = merged_card(settings.checkpoint_dir, weights_by_directory, settings.base)
     write_weights(directory, with_progress(merged), merged.shapes, merged.shape, dtype)
     write_config(directory, settings.checkpoint_dir, merged.shape, tokenizer, dtype)
     write_tokenizer(directory, tokenizer, merged.shape.max_seq_len)
-    prompt_format = stated_prompt_format(settings.checkpoint_dir, weights_by_directory[0][0])
+    prompt_format = stated_prompt_format(settings.checkpoint_dir, settings.weighted_adapters[0].dir)
     if prompt_format is not None:
         write_prompt_format(prompt_format, directory)
-    (directory / CARD_NAME).write_text(card, encoding="utf-8")
-    return BaseWeights(directory, dequantized=False)
+    return BaseWeights(open_checkpoint(directory), dequantized=False)
 
 
 def write_gguf_file(
@@ -177,7 +178,7 @@ def prove(
     if proof.relative_difference > alone.relative_difference / 2:
         print(f"warning: rounding to {storage} changes the logits about as much as the adapter does; write more bits")
     if base_name == "original" and any(trained_on_nf4(adapter.directory) for adapter in adapters):
-        trained_on = BaseWeights(base.checkpoint_dir, dequantized=True)
+        trained_on = BaseWeights(base.checkpoint, dequantized=True)
         trained = compared(logits_TV, logits_with_adapters(trained_on, adapters, rows))
         print(f"  merged against the NF4 weights + adapter, as trained: {trained}")
 

@@ -15,6 +15,7 @@ from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.models.builders import lora_llama_from_config
 from custom_components.models.shapes import LlamaShape
+from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.adapters import check_adapter_fits
 from tests.support.models import ALL_ATTENTION
 from tests.support.paths import PROJECT
@@ -105,7 +106,7 @@ def test_the_adapter_to_start_from_fits_and_is_the_same_in_both_formats(make_che
     checkpoint = make_checkpoint()
     torchtune_path = write_adapter(checkpoint, tmp_path / "start")
     model = lora_llama_from_config(checkpoint, ALL_ATTENTION, True, lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA)
-    check_adapter_fits(model, tmp_path / "start")
+    check_adapter_fits(model, open_adapter(tmp_path / "start"))
     missing, unexpected = model.load_state_dict(load_file(torchtune_path), strict=False)
     assert not unexpected and not [name for name in missing if "lora" in name]
     assert all(module.weight.any() for name, module in model.named_modules() if name.endswith("lora_a"))

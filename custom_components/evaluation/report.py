@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from custom_components.runtime.atomic_files import whole_file
 from custom_components.runtime.errors import UserError
 
 _NUM_COLUMNS = 80
@@ -58,17 +58,15 @@ def results_file(path: Path | None) -> Iterator[dict[str, Any]]:
     if path is None:
         yield results
         return
-    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a directory")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()
-    except OSError as error:
-        raise UserError(f"output_file: {str(path)!r} cannot be written ({error.strerror}); name another file") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(0, "it is a directory")
+            aside = stack.enter_context(whole_file(path))
+            aside.touch()
+        except OSError as error:
+            raise UserError(
+                f"output_file: {str(path)!r} cannot be written ({error.strerror}); name another file"
+            ) from None
         yield results
         aside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -8,18 +8,22 @@ import yaml
 
 from custom_components.export.merged_weights import MergedAdapter
 from custom_components.runtime.errors import UserError
-from custom_components.weights.checkpoint_files import base_model_name
+from custom_components.weights.checkpoint_files import BaseCheckpoint
 
 RECORD_NAME = "merge.yaml"
 
 
-def write_record(directory: Path, checkpoint_dir: Path, base: str, adapters: Sequence[MergedAdapter]) -> None:
-    """Write merge.yaml: the base, and the adapters in it, those of a merged base included."""
+def write_record(directory: Path, base: BaseCheckpoint, merged_onto: str, adapters: Sequence[MergedAdapter]) -> None:
+    """Write merge.yaml: the base, and the adapters in it, those of a merged base included.
+
+    Args:
+        merged_onto: which of the base's weights, "original" or "dequantized".
+    """
     record = {
-        "base_model": _published_name(checkpoint_dir),
-        "base": base,
+        "base_model": base.hub_name or _last_parts(base.directory),
+        "base": merged_onto,
         "adapters": [
-            *_adapters_in(checkpoint_dir),
+            *_adapters_in(base.directory),
             *({"dir": _last_parts(a.directory), "weight": a.weight, "digest": a.digest} for a in adapters),
         ],
     }
@@ -49,11 +53,6 @@ def check_not_merged_yet(checkpoint_dir: Path, adapters: Sequence[MergedAdapter]
 
 def is_merge(directory: Path) -> bool:
     return (directory / RECORD_NAME).is_file()
-
-
-def _published_name(checkpoint_dir: Path) -> str:
-    name = base_model_name(checkpoint_dir)
-    return _last_parts(checkpoint_dir) if name == str(checkpoint_dir) else name
 
 
 def _last_parts(directory: Path) -> str:

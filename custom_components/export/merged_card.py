@@ -17,10 +17,10 @@ from custom_components.weights.card import (
     TAG,
     card_metadata,
     front_matter,
-    hub_name,
     local_path,
     markdown_link,
 )
+from custom_components.weights.checkpoint_files import BaseCheckpoint
 
 HOW_TO_LOAD_MERGED = """
 transformers:
@@ -54,7 +54,7 @@ tune run recipes/generate.py --config configs/generate.yaml checkpoint_dir=path/
 
 
 def merged_card(
-    checkpoint_dir: Path, adapters: Sequence[tuple[Path, float]], merged_onto: Literal["original", "dequantized"]
+    base: BaseCheckpoint, adapters: Sequence[tuple[Path, float]], merged_onto: Literal["original", "dequantized"]
 ) -> str:
     """The card of a base model that adapters were merged into, as Markdown with front matter.
 
@@ -65,10 +65,9 @@ def merged_card(
         adapters: directories, each with its weight.
         merged_onto: the base's weights as they are in the checkpoint, or as NF4 holds them.
     """
-    base = hub_name(checkpoint_dir)
     cards = [_own_card(adapter_dir) for adapter_dir, _ in adapters]
     head = front_matter(
-        checkpoint_dir,
+        base,
         # The hub's "merge" is for models merged from several bases.
         relation="finetune",
         library_name="transformers",
@@ -77,7 +76,7 @@ def merged_card(
     )
     parts = [
         head,
-        f"\n# {markdown_link(base) or local_path(checkpoint_dir)} with "
+        f"\n# {markdown_link(base.hub_name) or local_path(base.directory)} with "
         f"{'a LoRA adapter' if len(adapters) == 1 else f'{len(adapters)} LoRA adapters'} merged in\n",
         f"\nMerged with `llama-lora-recipes` into the base's {merged_onto} weights.\n",
     ]

@@ -17,13 +17,15 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from custom_components.models import nf4
-from custom_components.models.builders import lora_llama_from_config
+from custom_components.models.llama import lora_llama
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules, merged_weight
-from custom_components.models.shapes import LlamaShape, shape_from_checkpoint
+from custom_components.models.shapes import LlamaShape
 from custom_components.runtime.errors import UserError
 from custom_components.weights.adapted_model import model_for_adapter
+from custom_components.weights.adapter_files import StoredAdapter
 from custom_components.weights.adapters import load_adapter, modules_not_finite
-from custom_components.weights.checkpoint_loading import check_checkpoint
+from custom_components.weights.checkpoint_files import BaseCheckpoint
+from custom_components.weights.checkpoint_loading import check_base_weights
 
 EMBEDDING = "tok_embeddings.weight"
 OUTPUT_HEAD = "output.weight"
@@ -33,7 +35,7 @@ class BaseWeights:
     """The weights of a checkpoint, read one at a time under torchtune's names and in its row order.
 
     Args:
-        checkpoint_dir: a Hugging Face or Meta directory.
+        checkpoint: the base.
         dequantized: give the linear weights that a QLoRA run quantizes as they come out of NF4: what it computes with.
 
     Attributes:
@@ -41,17 +43,15 @@ class BaseWeights:
         shapes: of every tensor, in the order in which they are stored.
 
     Raises:
-        UserError: the checkpoint is not whole, or no Llama.
+        UserError: the checkpoint is incomplete.
     """
 
-    def __init__(self, checkpoint_dir: Path, *, dequantized: bool) -> None:
-        self.checkpoint_dir = checkpoint_dir
-        self.shape: LlamaShape = shape_from_checkpoint(checkpoint_dir)
+    def __init__(self, checkpoint: BaseCheckpoint, *, dequantized: bool) -> None:
+        self.checkpoint = checkpoint
+        self.shape: LlamaShape = checkpoint.shape
         with torch.device("meta"):
-            self.model: TransformerDecoder = lora_llama_from_config(
-                checkpoint_dir, lora_attn_modules=[], quantize_base=dequantized
-            )
-        self._sources = check_checkpoint(self.model, checkpoint_dir)
+            self.model: TransformerDecoder = lora_llama(self.shape, lora_attn_modules=[], quantize_base=dequantized)
+        self._sources = check_base_weights(self.model, checkpoint)
         self.shapes = {name: source.shape for name, source in self._sources.items()}
 
     @property
@@ -97,20 +97,22 @@ class MergedAdapter:
         return contents.hexdigest()
 
 
-def read_adapter(checkpoint_dir: Path, adapter_dir: Path, weight: float = 1.0) -> MergedAdapter:
-    """An adapter of a checkpoint's model, without reading the checkpoint's weights.
+def read_adapter(base: BaseCheckpoint, stored: StoredAdapter, weight: float = 1.0) -> MergedAdapter:
+    """Read an adapter of a checkpoint's model, without reading the base weights.
 
     Raises:
-        UserError: an adapter that is not there, not of this model, or not finite.
+        UserError: an adapter of another model, or not finite.
     """
-    model = model_for_adapter(checkpoint_dir, adapter_dir, quantize_base=False)
+    model = model_for_adapter(base, stored, quantize_base=False)
     modules = adapter_modules(model)
     for module in modules.values():
         module.allocate_adapter(torch.device("cpu"))
-    load_adapter(model, adapter_dir)
+    load_adapter(model, stored)
     if broken := modules_not_finite(modules):
-        raise UserError(f"adapter_dir: {str(adapter_dir)!r}: the adapter of {broken[0]} is not finite; train it again")
-    return MergedAdapter(adapter_dir, weight, modules)
+        raise UserError(
+            f"adapter_dir: {str(stored.directory)!r}: the adapter of {broken[0]} is not finite; train it again"
+        )
+    return MergedAdapter(stored.directory, weight, modules)
 
 
 class MergedWeights:

@@ -19,12 +19,12 @@ from custom_components.weights.card import (
     LAST_SECTION,
     TAG,
     front_matter,
-    hub_name,
     local_path,
     markdown_link,
     path_name,
     plain_text,
 )
+from custom_components.weights.checkpoint_files import BaseCheckpoint
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TrainingFacts:
     """How an adapter was trained, besides its rows and its losses.
 
     Attributes:
-        checkpoint_dir: the base.
+        base: the model that was adapted.
         adapter: its sizes and its variant.
         is_base_quantized: it was trained over NF4 weights.
         train_on: what was supervised, a value of the config's key.
@@ -40,7 +40,7 @@ class TrainingFacts:
         source_weights: of the sources of a mix.
     """
 
-    checkpoint_dir: Path
+    base: BaseCheckpoint
     adapter: AdapterSettings
     is_base_quantized: bool
     prompt_format: PromptFormat
@@ -58,9 +58,9 @@ def adapter_card(
         dataset, dataset_val: the rows trained on, and validated on.
         metrics: the run's metrics.jsonl.
     """
-    base = hub_name(training.checkpoint_dir)
+    base, directory = training.base.hub_name, training.base.directory
     head = front_matter(
-        training.checkpoint_dir,
+        training.base,
         relation="adapter",
         library_name="peft",
         tags=["lora", *(["qlora"] if training.is_base_quantized else []), TAG],
@@ -70,7 +70,7 @@ def adapter_card(
     return "".join(
         [
             head,
-            f"\n# {kind} adapter for {markdown_link(base) or local_path(training.checkpoint_dir)}\n",
+            f"\n# {kind} adapter for {markdown_link(base) or local_path(directory)}\n",
             f"\nTrained with `llama-lora-recipes`. {_which_step(progress)}\n",
             FIRST_SECTION,
             *(f"- {line}\n" for line in _data_lines(training, dataset, dataset_val)),
@@ -81,7 +81,7 @@ def adapter_card(
             "\n## Losses\n\nIn nats per supervised token.\n\n",
             *(f"- {line}\n" for line in _loss_lines(progress, metrics)),
             LAST_SECTION,
-            how_to_load_adapter(training.adapter, base or f"path/to/{path_name(training.checkpoint_dir)}"),
+            how_to_load_adapter(training.adapter, base or f"path/to/{path_name(directory)}"),
         ]
     )
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from custom_components.runtime.atomic_files import whole_file
+
 
 class MetricsFile:
     """Appends records to a file, flushed one by one, so that a killed run has every step it finished."""
@@ -41,9 +43,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def keep_metrics_until(before: Path, path: Path, step: int) -> None:
     """Write to `path` the records of `before` up to a step; a resumed run will write those after it again."""
     kept = [record for record in read_metrics(before) if record["step"] <= step]
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    aside.replace(path)
+    with whole_file(path) as aside:
+        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 def plot_losses(metrics_path: Path, plot_path: Path) -> None:

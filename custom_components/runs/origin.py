@@ -10,6 +10,7 @@ from custom_components import datasets
 from custom_components.config.task_settings import EvaluationSettings
 from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.sources import data_files
+from custom_components.runs.run_directory import RUN_CONFIG_NAME
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import read_prompt_format
@@ -96,7 +97,7 @@ def _sources(node: dict[str, Any]) -> Sequence[str]:
 
 def _run_config(adapter_dir: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load((adapter_dir.resolve().parent / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load((adapter_dir.resolve().parent / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return config if isinstance(config, dict) else {}

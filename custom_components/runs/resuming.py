@@ -1,17 +1,24 @@
-"""Holding the config of a run against that of the checkpoint it continues from."""
+"""Going on with a run: finding its last checkpoint, holding its config against today's, bringing its state back."""
 
-import shutil
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torchtune.modules import TransformerDecoder
 
 from custom_components.config.renamed import rename_components
-from custom_components.config.training_settings import TrainingSettings
-from custom_components.runs.checkpoints import CONFIG_NAME, checkpoint_path, stored_checkpoints
+from custom_components.runs.checkpoints import STATE_NAME, is_run_checkpoint, run_checkpoints
+from custom_components.runs.run_directory import RUN_CONFIG_NAME, RunDirectory
 from custom_components.runtime.errors import UserError
+from custom_components.training.state import Progress, TrainingState
+from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.adapters import load_adapter
 
-# What may differ on resuming without a word: where things lie, and what is said and kept.
+# Keys that may change on resume silently: where files are, and what is printed and kept.
 _UNDECISIVE_KEYS = {
     *(
         "output_dir",
@@ -24,7 +31,7 @@ _UNDECISIVE_KEYS = {
     ),
     *("log_every_n_steps", "metric_logger", "save_every_n_steps", "keep_last_n_checkpoints", "verify_base"),
 }
-# Changing these gives other shapes or another order of the data: the run would not be the one that was begun.
+# Changing these gives other shapes or another order of the data: it would be a different run.
 _FIXED_KEYS = {
     *("lora_rank", "lora_alpha", "lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output"),
     *("use_dora", "use_rslora", "quantize_base"),
@@ -33,62 +40,141 @@ _FIXED_KEYS = {
 }
 
 
-def check_resumed_config(path: Path, settings: TrainingSettings) -> None:
-    """Hold a config against that of the checkpoint it goes on from, and list what differs.
+@dataclass(frozen=True)
+class ResumedRun:
+    """A run to go on with, opened at one of its checkpoints: state and config are read once.
+
+    Attributes:
+        path: of the run checkpoint.
+        state: what :func:`save_run_checkpoint` stored; `restore` hands it on and leaves it empty.
+        config: of the run so far, its nested keys joined by dots.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    config: Mapping[str, Any]
+
+    @property
+    def directory(self) -> RunDirectory:
+        """The directory of the run so far."""
+        return RunDirectory(self.path.parent.parent)
+
+    def is_inside(self, output_dir: Path) -> bool:
+        """Tell whether the run goes on in the directory that it wrote so far."""
+        return self.path.resolve().is_relative_to(output_dir.resolve())
+
+    def fitted_batches(self, num_step_rows: int) -> dict[str, int]:
+        """Give `batch_size` and `gradient_accumulation_steps` as `batch_size: auto` chose them when the run began.
+
+        Args:
+            num_step_rows: the rows of an optimizer step that the config states now.
+
+        Raises:
+            UserError: the rows of an optimizer step were others.
+        """
+        batches = {key: self.config[key] for key in ("batch_size", "gradient_accumulation_steps")}
+        before = batches["batch_size"] * batches["gradient_accumulation_steps"]
+        if num_step_rows != before:
+            raise UserError(
+                f"resume_from_checkpoint: gradient_accumulation_steps, with batch_size auto the rows of a step, was "
+                f"{before}, now {num_step_rows}: set it back, or begin a new run"
+            )
+        return batches
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Hold a resolved config against that of the run so far, and list what differs.
+
+        Raises:
+            UserError: for differences that change shapes or the order of the data, all at once.
+        """
+        now = _flat(config)
+        refusals = []
+        for key in sorted(self.config.keys() | now.keys()):
+            before, value = self.config.get(key), now.get(key)
+            if before == value or key.partition(".")[0] in _UNDECISIVE_KEYS:
+                continue
+            difference = f"{key} was {before!r}, now {value!r}"
+            if key in _FIXED_KEYS or key.partition(".")[0] in _FIXED_KEYS:
+                refusals.append(f"resume_from_checkpoint: {difference}: set it back, or begin a new run")
+            elif not ("." in key and key.endswith(("checkpoint_dir", "path", "cache_dir"))):
+                print(f"differs from the checkpoint: {difference}")
+        if refusals:
+            raise UserError(*refusals)
+
+    def restore(self, model: TransformerDecoder, state: TrainingState) -> None:
+        """Bring model and state, in place, to where they were after the checkpoint's last step.
+
+        Raises:
+            UserError: a checkpoint of another data set, model or optimizer.
+        """
+        if self.state["data_digest"] != state.data_digest:
+            raise UserError(
+                f"resume_from_checkpoint: {str(self.path)!r} was trained on other rows than dataset.source gives now; "
+                "name the same data, or begin a new run"
+            )
+        load_adapter(model, open_adapter(self.path / "adapter"))
+        # note: load_state_dict brings back the groups' old settings; those of the config as it is now have to hold.
+        settings_now = [
+            {key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups
+        ]
+        try:
+            state.optimizer.load_state_dict(self.state["optimizer"])
+            state.scaler.load_state_dict(self.state["scaler"])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"resume_from_checkpoint: the optimizer's state in {str(self.path)!r} does not fit: {error}"
+            ) from None
+        for group, settings in zip(state.optimizer.param_groups, settings_now, strict=True):
+            group.update(settings)
+        state.progress = Progress(**self.state["progress"])
+        state.best_adapter = self.state["best_adapter"]
+        self.state.clear()  # on a card the optimizer has copies: these would fill the host's memory for the whole run
+
+
+def open_run_to_resume(resume_from_checkpoint: bool | str, run_path: Path) -> ResumedRun | None:
+    """Open the run checkpoint that the config asks to go on from; None for a new run.
+
+    Args:
+        resume_from_checkpoint: True: the newest whole one in `run_path`; or a run's directory, or a checkpoint's.
 
     Raises:
-        UserError: for differences that change shapes or the order of the data, all at once.
+        UserError: there is none, or the one named is not whole.
     """
-    before = _config_of(path)
-    now = _flat(settings.model_dump(mode="json"))
-    refusals = []
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or key.partition(".")[0] in _UNDECISIVE_KEYS:
+    if resume_from_checkpoint is False:
+        return None
+    if isinstance(resume_from_checkpoint, str):
+        path = Path(resume_from_checkpoint).expanduser()
+        if is_run_checkpoint(path):
+            return ResumedRun(path, _read_state(path), _read_config(path))
+        run_path = path
+    for path in reversed(run_checkpoints(run_path)):
+        try:
+            state = _read_state(path)
+        except UserError as error:
+            print(f"passed over: {error}")
             continue
-        difference = f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-        if key in _FIXED_KEYS or key.partition(".")[0] in _FIXED_KEYS:
-            refusals.append(f"resume_from_checkpoint: {difference}: set it back, or begin a new run")
-        elif not ("." in key and key.endswith(("checkpoint_dir", "path", "cache_dir"))):
-            print(f"differs from the checkpoint: {difference}")
-    if refusals:
-        raise UserError(*refusals)
+        return ResumedRun(path, state, _read_config(path))
+    raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {str(run_path / 'checkpoints')!r}")
 
 
-def with_batches_of(path: Path, settings: TrainingSettings) -> TrainingSettings:
-    """A config whose `batch_size: auto` is what it came to when the checkpoint's run began.
-
-    Raises:
-        UserError: the rows of an optimizer step are others now.
-    """
-    if settings.batch_size != "auto":
-        return settings
-    before = _config_of(path)
-    num_step_rows = before["batch_size"] * before["gradient_accumulation_steps"]
-    if settings.gradient_accumulation_steps != num_step_rows:
-        raise UserError(
-            f"resume_from_checkpoint: gradient_accumulation_steps, with batch_size auto the rows of a step, was "
-            f"{num_step_rows}, now {settings.gradient_accumulation_steps}: set it back, or begin a new run"
-        )
-    return settings.model_copy(update={key: before[key] for key in ("batch_size", "gradient_accumulation_steps")})
-
-
-def _config_of(path: Path) -> dict[str, Any]:
+def _read_state(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        return torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"resume_from_checkpoint: {str(path)!r} is not a whole checkpoint ({reason})") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load((path / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
         rename_components(values)
         return _flat(values)
     except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"resume_from_checkpoint: {str(path / CONFIG_NAME)!r} cannot be read ({error})") from None
+        raise UserError(f"resume_from_checkpoint: {str(path / RUN_CONFIG_NAME)!r} cannot be read ({error})") from None
 
 
-def delete_checkpoints_after(run_path: Path, step: int) -> None:
-    """Delete the checkpoints of steps that are about to be taken anew, in another way perhaps."""
-    for path in stored_checkpoints(run_path):
-        if path.name > checkpoint_path(run_path, step).name:
-            shutil.rmtree(path)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -11,6 +11,8 @@ from pathlib import Path
 from custom_components.runtime.atomic_files import sweep_unfinished
 from custom_components.runtime.errors import UserError
 
+RUN_CONFIG_NAME = "config.yaml"
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -20,7 +22,7 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / RUN_CONFIG_NAME
 
     @property
     def metrics(self) -> Path:

@@ -16,8 +16,8 @@ from custom_components.runtime.errors import UserError
 from custom_components.weights.checkpoint_files import StoredTensor, tensors_of_file
 from custom_components.weights.names import interleave_rope_rows
 from custom_components.weights.peft_format import (
+    ADAPTER_CONFIG_NAME,
     ADAPTER_PARAMETERS,
-    CONFIG_NAME,
     PeftConfig,
     parameter_name,
     peft_key,
@@ -38,11 +38,14 @@ class StoredAdapter:
     """An adapter on disk; its values are read tensor by tensor.
 
     Attributes:
+        directory: the adapter's.
+        path: of the file of its tensors.
         tensors: by the name of the model's parameter. Where PEFT wrote some of the base's `BASE_WEIGHTS` too, those as
             well.
         is_peft: the file has PEFT's names and Hugging Face's row order; otherwise torchtune's.
     """
 
+    directory: Path
     path: Path
     config: PeftConfig
     tensors: dict[str, StoredTensor]
@@ -79,8 +82,8 @@ def rope_heads(name: str, num_heads: int, num_kv_heads: int) -> int | None:
     return num_heads if ".q_proj." in name else num_kv_heads if ".k_proj." in name else None
 
 
-def stored_adapter(adapter_dir: Path) -> StoredAdapter:
-    """The adapter of a directory. Reads headers only.
+def open_adapter(adapter_dir: Path) -> StoredAdapter:
+    """Open the adapter of a directory, once for all that is made of it. Of the tensors only headers are read.
 
     Raises:
         UserError: none there, damaged, of a kind that is not built here, or with tensors that no Llama has.
@@ -89,29 +92,30 @@ def stored_adapter(adapter_dir: Path) -> StoredAdapter:
     files = _weights_files(adapter_dir)
     if not files:
         raise UserError(f"{adapter_dir}: has no {WEIGHTS_NAME}, adapter_model.bin or adapter_model.pt")
-    adapter = _read(files[0], config)
+    adapter = _read(adapter_dir, files[0], config)
     if adapter.is_peft and adapter.use_dora and not config.use_dora:
         # torchtune's `tune_to_peft_adapter_weights` leaves the magnitudes of q and k in its own row order.
         if len(files) == 1:
             raise UserError(
-                f"{adapter.path}: holds DoRA magnitudes, and {CONFIG_NAME} does not say use_dora: this is torchtune's "
-                "conversion, with the rows of the magnitudes in the wrong order; put its adapter_model.pt beside it"
+                f"{adapter.path}: holds DoRA magnitudes, and {ADAPTER_CONFIG_NAME} does not say use_dora: this is "
+                "torchtune's conversion, with the rows of the magnitudes in the wrong order; put its adapter_model.pt "
+                "beside it"
             )
-        adapter = _read(files[-1], config)
+        adapter = _read(adapter_dir, files[-1], config)
     return adapter
 
 
 def _directory_with_config(adapter_dir: Path) -> Path:
-    if (adapter_dir / CONFIG_NAME).is_file():
+    if (adapter_dir / ADAPTER_CONFIG_NAME).is_file():
         return adapter_dir
     if _weights_files(adapter_dir):
         raise UserError(
-            f"{adapter_dir}: holds an adapter without {CONFIG_NAME}; write one with r, lora_alpha and target_modules, "
-            'say {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}'
+            f"{adapter_dir}: holds an adapter without {ADAPTER_CONFIG_NAME}; write one with r, lora_alpha and "
+            'target_modules, say {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}'
         )
     inside = [adapter_dir / "adapter", *reversed(_by_number(adapter_dir.glob("epoch_*")))]
-    found = next((str(path) for path in inside if (path / CONFIG_NAME).is_file()), "the adapter/ of a run")
-    raise UserError(f"adapter_dir: {str(adapter_dir)!r} has no {CONFIG_NAME}; name {found}")
+    found = next((str(path) for path in inside if (path / ADAPTER_CONFIG_NAME).is_file()), "the adapter/ of a run")
+    raise UserError(f"adapter_dir: {str(adapter_dir)!r} has no {ADAPTER_CONFIG_NAME}; name {found}")
 
 
 def _weights_files(adapter_dir: Path) -> list[Path]:
@@ -125,7 +129,7 @@ def _by_number(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: int((re.findall(r"\d+", path.name) or ["0"])[-1]))
 
 
-def _read(path: Path, config: PeftConfig) -> StoredAdapter:
+def _read(adapter_dir: Path, path: Path, config: PeftConfig) -> StoredAdapter:
     stored = tensors_of_file(path)
     is_peft = not any(_TUNE_NAME.fullmatch(tensor.stored_name) for tensor in stored)
     tensors: dict[str, StoredTensor] = {}
@@ -136,4 +140,4 @@ def _read(path: Path, config: PeftConfig) -> StoredAdapter:
         if name in tensors:
             raise UserError(f"{path}: {tensor.stored_name!r} and {tensors[name].stored_name!r} are the same tensor")
         tensors[name] = tensor
-    return StoredAdapter(path, config, tensors, is_peft)
+    return StoredAdapter(adapter_dir, path, config, tensors, is_peft)

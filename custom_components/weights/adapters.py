@@ -13,11 +13,11 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
-from custom_components.weights.adapter_files import WEIGHTS_NAME, StoredAdapter, rope_heads, stored_adapter
+from custom_components.weights.adapter_files import WEIGHTS_NAME, StoredAdapter, rope_heads
 from custom_components.weights.names import halve_rope_rows
 from custom_components.weights.peft_format import (
+    ADAPTER_CONFIG_NAME,
     BASE_WEIGHTS,
-    CONFIG_NAME,
     TARGETS,
     hugging_face_module,
     peft_module,
@@ -83,22 +83,22 @@ def save_adapter(
             rows = tensor if num_heads is None else halve_rope_rows(tensor, num_heads)
             tensors[f"{peft_module(module_name)}.{peft_name}"] = rows.detach().cpu().contiguous()
     with whole_directory(adapter_dir) as directory:
-        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (directory / ADAPTER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
         for name, text in texts.items():
             (directory / name).write_text(text, encoding="utf-8")
 
 
-def load_adapter(model: TransformerDecoder, adapter_dir: Path) -> None:
-    """Give the model's adapters the values of an adapter's directory, PEFT's or torchtune's, in place.
+def load_adapter(model: TransformerDecoder, stored: StoredAdapter) -> None:
+    """Give the model's adapters the values of an adapter on disk, PEFT's or torchtune's, in place.
 
     Raises:
         UserError: see :func:`check_adapter_fits` and :func:`copy_into_adapter`.
     """
-    copy_into_adapter(model, check_adapter_fits(model, adapter_dir))
+    copy_into_adapter(model, check_adapter_fits(model, stored))
 
 
-def copy_into_adapter(model: TransformerDecoder, stored: dict[str, Tensor]) -> None:
+def copy_into_adapter(model: TransformerDecoder, tensors: Mapping[str, Tensor]) -> None:
     """Give the model's adapters the values that :func:`check_adapter_fits` returned, in place.
 
     Args:
@@ -108,16 +108,16 @@ def copy_into_adapter(model: TransformerDecoder, stored: dict[str, Tensor]) -> N
         UserError: the adapter brings embeddings or an output head other than the model's.
     """
     for name in BASE_WEIGHTS:
-        if name in stored and not (base_weight := _base_weight(model, name)).is_meta:
-            check_same_base(name, stored[name], base_weight)
+        if name in tensors and not (base_weight := _base_weight(model, name)).is_meta:
+            check_same_base(name, tensors[name], base_weight)
     with torch.no_grad():
-        for name, tensor in stored.items():
+        for name, tensor in tensors.items():
             if name not in BASE_WEIGHTS:
                 model.get_parameter(name).copy_(tensor)
 
 
-def check_adapter_fits(model: TransformerDecoder, adapter_dir: Path) -> dict[str, Tensor]:
-    """An adapter's tensors by the names of the model's parameters, if they are those of `model`.
+def check_adapter_fits(model: TransformerDecoder, stored: StoredAdapter) -> dict[str, Tensor]:
+    """Read an adapter's tensors, by the names of the model's parameters, if they are those of `model`.
 
     The config is held against the model as well: with another scaling the same tensors are another adapter.
 
@@ -125,14 +125,13 @@ def check_adapter_fits(model: TransformerDecoder, adapter_dir: Path) -> dict[str
         model: may be on the meta device.
 
     Raises:
-        UserError: no adapter there, another rank, scaling or targets; missing, unexpected or misshapen tensors, by
-            name; a damaged file.
+        UserError: another rank, scaling or targets; missing, unexpected or misshapen tensors, by name.
     """
-    stored = stored_adapter(adapter_dir)
     problems = _problems_of_settings(model, stored) or _problems_of_tensors(model, stored)
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"the adapter {str(adapter_dir)!r} does not fit this model: {'; '.join(problems[:5])}{more}")
+        listed = "; ".join(problems[:5]) + more
+        raise UserError(f"the adapter {str(stored.directory)!r} does not fit this model: {listed}")
     num_kv_heads = model.layers[0].attn.num_kv_heads
     return {name: stored.read(name, model.num_heads, num_kv_heads) for name in stored.tensors}
 

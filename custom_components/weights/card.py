@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from custom_components.weights.checkpoint_files import base_model_name
+from custom_components.weights.checkpoint_files import BaseCheckpoint
 
 CARD_NAME = "README.md"
 
@@ -17,17 +17,16 @@ LAST_SECTION = "\n## How to load it\n"
 
 
 def front_matter(
-    checkpoint_dir: Path, *, relation: str, library_name: str, tags: list[str], datasets: list[str]
+    base: BaseCheckpoint, *, relation: str, library_name: str, tags: list[str], datasets: list[str]
 ) -> str:
-    base = hub_name(checkpoint_dir)
     data = ModelCardData(
-        base_model=base,
-        base_model_relation=relation if base else None,
+        base_model=base.hub_name,
+        base_model_relation=relation if base.hub_name else None,
         datasets=list(dict.fromkeys(datasets)) or None,
         library_name=library_name,
         pipeline_tag="text-generation",
         tags=tags,
-        **_licence(checkpoint_dir),
+        **_licence(base.directory),
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -47,11 +46,6 @@ def card_metadata(path: Path) -> dict[str, Any]:
         return metadata_load(path) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-
-
-def hub_name(checkpoint_dir: Path) -> str | None:
-    name = base_model_name(checkpoint_dir)
-    return None if name == str(checkpoint_dir) else name
 
 
 def local_path(path: Path | str) -> str:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint directory under torchtune's names, read one at a time.
+"""A checkpoint directory of base weights: its model's shape, and its tensors under torchtune's names, read one by one.
 
 Hugging Face: one or many safetensors, else .bin files. Meta: consolidated.*.pth, any number of shards.
 """
@@ -8,7 +8,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchtune.models.convert_weights import _FROM_HF, _FROM_META
 
-from custom_components.models.shapes import LlamaShape
+from custom_components.models.shapes import LlamaShape, shape_from_checkpoint
 from custom_components.runtime.errors import UserError
 from custom_components.weights.names import interleave_rope_rows
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk: where it is and what its shape is, before it is read."""
+    """A tensor on disk, before it is read."""
 
     file: Path
     stored_name: str
@@ -31,17 +31,60 @@ class StoredTensor:
     read: Callable[[], Tensor]
 
 
-def stored_tensors(checkpoint_dir: Path, shape: LlamaShape) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by torchtune's name. Reads headers only; `read()` of each reads its values.
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """A checkpoint directory of base weights. Each of its files is opened once, when it is first needed.
+
+    Attributes:
+        directory: in Hugging Face's or Meta's layout.
+        shape: of the model, as config.json or params.json states it.
+    """
+
+    directory: Path
+    shape: LlamaShape
+
+    @property
+    def tokenizer_model(self) -> Path:
+        return self.directory / "tokenizer.model"
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor by torchtune's name; their headers are read here, their values by `read()` of each.
+
+        Raises:
+            UserError: no weights, a shard of the index that is not there, a damaged file, a tensor no Llama has.
+        """
+        return _tensors_of_checkpoint(self.directory, self.shape)
+
+    @cached_property
+    def hub_name(self) -> str | None:
+        """The name on the hub, which `tune download` leaves beside the weights; None for any other directory."""
+        try:
+            return json.loads((self.directory / "original_repo_id.json").read_text(encoding="utf-8"))["repo_id"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @property
+    def name(self) -> str:
+        """The name on the hub, else the directory."""
+        return self.hub_name or str(self.directory)
+
+
+def open_checkpoint(checkpoint_dir: Path) -> BaseCheckpoint:
+    """Open a directory of base weights: once for a recipe, which hands it on.
 
     Raises:
-        UserError: no weights, a shard of the index that is not there, a damaged file, a tensor no Llama has.
+        UserError: no such directory, no config in it, or a model that is not a plain Llama.
     """
+    return BaseCheckpoint(checkpoint_dir, shape_from_checkpoint(checkpoint_dir))
+
+
+def _tensors_of_checkpoint(checkpoint_dir: Path, shape: LlamaShape) -> dict[str, StoredTensor]:
     if any(checkpoint_dir.glob("*.safetensors")) or (checkpoint_dir / "model.safetensors.index.json").exists():
-        files = _shards(checkpoint_dir, "model.safetensors.index.json", "*.safetensors")
+        files = _weight_files(checkpoint_dir, "model.safetensors.index.json", "*.safetensors")
         tensors = [tensor for file in files for tensor in tensors_of_file(file)]
     elif any(checkpoint_dir.glob("pytorch_model*.bin")) or (checkpoint_dir / "pytorch_model.bin.index.json").exists():
-        files = _shards(checkpoint_dir, "pytorch_model.bin.index.json", "pytorch_model*.bin")
+        files = _weight_files(checkpoint_dir, "pytorch_model.bin.index.json", "pytorch_model*.bin")
         tensors = [tensor for file in files for tensor in tensors_of_file(file)]
     elif files := sorted(checkpoint_dir.glob("consolidated.*.pth")):
         return _by_tune_name(_joined_meta_shards(files), _FROM_META)
@@ -54,7 +97,7 @@ def stored_tensors(checkpoint_dir: Path, shape: LlamaShape) -> dict[str, StoredT
 
 
 def tensors_of_file(file: Path) -> list[StoredTensor]:
-    """The tensors of one safetensors file, or of a pickle of named tensors.
+    """Open one safetensors file, or a pickle of named tensors.
 
     Raises:
         UserError: a damaged file, or a pickle of anything else.
@@ -71,14 +114,14 @@ def _interleaved(tensor: StoredTensor, shape: LlamaShape) -> StoredTensor:
     return StoredTensor(tensor.file, tensor.stored_name, tensor.shape, read)
 
 
-def _shards(checkpoint_dir: Path, index_name: str, pattern: str) -> list[Path]:
+def _weight_files(checkpoint_dir: Path, index_name: str, pattern: str) -> list[Path]:
     index_path = checkpoint_dir / index_name
     if not index_path.exists():
         # note: some repositories hold an adapter beside the model.
         return sorted(path for path in checkpoint_dir.glob(pattern) if not path.name.startswith("adapter_"))
     try:
         names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
-        # Only what lies in the directory that was named: ../ and absolute paths are some other file.
+        # Only files of the directory that was named: ../ and absolute paths lead elsewhere.
         outside = [name for name in names if Path(name).name != name]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index_path}: not an index with a weight_map; download the file again") from None
@@ -173,11 +216,3 @@ def _by_tune_name(tensors: Iterable[StoredTensor], names: dict[str, str | None])
             f"(the first: {unexpected[0].stored_name!r}); is this another architecture, or an adapter?"
         )
     return by_name
-
-
-def base_model_name(checkpoint_dir: Path) -> str:
-    """The hub name of a downloaded checkpoint, which `tune download` leaves beside it, else the directory."""
-    try:
-        return json.loads((checkpoint_dir / "original_repo_id.json").read_text(encoding="utf-8"))["repo_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return str(checkpoint_dir)

@@ -1,4 +1,4 @@
-"""Streaming a checkpoint's weights onto a model that was built on the meta device."""
+"""Streaming base weights onto a model that was built on the meta device."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -11,16 +11,16 @@ from tqdm import tqdm
 
 from custom_components.models import nf4
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
-from custom_components.models.shapes import LlamaShape, shape_from_checkpoint
+from custom_components.models.shapes import LlamaShape
 from custom_components.runtime.devices import NUM_LOADING_THREADS
 from custom_components.runtime.errors import UserError
-from custom_components.weights.checkpoint_files import StoredTensor, stored_tensors
+from custom_components.weights.checkpoint_files import BaseCheckpoint, StoredTensor
 from custom_components.weights.quantized_cache import QuantizedCache
 
 
 def load_base_weights(
     model: TransformerDecoder,
-    checkpoint_dir: Path,
+    base: BaseCheckpoint,
     dtype: torch.dtype,
     device: torch.device,
     quantized_cache_dir: Path | None = None,
@@ -33,18 +33,16 @@ def load_base_weights(
 
     Args:
         model: of `lora_llama` or a named builder, built under `torch.device("meta")`.
-        checkpoint_dir: a Hugging Face or Meta directory.
         dtype: of everything that is not NF4, and of the products with what is.
         quantized_cache_dir: where NF4 weights are kept for the next start, see :class:`QuantizedCache`; None: nowhere.
 
     Raises:
-        UserError: before the first weight is read, if the checkpoint is not this model, whole.
+        UserError: before the first weight is read, if the checkpoint is incomplete or of another model.
     """
-    sources = check_checkpoint(model, checkpoint_dir)
-    shape = shape_from_checkpoint(checkpoint_dir)
+    sources = check_base_weights(model, base)
     for module in model.modules():
         if isinstance(module, RMSNorm):
-            module.eps = shape.norm_eps  # Llama 2's chat models state another than the base models
+            module.eps = base.shape.norm_eps  # Llama 2's chat models state another than the base models
 
     quantized = {
         f"{name}.weight": module.weight.shape
@@ -53,7 +51,7 @@ def load_base_weights(
     }
     cache = cached = None
     if quantized_cache_dir is not None and quantized:
-        cache = QuantizedCache(quantized_cache_dir, checkpoint_dir, shape)
+        cache = QuantizedCache(quantized_cache_dir, base)
         cached = cache.weights(quantized, dtype, device)
 
     def load(name: str) -> None:
@@ -77,24 +75,23 @@ def load_base_weights(
             pass
     if cache is not None and cached is None:
         cache.store({name: model.get_parameter(name).data for name in quantized})
-    if isinstance(model.output, LoRALinear) and shape.tied_embeddings:
+    if isinstance(model.output, LoRALinear) and base.shape.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight
     for module in adapter_modules(model).values():
         module.initialize_adapter(device)
     model.to(device)  # what is left: rope's cache
 
 
-def check_checkpoint(model: TransformerDecoder, checkpoint_dir: Path) -> dict[str, StoredTensor]:
-    """The tensors on disk for every frozen parameter of `model`, if the checkpoint is this model, whole.
+def check_base_weights(model: TransformerDecoder, base: BaseCheckpoint) -> dict[str, StoredTensor]:
+    """Give the tensors on disk for every frozen parameter of `model`, if they are all there.
 
     Raises:
-        UserError: it is not. No weight has been read.
+        UserError: the checkpoint is incomplete or of another model. No weight has been read.
     """
-    shape = shape_from_checkpoint(checkpoint_dir)
-    _check_same_model(model, shape, checkpoint_dir)
-    sources = _with_tied_embeddings(stored_tensors(checkpoint_dir, shape), shape)
+    _check_same_model(model, base)
+    sources = _with_tied_embeddings(base.tensors, base.shape)
     frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    _check_tensors(model, frozen_names, sources, checkpoint_dir)
+    _check_tensors(model, frozen_names, sources, base.directory)
     return sources
 
 
@@ -107,7 +104,7 @@ def unquantized_modules(model: TransformerDecoder) -> list[str]:
     ]
 
 
-def _check_same_model(model: TransformerDecoder, shape: LlamaShape, checkpoint_dir: Path) -> None:
+def _check_same_model(model: TransformerDecoder, base: BaseCheckpoint) -> None:
     """What tensor shapes do not show: with other heads or another rotary base a model loads and is wrong."""
     attention = model.layers[0].attn
     built = {
@@ -118,9 +115,9 @@ def _check_same_model(model: TransformerDecoder, shape: LlamaShape, checkpoint_d
         "vocab_size": model.tok_embeddings.num_embeddings,
     }
     for name, value in built.items():
-        if value != getattr(shape, name):
+        if value != (stated := getattr(base.shape, name)):
             raise UserError(
-                f"checkpoint_dir: {str(checkpoint_dir)!r} has {name} {getattr(shape, name)}, the config's model "
+                f"checkpoint_dir: {str(base.directory)!r} has {name} {stated}, the config's model "
                 f"has {value}; name its builder, or ...builders.lora_llama_from_config, in model._component_"
             )
 

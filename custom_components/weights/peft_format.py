@@ -18,7 +18,7 @@ from custom_components.models.lora import LoRALinear
 from custom_components.runtime.errors import UserError
 from custom_components.weights.names import HUGGING_FACE_NAMES
 
-CONFIG_NAME = "adapter_config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 TARGETS = {
     **{"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"},
     **{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "lm_head": "output"},
@@ -88,7 +88,7 @@ def read_peft_config(adapter_dir: Path) -> PeftConfig:
     Raises:
         UserError: there is none, it is not that of a LoRA adapter, or it asks for what is not built here.
     """
-    path = adapter_dir / CONFIG_NAME
+    path = adapter_dir / ADAPTER_CONFIG_NAME
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         if (kind := entries.get("peft_type", "LORA")) != "LORA":

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 from custom_components.models import nf4
-from custom_components.models.shapes import LlamaShape
 from custom_components.runtime.atomic_files import whole_file
+from custom_components.weights.checkpoint_files import BaseCheckpoint
 
 # Part of every key: raised whenever the same checkpoint would give other values.
 _VERSION = 1
@@ -29,14 +29,12 @@ class QuantizedCache:
 
     Args:
         cache_dir: the folder of all caches.
-        checkpoint_dir: where the weights are.
-        shape: what its config says.
     """
 
-    def __init__(self, cache_dir: Path, checkpoint_dir: Path, shape: LlamaShape) -> None:
-        digest = hashlib.sha256(f"{_VERSION} {shape}".encode())
-        checkpoint_files = [file for suffix in WEIGHT_SUFFIXES for file in checkpoint_dir.glob(f"*{suffix}")]
-        for file in sorted(checkpoint_files):
+    def __init__(self, cache_dir: Path, base: BaseCheckpoint) -> None:
+        digest = hashlib.sha256(f"{_VERSION} {base.shape}".encode())
+        weight_files = [file for suffix in WEIGHT_SUFFIXES for file in base.directory.glob(f"*{suffix}")]
+        for file in sorted(weight_files):
             status = file.stat()
             digest.update(json.dumps([file.name, status.st_size, status.st_mtime_ns]).encode())
             with file.open("rb") as content:

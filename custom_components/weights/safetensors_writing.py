@@ -32,7 +32,7 @@ def write_safetensors(
         dtype: fp32, fp16 or bf16, that the tensors are cast to.
         max_shard_bytes: of a shard, unless a single tensor is larger.
     """
-    shards = _shards(shapes, dtype.itemsize, max_shard_bytes)
+    shards = _planned_shards(shapes, dtype.itemsize, max_shard_bytes)
     remaining = iter(tensors)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
@@ -52,7 +52,7 @@ def write_safetensors(
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int) -> list[list[str]]:
+def _planned_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     shard_bytes = 0
     for name, shape in shapes.items():

@@ -16,6 +16,8 @@ from custom_components.runs.metrics import read_metrics
 from custom_components.runs.run_directory import RunDirectory
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.weights.adapted_model import load_model_for_inference
+from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.checkpoint_files import open_checkpoint
 
 CONFIG = "configs/tiny_qlora.yaml"
 HELD_OUT = "examples/tiny_llama/data/held_out.jsonl"
@@ -35,10 +37,9 @@ def main() -> None:
     questions = [dialog[:-1] for dialog in dialogs]
     right_answers = [dialog[-1]["content"] for dialog in dialogs]
 
-    tokenizer = Llama2ChatTransform(settings.checkpoint_dir / "tokenizer.model")
-    model = load_model_for_inference(
-        settings.checkpoint_dir, run_directory.adapter, settings.quantize_base, torch.float32, torch.device("cpu")
-    )
+    base, adapter = open_checkpoint(settings.checkpoint_dir), open_adapter(run_directory.adapter)
+    tokenizer = Llama2ChatTransform(base.tokenizer_model)
+    model = load_model_for_inference(base, adapter, settings.quantize_base, torch.float32, torch.device("cpu"))
 
     def answers() -> list[str]:
         return answer_messages(model, tokenizer, questions, max_new_tokens=16, sampling=Sampling())

@@ -19,8 +19,8 @@ from custom_components.generation.incremental import IncrementalLlama
 from custom_components.generation.sampling import Sampling
 from custom_components.transforms.jinja_template import chat_template, control_pieces_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
-from custom_components.weights.adapted_model import load_model_for_inference
-from tests.support.models import CPU, loaded_model
+from custom_components.weights.checkpoint_files import open_checkpoint
+from tests.support.models import inference_model, loaded_model
 from tests.support.paths import PROJECT, TINY_LLAMA
 from tests.support.tokenizers import exported_tokenizer
 
@@ -43,7 +43,7 @@ Q8_0_TOLERANCE = 1e-1
 
 
 def export(checkpoint_dir: Path, path: Path, quantization: str = "f16") -> Path:
-    weights = BaseWeights(checkpoint_dir, dequantized=False)
+    weights = BaseWeights(open_checkpoint(checkpoint_dir), dequantized=False)
     tokenizer_model = checkpoint_dir / "tokenizer.model"
     template = chat_template("llama2", None, control_pieces_of(tokenizer_model))
     write_gguf(
@@ -131,7 +131,7 @@ def test_stories_are_told_alike_but_where_two_words_are_as_likely(test_data, tmp
     directory = test_data("stories260K")
     tokenizer = Llama2ChatTransform(directory / "tokenizer.model")
     path = export(directory, tmp_path / "model.gguf")
-    base = load_model_for_inference(directory, None, False, torch.float32, CPU)
+    base = inference_model(directory)
     prompts = [
         tokenizer.encode(text, add_eos=False)
         for text in ("Once upon a time", "The little dog", "Tim was a big boy.", '"No!" said the cat', "Lily")
@@ -169,7 +169,7 @@ def test_the_demo_merged_and_exported_answers_every_held_out_question_alike(tmp_
     tokenizer = Llama2ChatTransform(merged_dir / "tokenizer.model")
     questions = [row.values["messages"][:1] for row in read_rows(str(TINY_LLAMA / "data/held_out.jsonl"))]
     prompts = [tokenizer({"messages": question}, inference=True)["tokens"] for question in questions]
-    model = IncrementalLlama(load_model_for_inference(merged_dir, None, False, torch.float32, CPU))
+    model = IncrementalLlama(inference_model(merged_dir))
     answers = generate(model, prompts, max_new_tokens=16, stop_tokens=[tokenizer.eos_id], sampling=Sampling())
     different = []
     [path] = gguf_dir.glob("*.gguf")

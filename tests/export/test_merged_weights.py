@@ -18,6 +18,8 @@ from custom_components.models.dora import DoRALinear
 from custom_components.models.lora import adapter_modules, merged_weight
 from custom_components.runs.origin import example_rows, trained_on_nf4
 from custom_components.runtime.errors import UserError
+from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.safetensors_writing import write_safetensors
 from tests.support.adapters import saved_adapter
 from tests.support.models import loaded_model, merged_dora_weight, merged_lora_weight, with_random_variants
@@ -83,7 +85,8 @@ def test_a_merged_weight_is_the_papers(make_checkpoint, variants):
 def test_a_base_is_not_changed_by_its_merge(base_and_adapter):
     checkpoint, adapter = base_and_adapter
     before = (checkpoint / "model.safetensors").read_bytes()
-    merged = MergedWeights(BaseWeights(checkpoint, dequantized=False), [read_adapter(checkpoint, adapter)])
+    base = BaseWeights(open_checkpoint(checkpoint), dequantized=False)
+    merged = MergedWeights(base, [read_adapter(base.checkpoint, open_adapter(adapter))])
     assert all(merged.shapes[name] == tuple(tensor.shape) for name, tensor in merged.tensors())
     assert (checkpoint / "model.safetensors").read_bytes() == before
 
@@ -91,7 +94,7 @@ def test_a_base_is_not_changed_by_its_merge(base_and_adapter):
 def test_dequantized_weights_are_those_of_a_qlora_run(base_and_adapter):
     checkpoint, _ = base_and_adapter
     model = loaded_model(checkpoint, quantize_base=True)
-    base = BaseWeights(checkpoint, dequantized=True)
+    base = BaseWeights(open_checkpoint(checkpoint), dequantized=True)
     input = torch.eye(64)
     for name in ("layers.0.attn.k_proj", "layers.1.mlp.w1"):
         torch.testing.assert_close(model.get_submodule(name).plain_output(input), input @ base.read(f"{name}.weight").T)

@@ -15,13 +15,14 @@ from custom_components.models.hidden_states import final_hidden_states
 from custom_components.models.lora import LoRALinear, adapter_modules
 from custom_components.runtime.errors import UserError
 from custom_components.training.optimizer import adapter_parameter_groups
-from custom_components.weights.adapted_model import load_model_for_inference, lora_settings
+from custom_components.weights.adapted_model import lora_settings
+from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.adapters import check_adapter_was_trained, load_adapter
 from tests.support.adapters import saved_adapter
 from tests.support.models import (
-    CPU,
     TOKENS,
     dequantized_in_hugging_face_order,
+    inference_model,
     loaded_model,
     merged_dora_weight,
     with_random_adapters,
@@ -68,7 +69,7 @@ def test_a_saved_variant_is_the_one_in_memory(make_checkpoint, tmp_path, tied, q
     variants = {"use_dora": True, "use_rslora": True, "apply_lora_to_output": True, "quantize_base": quantize_base}
     model = with_random_variants(loaded_model(checkpoint, **variants)).eval()
     adapter = saved_adapter(model, tmp_path / "adapter")
-    reloaded = load_model_for_inference(checkpoint, adapter, quantize_base, torch.float32, CPU)
+    reloaded = inference_model(checkpoint, adapter, quantize_base)
     parameters = dict(reloaded.named_parameters())
     for name, parameter in model.named_parameters():
         assert not parameter.requires_grad or torch.equal(parameter, parameters[name]), name
@@ -82,7 +83,7 @@ def test_the_config_names_a_variant_only_where_it_is_one(make_checkpoint, tmp_pa
         adapter = saved_adapter(model, tmp_path / "adapter")
         config = json.loads((adapter / "adapter_config.json").read_text())
         assert [config.get("use_rslora"), config.get("use_dora")] == [use_rslora or None, use_dora or None]
-        settings = lora_settings(adapter)
+        settings = lora_settings(open_adapter(adapter))
         assert [settings["use_rslora"], settings["use_dora"]] == [use_rslora, use_dora]
 
 
@@ -98,7 +99,7 @@ def test_an_adapter_with_another_scaling_does_not_fit(make_checkpoint, tmp_path,
     checkpoint = make_checkpoint()
     adapter = saved_adapter(with_random_adapters(loaded_model(checkpoint)), tmp_path / "adapter")
     with pytest.raises(UserError, match=words):
-        load_adapter(loaded_model(checkpoint, **changes), adapter)
+        load_adapter(loaded_model(checkpoint, **changes), open_adapter(adapter))
 
 
 @pytest.mark.parametrize("apply_lora_to_output", [False, True])

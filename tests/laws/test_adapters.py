@@ -3,17 +3,17 @@
 import pytest
 import torch
 
+from custom_components.models.shapes import LLAMA2_7B
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.prompt_format import read_prompt_format
-from custom_components.weights.adapted_model import load_model_for_inference
 from custom_components.weights.adapters import check_adapter_was_trained
-from custom_components.weights.checkpoint_files import base_model_name
+from custom_components.weights.checkpoint_files import BaseCheckpoint
 from tests.support.adapters import PROMPT_FORMAT, saved_adapter
 from tests.support.models import (
     ALL_ATTENTION,
-    CPU,
     TOKENS,
     dequantized_in_hugging_face_order,
+    inference_model,
     loaded_model,
     with_random_adapters,
 )
@@ -31,7 +31,7 @@ def test_L20_a_saved_adapter_is_the_one_in_memory(make_checkpoint, tmp_path, lor
     checkpoint = make_checkpoint()
     model = with_random_adapters(loaded_model(checkpoint, lora_rank=3, lora_alpha=5.0, **lora)).eval()
     adapter = saved_adapter(model, tmp_path / "adapter")
-    reloaded = load_model_for_inference(checkpoint, adapter, False, torch.float32, CPU)
+    reloaded = inference_model(checkpoint, adapter)
     parameters = dict(reloaded.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, parameters[name]), name
@@ -69,6 +69,6 @@ def test_L21_the_adapter_in_peft_gives_the_same_logits(make_checkpoint, test_dat
 
 
 def test_the_base_is_named_as_it_was_downloaded(tmp_path):
-    assert base_model_name(tmp_path) == str(tmp_path)
+    assert BaseCheckpoint(tmp_path, LLAMA2_7B).name == str(tmp_path)
     (tmp_path / "original_repo_id.json").write_text('{"repo_id": "meta-llama/Llama-2-7b-hf"}')
-    assert base_model_name(tmp_path) == "meta-llama/Llama-2-7b-hf"
+    assert BaseCheckpoint(tmp_path, LLAMA2_7B).name == "meta-llama/Llama-2-7b-hf"

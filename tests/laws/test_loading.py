@@ -13,11 +13,12 @@ from custom_components.models.builders import lora_llama_from_config
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
-from custom_components.weights.adapted_model import load_model_for_inference, lora_settings
+from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.adapters import load_adapter
+from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import load_base_weights
 from tests.support.adapters import WEIGHTS, saved_adapter
-from tests.support.models import CPU, loaded_model
+from tests.support.models import CPU, inference_model, loaded_model
 from tests.support.paths import PROJECT, TINY_TOKENIZER
 from tests.support.recipe_runs import run_merge
 
@@ -67,7 +68,7 @@ def test_L24_another_model_with_the_same_tensor_shapes(make_checkpoint, changes,
     with torch.device("meta"):
         model = lora_llama_from_config(built, ["q_proj"])
     with pytest.raises(UserError, match=name):
-        load_base_weights(model, make_checkpoint("other", **changes), torch.float32, CPU)
+        load_base_weights(model, open_checkpoint(make_checkpoint("other", **changes)), torch.float32, CPU)
 
 
 @pytest.mark.parametrize(
@@ -88,20 +89,20 @@ def test_L24_an_adapter_of_another_rank_scaling_or_targets(make_checkpoint, tmp_
     checkpoint = make_checkpoint()
     adapter = saved_adapter(loaded_model(checkpoint), tmp_path / "adapter")
     with pytest.raises(UserError, match=words):
-        load_adapter(loaded_model(checkpoint, **lora), adapter)
+        load_adapter(loaded_model(checkpoint, **lora), open_adapter(adapter))
 
 
 def test_L24_an_adapter_of_another_model(make_checkpoint, tmp_path):
     adapter = saved_adapter(loaded_model(make_checkpoint()), tmp_path / "adapter")
     wider = make_checkpoint("wider", hidden_size=128)
     with pytest.raises(UserError, match=r"lora_A\.weight has shape \(4, 64\), the model \(4, 128\)"):
-        load_model_for_inference(wider, adapter, False, torch.float32, CPU)
+        inference_model(wider, adapter)
     shallower = make_checkpoint("shallower", num_hidden_layers=1)
     with pytest.raises(UserError, match=r"model\.layers\.1\..*lora_A\.weight has no place in the model"):
-        load_model_for_inference(shallower, adapter, False, torch.float32, CPU)
+        inference_model(shallower, adapter)
     deeper = make_checkpoint("deeper", num_hidden_layers=3)
     with pytest.raises(UserError, match=r"model\.layers\.2\.\S+ is one of its target_modules and has no tensor"):
-        load_model_for_inference(deeper, adapter, False, torch.float32, CPU)
+        inference_model(deeper, adapter)
 
 
 Q1 = "base_model.model.model.layers.1.self_attn.q_proj"
@@ -138,7 +139,7 @@ def test_L24_an_adapter_s_file_with_a_tensor_too_few_too_many_or_misshapen(make_
     adapter = saved_adapter(loaded_model(checkpoint), tmp_path / "adapter")
     rewritten(adapter / WEIGHTS, change)
     with pytest.raises(UserError, match=words):
-        load_model_for_inference(checkpoint, adapter, False, torch.float32, CPU)
+        inference_model(checkpoint, adapter)
 
 
 def test_L24_an_adapter_s_config_that_is_not_its_file_s(make_checkpoint, tmp_path):
@@ -148,7 +149,7 @@ def test_L24_an_adapter_s_config_that_is_not_its_file_s(make_checkpoint, tmp_pat
     config["target_modules"].remove("q_proj")
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj is none of its target_modules and has a tensor"):
-        load_model_for_inference(checkpoint, adapter, False, torch.float32, CPU)
+        inference_model(checkpoint, adapter)
 
 
 def test_L24_a_dora_adapter_without_its_magnitudes(make_checkpoint, tmp_path):
@@ -156,7 +157,7 @@ def test_L24_a_dora_adapter_without_its_magnitudes(make_checkpoint, tmp_path):
     adapter = saved_adapter(loaded_model(checkpoint, use_dora=True), tmp_path / "adapter")
     rewritten(adapter / WEIGHTS, lambda tensors: [tensors.pop(key) for key in list(tensors) if "magnitude" in key])
     with pytest.raises(UserError, match="lora_magnitude_vector is missing"):
-        load_model_for_inference(checkpoint, adapter, False, torch.float32, CPU)
+        inference_model(checkpoint, adapter)
 
 
 def test_L24_a_torn_adapter(make_checkpoint, tmp_path):
@@ -164,10 +165,10 @@ def test_L24_a_torn_adapter(make_checkpoint, tmp_path):
     adapter = saved_adapter(loaded_model(checkpoint), tmp_path / "adapter")
     (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-100])
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        lora_settings(adapter)
+        open_adapter(adapter)
     (adapter / WEIGHTS).unlink()
     with pytest.raises(UserError, match=f"has no {WEIGHTS}"):
-        lora_settings(adapter)
+        open_adapter(adapter)
 
 
 @pytest.fixture

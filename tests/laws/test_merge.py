@@ -15,9 +15,17 @@ from custom_components.models import lora
 from custom_components.models.dora import DoRALinear
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.weights import safetensors_writing as safetensors_streaming
-from custom_components.weights.adapted_model import load_model_for_inference
+from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.checkpoint_files import open_checkpoint
 from tests.support.adapters import saved_adapter
-from tests.support.models import CPU, TOKENS, loaded_model, merged_dora_weight, merged_lora_weight, with_random_variants
+from tests.support.models import (
+    TOKENS,
+    inference_model,
+    loaded_model,
+    merged_dora_weight,
+    merged_lora_weight,
+    with_random_variants,
+)
 from tests.support.paths import TINY_LLAMA
 from tests.support.recipe_runs import run_merge
 
@@ -45,7 +53,7 @@ def their_logits(directory):
 
 @torch.no_grad()
 def our_logits(checkpoint, adapter, quantize_base=False):
-    return load_model_for_inference(checkpoint, adapter, quantize_base, torch.float32, CPU)(TOKENS)
+    return inference_model(checkpoint, adapter, quantize_base)(TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +119,10 @@ def test_L22_several_adapters_with_weights(make_checkpoint, tmp_path, variants):
     merge("both", (first, 0.7), (second, -0.4))
     of_one = merge("one", (first, 1.0), (second, 0.0))
     torch.testing.assert_close(of_one, our_logits(checkpoint, first), atol=1e-4, rtol=0)
-    base = BaseWeights(checkpoint, dequantized=False)
-    adapters = [read_adapter(checkpoint, first, 0.7), read_adapter(checkpoint, second, -0.4)]
-    merged_weights = BaseWeights(tmp_path / "both", dequantized=False)
+    base = BaseWeights(open_checkpoint(checkpoint), dequantized=False)
+    weights = {first: 0.7, second: -0.4}
+    adapters = [read_adapter(base.checkpoint, open_adapter(path), weight) for path, weight in weights.items()]
+    merged_weights = BaseWeights(open_checkpoint(tmp_path / "both"), dequantized=False)
     for name in ("layers.0.attn.q_proj.weight", "layers.1.mlp.w2.weight"):
         expected = base.read(name).clone()
         for factor, model in zip((0.7, -0.4), models, strict=True):
@@ -131,10 +140,11 @@ def test_L22_the_proofs_reference_is_the_model_that_answers(make_checkpoint, tmp
     """The streamed logits of base + adapter, and of the base, are those of the model in memory."""
     checkpoint = make_checkpoint()
     adapter = saved_adapter(with_random_variants(loaded_model(checkpoint, use_dora=True)), tmp_path / "adapter")
-    model = load_model_for_inference(checkpoint, adapter, False, torch.float32, CPU)
-    base = BaseWeights(checkpoint, dequantized=False)
+    model = inference_model(checkpoint, adapter)
+    base = BaseWeights(open_checkpoint(checkpoint), dequantized=False)
     with torch.no_grad():
-        streamed = logits_with_adapters(base, [read_adapter(checkpoint, adapter)], TOKENS.tolist())
+        adapters = [read_adapter(base.checkpoint, open_adapter(adapter))]
+        streamed = logits_with_adapters(base, adapters, TOKENS.tolist())
         torch.testing.assert_close(streamed, model(TOKENS).flatten(0, 1), atol=1e-4, rtol=0)
         with disable_adapter(model):
             expected = model(TOKENS).flatten(0, 1)

@@ -13,15 +13,13 @@ import torch
 import yaml
 
 from custom_components.datasets.token_cache import TokenCache
-from custom_components.runs.checkpoints import find_checkpoint
-from custom_components.runs.resuming import check_resumed_config
+from custom_components.runs.resuming import open_run_to_resume
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
-from custom_components.weights.adapted_model import load_model_for_inference
 from custom_components.weights.adapters import save_adapter
 from tests.support.adapters import WEIGHTS
 from tests.support.checkpoints import as_meta_checkpoint, split_into_shards
-from tests.support.models import CPU, loaded_model
+from tests.support.models import inference_model, loaded_model
 from tests.support.paths import PROJECT
 from tests.support.recipe_runs import arguments
 
@@ -180,7 +178,7 @@ def test_L29_an_adapter_s_pickles_are_not_executed(make_checkpoint, tmp_path, po
     (adapter / WEIGHTS).unlink()
     poison(adapter / name)
     with pytest.raises(UserError, match="not a whole file of plain tensors"):
-        load_model_for_inference(checkpoint, adapter, False, torch.float32, CPU)
+        inference_model(checkpoint, adapter)
 
 
 def test_L29_a_run_s_checkpoint_is_not_executed(tmp_path, poison):
@@ -189,7 +187,7 @@ def test_L29_a_run_s_checkpoint_is_not_executed(tmp_path, poison):
     poison(step / "state.pt")
     for resume in (True, str(step)):
         with pytest.raises(UserError, match="whole checkpoint"):
-            find_checkpoint(resume, tmp_path / "run")
+            open_run_to_resume(resume, tmp_path / "run")
 
 
 def test_L29_cached_tokens_are_not_executed(rows, tmp_path, poison):
@@ -209,9 +207,12 @@ def test_L29_yaml_is_not_executed(make_checkpoint, tmp_path, monkeypatch):
     (tmp_path / "prompt_format.yaml").write_text(text)
     with pytest.raises(UserError, match="not a prompt format"):
         read_prompt_format(tmp_path)
-    (tmp_path / "config.yaml").write_text(text)
+    step = tmp_path / "step_000001"
+    step.mkdir()
+    torch.save({}, step / "state.pt")
+    (step / "config.yaml").write_text(text)
     with pytest.raises(UserError, match="cannot be read"):
-        check_resumed_config(tmp_path, None)
+        open_run_to_resume(str(step), tmp_path)
     assert not (tmp_path / "executed").exists()
     yaml.unsafe_load(text)
     assert (tmp_path / "executed").exists()

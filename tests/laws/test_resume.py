@@ -11,8 +11,8 @@ import torch
 
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings
-from custom_components.runs.checkpoints import BesideWeights, find_checkpoint, save_checkpoint
-from custom_components.runs.resuming import check_resumed_config
+from custom_components.runs.checkpoints import BesideWeights, save_run_checkpoint
+from custom_components.runs.resuming import open_run_to_resume
 from custom_components.runtime.errors import UserError
 from custom_components.training.state import Progress, TrainingState
 from tests.support.checkpoints import write_checkpoint
@@ -132,7 +132,7 @@ def test_L18_a_torn_checkpoint_is_passed_over(short_run):
     newest = output_dir / "checkpoints/step_000006/state.pt"
     newest.write_bytes(newest.read_bytes()[:-200])
     (output_dir / "checkpoints/.step_000009.writing-1").mkdir()
-    assert find_checkpoint(True, output_dir).name == "step_000003"
+    assert open_run_to_resume(True, output_dir).path.name == "step_000003"
     result = tune_run(*run, f"resume_from_checkpoint={newest.parent}")
     assert result.returncode == 2 and "is not a whole checkpoint" in result.stderr
 
@@ -147,6 +147,10 @@ def test_L18_only_the_newest_and_the_best_are_kept(make_checkpoint, many_rows, t
     assert kept == sorted({f"step_{best:06}", "step_000008", "step_000010"})
 
 
+def config_of(*arguments):
+    return load_settings(TrainingSettings, list(arguments)).model_dump(mode="json")
+
+
 @pytest.mark.parametrize(
     "override", ["lora_rank=8", "seed=5", "batch_size=1", "lora_attn_modules=[q_proj]", "packed=true"]
 )
@@ -154,14 +158,14 @@ def test_L19_differences_that_change_shapes_or_order_are_refused(short_run, monk
     run, output_dir = short_run
     monkeypatch.chdir(PROJECT)
     with pytest.raises(UserError, match=f"resume_from_checkpoint: {override.partition('=')[0]} was"):
-        check_resumed_config(output_dir / "checkpoints/step_000006", load_settings(TrainingSettings, [*run, override]))
+        open_run_to_resume(True, output_dir).check_config(config_of(*run, override))
 
 
 def test_L19_other_differences_are_listed(short_run, monkeypatch, capsys):
     run, output_dir = short_run
     monkeypatch.chdir(PROJECT)
-    settings = load_settings(TrainingSettings, [*run, "optimizer.lr=1e-5", "sample_prompts=[x]"])
-    check_resumed_config(output_dir / "checkpoints/step_000006", settings)
+    config = config_of(*run, "optimizer.lr=1e-5", "sample_prompts=[x]")
+    open_run_to_resume(True, output_dir).check_config(config)
     said = capsys.readouterr().out
     assert "differs from the checkpoint: optimizer.lr was 0.0002, now 1e-05\n" in said
     assert "sample_prompts" not in said
@@ -177,8 +181,8 @@ def test_L19_other_rows_are_refused(short_run, tmp_path):
 
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint"):
-        find_checkpoint(True, tmp_path)
-    assert find_checkpoint(False, tmp_path) is None
+        open_run_to_resume(True, tmp_path)
+    assert open_run_to_resume(False, tmp_path) is None
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -193,7 +197,7 @@ def test_L30_a_signal_saves_and_the_run_goes_on_from_there(finished_run, tmp_pat
     assert "Traceback" not in result.stdout + result.stderr
     num_done = num_records(tmp_path / "out")
     assert num_done < 600
-    assert find_checkpoint(True, tmp_path / "out").name == f"step_{num_done:06}"
+    assert open_run_to_resume(True, tmp_path / "out").path.name == f"step_{num_done:06}"
 
 
 def test_L30_a_full_disk_destroys_no_checkpoint(short_run, monkeypatch):
@@ -208,9 +212,9 @@ def test_L30_a_full_disk_destroys_no_checkpoint(short_run, monkeypatch):
     before = sorted(path.name for path in (output_dir / "checkpoints").iterdir())
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="step_000009.*could not be written.*No space left"):
-        save_checkpoint(output_dir, model, state, BesideWeights("base", {}, ""), num_kept=2)
+        save_run_checkpoint(output_dir, model, state, BesideWeights("base", {}, ""), num_kept=2)
     assert sorted(path.name for path in (output_dir / "checkpoints").iterdir()) == before
-    assert find_checkpoint(True, output_dir).name == "step_000006"
+    assert open_run_to_resume(True, output_dir).path.name == "step_000006"
 
 
 def test_two_runs_in_one_directory(make_checkpoint, many_rows, tmp_path):

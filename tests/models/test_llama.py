@@ -17,6 +17,7 @@ from custom_components.models import DoRALinear, LoRALinear
 from custom_components.models.llama import LinearPlace, frozen_linear, llama, lora_llama
 from custom_components.models.lora import FrozenLinear, adapter_modules, merged_weight
 from custom_components.models.shapes import LlamaShape, shape_from_checkpoint
+from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import load_base_weights
 from tests.support.adapters import saved_adapter
 from tests.support.models import CPU, TOKENS, with_random_adapters
@@ -129,7 +130,7 @@ def model_of_new_variant(make_checkpoint):
     with torch.device("meta"):
         model = llama(shape_from_checkpoint(checkpoint), linear)
     set_trainable_params(model, get_adapter_params(model))
-    load_base_weights(model, checkpoint, torch.float32, CPU)
+    load_base_weights(model, open_checkpoint(checkpoint), torch.float32, CPU)
     return with_random_adapters(model).eval()
 
 

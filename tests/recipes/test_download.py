@@ -22,9 +22,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from custom_components.models.shapes import shape_from_checkpoint
+from custom_components.models.shapes import LLAMA2_7B, shape_from_checkpoint
 from custom_components.runtime.errors import UserError
-from custom_components.weights.checkpoint_files import base_model_name
+from custom_components.weights.checkpoint_files import BaseCheckpoint
 from tests.support.models import loaded_model
 from tests.support.paths import PROJECT, TINY_LLAMA
 
@@ -272,7 +272,7 @@ def test_a_download_says_which_repository_it_came_from(open_download):
     """An adapter's `base_model_name_or_path` is read from there."""
     directory, _ = open_download
     assert json.loads((directory / "original_repo_id.json").read_text()) == {"repo_id": OPEN_MODEL}
-    assert base_model_name(directory) == OPEN_MODEL
+    assert BaseCheckpoint(directory, LLAMA2_7B).name == OPEN_MODEL
 
 
 def test_a_download_is_a_checkpoint_that_this_package_loads(open_download):

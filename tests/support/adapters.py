@@ -7,9 +7,8 @@ from torch import nn
 from torchtune.modules import TransformerDecoder
 
 from custom_components.transforms.prompt_format import PromptFormat
-from custom_components.weights.adapted_model import load_model_for_inference
 from custom_components.weights.adapters import save_adapter
-from tests.support.models import CPU, TOKENS
+from tests.support.models import TOKENS, inference_model
 
 WEIGHTS = "adapter_model.safetensors"
 PROMPT_FORMAT = PromptFormat("llama2", "Be kind.", ["</s>"])
@@ -22,7 +21,7 @@ def saved_adapter(model: TransformerDecoder, directory: Path, prompt_format: Pro
 
 def assert_same_logits(checkpoint: Path, adapter_dir: Path, theirs: nn.Module) -> TransformerDecoder:
     """Load base and adapter, and hold the logits against those of another library's model."""
-    model = load_model_for_inference(checkpoint, adapter_dir, False, torch.float32, CPU)
+    model = inference_model(checkpoint, adapter_dir)
     with torch.no_grad():
         expected = theirs(TOKENS)
         torch.testing.assert_close(model(TOKENS), getattr(expected, "logits", expected), atol=1e-4, rtol=0)

@@ -11,6 +11,9 @@ from custom_components.models import nf4
 from custom_components.models.builders import lora_llama_from_config
 from custom_components.models.dora import DoRALinear
 from custom_components.models.lora import LoRALinear, adapter_modules
+from custom_components.weights.adapted_model import load_model_for_inference
+from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import load_base_weights
 from custom_components.weights.names import halve_rope_rows
 from custom_components.weights.peft_format import hugging_face_module
@@ -28,8 +31,16 @@ def loaded_model(
     with torch.device("meta"):
         model = lora_llama_from_config(checkpoint_dir, **settings)
     torch.manual_seed(seed)
-    load_base_weights(model, checkpoint_dir, dtype, CPU)
+    load_base_weights(model, open_checkpoint(checkpoint_dir), dtype, CPU)
     return model
+
+
+def inference_model(
+    checkpoint_dir: Path, adapter_dir: Path | None = None, quantize_base: bool = False
+) -> TransformerDecoder:
+    """A checkpoint's model in fp32, with an adapter where one is named, as recipes load it to answer."""
+    adapter = open_adapter(adapter_dir) if adapter_dir else None
+    return load_model_for_inference(open_checkpoint(checkpoint_dir), adapter, quantize_base, torch.float32, CPU)
 
 
 def with_random_adapters(model: TransformerDecoder, seed: int = 1) -> TransformerDecoder:

@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 from custom_components.export.merged_weights import read_adapter
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
-from custom_components.weights.adapted_model import load_model_for_inference, lora_settings
+from custom_components.weights.adapted_model import lora_settings
+from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.adapters import check_adapter_fits, copy_into_adapter, load_adapter, save_adapter
+from custom_components.weights.checkpoint_files import open_checkpoint
 from tests.support.adapters import WEIGHTS, assert_same_logits
-from tests.support.models import CPU, TOKENS, loaded_model
+from tests.support.models import TOKENS, inference_model, loaded_model
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_an_adapter_of_peft_gives_peft_s_logits(make_checkpoint, tmp_path, peft_
     model = assert_same_logits(checkpoint, tmp_path / "theirs", theirs)
     assert read_prompt_format(tmp_path / "theirs") is None
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    adapted = read_adapter(checkpoint, tmp_path / "theirs").modules
+    adapted = read_adapter(open_checkpoint(checkpoint), open_adapter(tmp_path / "theirs")).modules
     assert len(adapted) == len([name for name, _ in theirs.named_modules() if name.endswith("lora_A.default")])
 
 
@@ -104,12 +106,12 @@ def test_a_head_that_peft_saved_along_has_to_be_the_checkpoint_s(make_checkpoint
     save_file(stored, tmp_path / "theirs" / WEIGHTS)
     words = r"output\.weight of its base model, and it is not checkpoint_dir's"
     with pytest.raises(UserError, match=words):
-        load_model_for_inference(checkpoint, tmp_path / "theirs", False, torch.float32, CPU)
+        inference_model(checkpoint, tmp_path / "theirs")
     with pytest.raises(UserError, match=words):
-        read_adapter(checkpoint, tmp_path / "theirs")
-    model = loaded_model(checkpoint, **lora_settings(tmp_path / "theirs"))
+        read_adapter(open_checkpoint(checkpoint), open_adapter(tmp_path / "theirs"))
+    model = loaded_model(checkpoint, **lora_settings(open_adapter(tmp_path / "theirs")))
     with pytest.raises(UserError, match=words):
-        load_adapter(model, tmp_path / "theirs")
+        load_adapter(model, open_adapter(tmp_path / "theirs"))
 
 
 def without_prefix(key):
@@ -179,14 +181,14 @@ def test_adapters_that_cannot_be_built_are_refused_in_one_line(tmp_path, changes
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | changes
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=words) as error:
-        lora_settings(tmp_path)
+        open_adapter(tmp_path)
     assert str(tmp_path / "adapter_config.json") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_adapters_on_embeddings_are_refused_by_name(make_checkpoint, tmp_path, peft_model):
     peft_model(make_checkpoint(), target_modules=["q_proj", "embed_tokens"]).save_pretrained(tmp_path / "theirs")
     with pytest.raises(UserError, match=r"embed_tokens\.lora_embedding_A' has no place in a Llama's adapter"):
-        lora_settings(tmp_path / "theirs")
+        open_adapter(tmp_path / "theirs")
 
 
 def test_a_run_s_directory_is_pointed_to_its_adapter(make_checkpoint, tmp_path):
@@ -194,9 +196,9 @@ def test_a_run_s_directory_is_pointed_to_its_adapter(make_checkpoint, tmp_path):
         loaded_model(make_checkpoint()), tmp_path / "run/adapter", "a/base", PromptFormat("llama2", None, []).texts()
     )
     with pytest.raises(UserError, match="has no adapter_config.json; name .*/run/adapter$"):
-        lora_settings(tmp_path / "run")
+        open_adapter(tmp_path / "run")
     with pytest.raises(UserError, match="has no adapter_config.json; name the adapter/ of a run"):
-        lora_settings(tmp_path)
+        open_adapter(tmp_path)
 
 
 def test_a_training_run_begins_from_an_adapter_of_peft(make_checkpoint, tmp_path, peft_model):
@@ -206,7 +208,7 @@ def test_a_training_run_begins_from_an_adapter_of_peft(make_checkpoint, tmp_path
     theirs.save_pretrained(tmp_path / "theirs")
     lora = {"lora_attn_modules": ["q_proj", "k_proj"], "apply_lora_to_mlp": False, "lora_rank": 3, "lora_alpha": 9}
     model = loaded_model(checkpoint, **lora)
-    copy_into_adapter(model, check_adapter_fits(model, tmp_path / "theirs"))
+    copy_into_adapter(model, check_adapter_fits(model, open_adapter(tmp_path / "theirs")))
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits, atol=1e-4, rtol=0)
     for change, words in [
@@ -214,4 +216,4 @@ def test_a_training_run_begins_from_an_adapter_of_peft(make_checkpoint, tmp_path
         ({"lora_attn_modules": ["v_proj"]}, r"target_modules is \['k_proj', 'q_proj'\], the model's \['v_proj'\]"),
     ]:
         with pytest.raises(UserError, match=words):
-            check_adapter_fits(loaded_model(checkpoint, **lora | change), tmp_path / "theirs")
+            check_adapter_fits(loaded_model(checkpoint, **lora | change), open_adapter(tmp_path / "theirs"))

@@ -13,12 +13,14 @@ from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.export.merged_card import merged_card
+from custom_components.models.shapes import LLAMA2_7B
 from custom_components.runs.adapter_card import TrainingFacts, adapter_card
 from custom_components.training.state import Progress
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapters import adapter_settings
 from custom_components.weights.card import CARD_NAME
+from custom_components.weights.checkpoint_files import BaseCheckpoint
 from tests.support.paths import PROJECT, TINY_TOKENIZER
 
 HUB_BASE = "meta-llama/Llama-2-7b-hf"
@@ -66,7 +68,7 @@ def make_card(rows, tmp_path, monkeypatch):
             dataset, dataset_val = split_validation(dataset, 0.2, seed=0)
             progress = Progress(num_steps=2, best_step=1, best_val_loss=1.25)
         training = TrainingFacts(
-            settings.checkpoint_dir,
+            BaseCheckpoint(settings.checkpoint_dir, LLAMA2_7B),
             adapter_settings(model),
             settings.quantize_base,
             PromptFormat(settings.prompt_template, system_prompt, ["</s>"]),
@@ -155,7 +157,7 @@ def test_a_merged_model_takes_over_what_the_adapter_says(make_card, hub_checkpoi
     adapter.mkdir()
     card_text = make_card(f"checkpoint_dir={hub_checkpoint}", sources=["a/set"])
     (adapter / CARD_NAME).write_text(card_text)
-    text = merged_card(hub_checkpoint, [(adapter, 1.0)], "original")
+    text = merged_card(BaseCheckpoint(hub_checkpoint, LLAMA2_7B), [(adapter, 1.0)], "original")
     assert ModelCard(text).data.to_dict() == {
         "base_model": HUB_BASE,
         "base_model_relation": "finetune",
@@ -176,7 +178,8 @@ def test_merged_adapters_without_a_card_of_ours_are_only_named(hub_checkpoint, t
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
     (tmp_path / "second" / CARD_NAME).write_text(f"---\n{theirs}\n---\n# Theirs\n\n## Data\n\nSecret.\n")
-    text = merged_card(hub_checkpoint, [(tmp_path / "first", 0.7), (tmp_path / "second", 0.3)], "dequantized")
+    base = BaseCheckpoint(hub_checkpoint, LLAMA2_7B)
+    text = merged_card(base, [(tmp_path / "first", 0.7), (tmp_path / "second", 0.3)], "dequantized")
     assert "**Adapter `first`, weight 0.7**" in text and "**Adapter `second`, weight 0.3**" in text
     assert "2 LoRA adapters merged in" in text and "the base's dequantized weights" in text
     assert "Secret" not in text and "## Data" not in text

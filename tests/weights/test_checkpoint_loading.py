@@ -8,7 +8,8 @@ from custom_components.models.builders import lora_llama2_7b, lora_llama_from_co
 from custom_components.models.nf4 import is_quantized
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
-from custom_components.weights.adapted_model import lora_settings
+from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import load_base_weights, unquantized_modules
 from custom_components.weights.names import halve_rope_rows, interleave_rope_rows
 from tests.support.checkpoints import as_meta_checkpoint, split_into_shards
@@ -98,7 +99,7 @@ def test_the_epsilon_of_the_norms_is_the_checkpoints(make_checkpoint):
     with torch.device("meta"):
         model = lora_llama_from_config(built, ["q_proj"])
     other = make_checkpoint("other", rms_norm_eps=0.5)
-    load_base_weights(model, other, torch.float32, CPU)
+    load_base_weights(model, open_checkpoint(other), torch.float32, CPU)
     with torch.no_grad():
         assert torch.equal(model(TOKENS), loaded_model(other, lora_attn_modules=["q_proj"])(TOKENS))
 
@@ -154,4 +155,4 @@ def test_a_tokenizer_larger_than_the_embedding_is_an_error_a_smaller_one_is_said
 
 def test_an_adapter_directory_without_adapter(tmp_path):
     with pytest.raises(UserError, match=r"has no adapter_config\.json"):
-        lora_settings(tmp_path)
+        open_adapter(tmp_path)

@@ -5,6 +5,7 @@ import torch
 from custom_components.models import nf4
 from custom_components.models.builders import lora_llama_from_config
 from custom_components.weights import checkpoint_loading
+from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import frozen_checksum, load_base_weights
 from tests.support.models import CPU
 
@@ -12,7 +13,7 @@ from tests.support.models import CPU
 def load(checkpoint, cache_dir):
     with torch.device("meta"):
         model = lora_llama_from_config(checkpoint, ["q_proj"], quantize_base=True)
-    load_base_weights(model, checkpoint, torch.bfloat16, CPU, cache_dir)
+    load_base_weights(model, open_checkpoint(checkpoint), torch.bfloat16, CPU, cache_dir)
     return model
 
 

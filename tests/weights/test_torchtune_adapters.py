@@ -11,7 +11,7 @@ from torchtune.models.llama2 import lora_llama2
 from torchtune.modules.peft import get_adapter_state_dict, get_lora_module_names
 
 from custom_components.runtime.errors import UserError
-from custom_components.weights.adapted_model import lora_settings
+from custom_components.weights.adapter_files import open_adapter
 from tests.support.adapters import WEIGHTS, assert_same_logits
 
 
@@ -111,7 +111,7 @@ def test_torchtune_s_conversion_of_dora_is_refused_on_its_own(make_checkpoint, t
     save_with_torchtune(torchtune_model(checkpoint, lora), checkpoint, tmp_path / "run", lora)
     (tmp_path / "run/epoch_1/adapter_model.pt").unlink()
     with pytest.raises(UserError, match="torchtune's conversion.*put its adapter_model.pt beside it"):
-        lora_settings(tmp_path / "run/epoch_1")
+        open_adapter(tmp_path / "run/epoch_1")
 
 
 def test_directories_of_torchtune_that_are_not_an_adapter_s(make_checkpoint, tmp_path):
@@ -119,7 +119,7 @@ def test_directories_of_torchtune_that_are_not_an_adapter_s(make_checkpoint, tmp
     lora = {"lora_attn_modules": ["q_proj"]}
     save_with_torchtune(torchtune_model(checkpoint, lora), checkpoint, tmp_path / "run", lora)
     with pytest.raises(UserError, match="has no adapter_config.json; name .*/run/epoch_1"):
-        lora_settings(tmp_path / "run")
+        open_adapter(tmp_path / "run")
     (tmp_path / "run/epoch_1/adapter_config.json").unlink()
     with pytest.raises(UserError, match="holds an adapter without adapter_config.json; write one with r, lora_alpha"):
-        lora_settings(tmp_path / "run/epoch_1")
+        open_adapter(tmp_path / "run/epoch_1")
