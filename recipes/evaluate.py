@@ -26,11 +26,11 @@ from custom_components.evaluation.answers import (
 )
 from custom_components.evaluation.report import Measures, results_file, results_table
 from custom_components.evaluation.scores import scores_by_source
-from custom_components.runs.origin import tokenizer_of_run
+from custom_components.runs.origin import ValidationDraw, open_origin
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
-from custom_components.transforms.prompt_format import tokenizer_of_adapter
+from custom_components.transforms.prompt_format import stated_prompt_format, tokenizer_with_format
 from custom_components.weights.adapted_model import load_model_for_inference, model_for_adapter
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint
@@ -90,14 +90,23 @@ def recipe_main() -> None:
 
 def trained_tokenizer(settings: EvaluationSettings) -> Llama2ChatTransform:
     """The tokenizer, with the prompt format that the adapter was trained with."""
-    tokenizer = tokenizer_of_adapter(
+    trained = stated_prompt_format(settings.checkpoint_dir, settings.adapter_dir)
+    tokenizer = tokenizer_with_format(
         settings.checkpoint_dir,
-        settings.adapter_dir,
+        trained,
         prompt_template=settings.prompt_template,
         system_prompt=settings.system_prompt,
     ).replace(max_seq_len=settings.max_seq_len)
     if settings.val_fraction is not None and settings.adapter_dir is not None:
-        return tokenizer_of_run(settings.adapter_dir, tokenizer, settings)
+        draw = ValidationDraw(
+            settings.val_fraction,
+            settings.seed,
+            settings.on_overlong,
+            settings.max_seq_len,
+            settings.prompt_template,
+            settings.system_prompt,
+        )
+        return open_origin(settings.adapter_dir).validation_tokenizer(tokenizer, draw, trained)
     return tokenizer
 
 

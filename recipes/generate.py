@@ -30,7 +30,7 @@ from custom_components.generation.sampling import Sampling
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
-from custom_components.transforms.prompt_format import tokenizer_of_adapter
+from custom_components.transforms.prompt_format import stated_prompt_format, tokenizer_with_format
 from custom_components.weights.adapted_model import load_model_for_inference
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
@@ -41,9 +41,9 @@ def recipe_main() -> None:
     check_that_something_is_asked(settings)
     # Answers have stdout for themselves.
     with contextlib.redirect_stdout(sys.stderr):
-        tokenizer = tokenizer_of_adapter(
+        tokenizer = tokenizer_with_format(
             settings.checkpoint_dir,
-            settings.adapter_dir,
+            stated_prompt_format(settings.checkpoint_dir, settings.adapter_dir),
             prompt_template=settings.prompt_template,
             system_prompt=settings.system_prompt,
         )

@@ -29,21 +29,21 @@ from custom_components.export.merge_record import check_not_merged_yet, write_re
 from custom_components.export.merged_card import merged_card
 from custom_components.export.merged_weights import BaseWeights, MergedAdapter, MergedWeights, read_adapter
 from custom_components.export.modelfile import write_modelfile
-from custom_components.runs.origin import example_rows, trained_on_nf4
+from custom_components.runs.origin import open_origin
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.transforms.jinja_template import chat_template, control_pieces_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import (
+    PromptFormat,
     read_prompt_format,
-    stated_prompt_format,
-    tokenizer_of_adapter,
+    tokenizer_with_format,
     write_prompt_format,
 )
 from custom_components.transforms.tokenizer_files import ExportedTokenizer, source_template, write_tokenizer
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.card import CARD_NAME
-from custom_components.weights.checkpoint_files import open_checkpoint
+from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
 
 # q8_0: blocks of 32 values in a byte each, with a scale in f16.
 BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "f16": 2, "q8_0": 34 / 32}
@@ -62,8 +62,10 @@ def recipe_main() -> None:
     adapters = [read_adapter(checkpoint, open_adapter(a.dir), a.weight) for a in settings.weighted_adapters]
     check_not_merged_yet(settings.checkpoint_dir, adapters, allow_merged_base=settings.allow_merged_base)
     merged = MergedWeights(base, adapters)
-    transform = fit_tokenizer(tokenizer_of_adapter(settings.checkpoint_dir, adapter_dirs[0]), base.model)
-    template = template_of(adapter_dirs, settings.checkpoint_dir, transform)
+    formats = [read_prompt_format(adapter_dir) for adapter_dir in adapter_dirs]
+    prompt_format = formats[0] or read_prompt_format(settings.checkpoint_dir)
+    transform = fit_tokenizer(tokenizer_with_format(settings.checkpoint_dir, prompt_format), base.model)
+    template = template_of(formats, adapter_dirs[0], checkpoint, transform)
     tokenizer = ExportedTokenizer(checkpoint.tokenizer_model, transform.tokenizer, transform.stop_tokens, template)
     storage = storage_of(settings, base)
     num_bytes = round(merged.num_values * BYTES_PER_VALUE[storage])
@@ -71,11 +73,13 @@ def recipe_main() -> None:
 
     with merge_directory(settings.output_dir) as directory:
         if settings.format == "gguf":
-            written: Weights = write_gguf_file(directory, merged, settings, tokenizer)
+            written: Weights = write_gguf_file(directory, merged, settings, tokenizer, prompt_format)
         else:
             card = merged_card(checkpoint, [(a.directory, a.weight) for a in adapters], settings.base)
             (directory / CARD_NAME).write_text(card, encoding="utf-8")
-            written = write_hugging_face(directory, merged, settings, tokenizer, storage)
+            if prompt_format is not None:
+                write_prompt_format(prompt_format, directory)
+            written = write_hugging_face(directory, merged, checkpoint, tokenizer, storage)
         write_record(directory, checkpoint, settings.base, adapters)
         if settings.prove:
             prove(written, storage, base, settings.base, adapters, transform)
@@ -101,23 +105,24 @@ def storage_of(settings: MergeSettings, base: BaseWeights) -> str:
 def write_hugging_face(
     directory: Path,
     merged: MergedWeights,
-    settings: MergeSettings,
+    checkpoint: BaseCheckpoint,
     tokenizer: ExportedTokenizer,
     storage: str,
 ) -> Weights:
     """Write a Hugging Face directory; returns what it holds, read back."""
     dtype = PRECISION_STR_TO_DTYPE[storage]
     write_weights(directory, with_progress(merged), merged.shapes, merged.shape, dtype)
-    write_config(directory, settings.checkpoint_dir, merged.shape, tokenizer, dtype)
+    write_config(directory, checkpoint.directory, merged.shape, tokenizer, dtype)
     write_tokenizer(directory, tokenizer, merged.shape.max_seq_len)
-    prompt_format = stated_prompt_format(settings.checkpoint_dir, settings.weighted_adapters[0].dir)
-    if prompt_format is not None:
-        write_prompt_format(prompt_format, directory)
     return BaseWeights(open_checkpoint(directory), dequantized=False)
 
 
 def write_gguf_file(
-    directory: Path, merged: MergedWeights, settings: MergeSettings, tokenizer: ExportedTokenizer
+    directory: Path,
+    merged: MergedWeights,
+    settings: MergeSettings,
+    tokenizer: ExportedTokenizer,
+    prompt_format: PromptFormat | None,
 ) -> Weights:
     """Write one GGUF file, and a Modelfile for Ollama; returns what the file holds, read back."""
     name = settings.output_dir.resolve().name
@@ -130,8 +135,7 @@ def write_gguf_file(
         quantization=settings.gguf_quantization,
         name=name,
     )
-    prompt_format = stated_prompt_format(settings.checkpoint_dir, settings.weighted_adapters[0].dir)
-    write_modelfile(directory, path.name, prompt_format, control_pieces_of(settings.checkpoint_dir / "tokenizer.model"))
+    write_modelfile(directory, path.name, prompt_format, control_pieces_of(tokenizer.model))
     return GgufWeights(path, merged.shape)
 
 
@@ -139,17 +143,18 @@ def with_progress(merged: MergedWeights) -> Iterable[tuple[str, Tensor]]:
     return tqdm(merged.tensors(), "merging", len(merged.shapes), unit="tensor", leave=False, delay=1)
 
 
-def template_of(adapter_dirs: Sequence[Path], checkpoint_dir: Path, transform: Llama2ChatTransform) -> str | None:
-    """The chat template of the adapters' prompt format; the checkpoint's own, if any, where they state none."""
-    formats = [read_prompt_format(adapter_dir) for adapter_dir in adapter_dirs]
+def template_of(
+    formats: Sequence[PromptFormat | None], first_dir: Path, checkpoint: BaseCheckpoint, transform: Llama2ChatTransform
+) -> str | None:
+    """The chat template of the adapters' prompt formats; the checkpoint's own, if any, where they state none."""
     if any(other != formats[0] for other in formats):
-        print(f"warning: the adapters were trained with different prompt formats; taken is that of {adapter_dirs[0]}")
+        print(f"warning: the adapters were trained with different prompt formats; taken is that of {first_dir}")
     if formats[0] is None:
-        template = source_template(checkpoint_dir)
+        template = source_template(checkpoint.directory)
         found = "the checkpoint's chat template is kept" if template else "no chat template is written"
-        print(f"{adapter_dirs[0]} states no prompt format: {found}")
+        print(f"{first_dir} states no prompt format: {found}")
         return template
-    pieces = control_pieces_of(checkpoint_dir / "tokenizer.model")
+    pieces = control_pieces_of(checkpoint.tokenizer_model)
     added_tokens = [token.text for token in transform.tokenizer.added_tokens.tokens]
     return chat_template(formats[0].prompt_template, formats[0].system_prompt, pieces, added_tokens)
 
@@ -167,7 +172,8 @@ def prove(
     Raises:
         UserError: further than rounding explains.
     """
-    rows, kind = example_rows(adapters[0].directory, tokenizer)
+    origins = [open_origin(adapter.directory) for adapter in adapters]
+    rows, kind = origins[0].example_rows(tokenizer)
     print(f"compared in fp32 on {sum(map(len, rows))} tokens of {len(rows)} {kind}:")
     logits_TV = logits_of_weights(written, rows)
     proof = compared(logits_TV, logits_with_adapters(base, adapters, rows))
@@ -177,7 +183,7 @@ def prove(
     print(f"  merged against the {base_name} weights alone: {alone}")
     if proof.relative_difference > alone.relative_difference / 2:
         print(f"warning: rounding to {storage} changes the logits about as much as the adapter does; write more bits")
-    if base_name == "original" and any(trained_on_nf4(adapter.directory) for adapter in adapters):
+    if base_name == "original" and any(origin.has_nf4_base for origin in origins):
         trained_on = BaseWeights(base.checkpoint, dequantized=True)
         trained = compared(logits_TV, logits_with_adapters(trained_on, adapters, rows))
         print(f"  merged against the NF4 weights + adapter, as trained: {trained}")

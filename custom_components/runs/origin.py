@@ -1,19 +1,19 @@
-"""What the run that an adapter came from tells about it: its config.yaml, which lies beside adapter/."""
+"""The run that an adapter came from, as the config.yaml beside its adapter/ states it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from custom_components import datasets
-from custom_components.config.task_settings import EvaluationSettings
 from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.sources import data_files
 from custom_components.runs.run_directory import RUN_CONFIG_NAME
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
-from custom_components.transforms.prompt_format import read_prompt_format
+from custom_components.transforms.prompt_format import PromptFormat
 
 _CHAT_DATASET = f"{datasets.__name__}.{chat_dataset.__name__}"
 # Rows are a few and cut short, so that a proof on a model of 7B takes minutes on a CPU.
@@ -27,53 +27,81 @@ _SENTENCES = (
 )
 
 
-def trained_on_nf4(adapter_dir: Path) -> bool:
-    """Whether the run says that the base was quantized."""
-    return _run_config(adapter_dir).get("quantize_base") is True
+@dataclass(frozen=True)
+class ValidationDraw:
+    """The keys of a config that decide which rows :func:`split_validation` draws; None: left to the run."""
+
+    val_fraction: float
+    seed: int
+    on_overlong: str
+    max_seq_len: int | None
+    prompt_template: str | dict[str, str] | None
+    system_prompt: str | None
 
 
-def example_rows(adapter_dir: Path, tokenizer: Llama2ChatTransform) -> tuple[list[list[int]], str]:
-    """The first tokens of a few rows to compare models on, and in words what they are.
+@dataclass(frozen=True)
+class Origin:
+    """The run that an adapter came from.
 
-    They are rows that the adapter was trained on, where its run names local files that are still there; otherwise
-    sentences of our own in its prompt format. Nothing is fetched, and of the config nothing is called.
+    Attributes:
+        config: of the run; empty if no run is known.
     """
-    rows = _training_rows(_run_config(adapter_dir).get("dataset"), tokenizer)
-    if rows:
-        return rows, "training rows"
-    dialogs = [[{"role": "user", "content": sentence}] for sentence in _SENTENCES]
-    rows = [tokenizer({"messages": dialog}, inference=True)["tokens"][:_NUM_TOKENS_PER_ROW] for dialog in dialogs]
-    return rows, "sentences of our own, for the training rows are not there"
+
+    config: Mapping[str, Any]
+
+    @property
+    def has_nf4_base(self) -> bool:
+        return self.config.get("quantize_base") is True
+
+    def example_rows(self, tokenizer: Llama2ChatTransform) -> tuple[list[list[int]], str]:
+        """Give the first tokens of a few rows to compare models on, and in words what they are.
+
+        They are rows that the adapter was trained on, if its run names local files that still exist; otherwise
+        sentences of our own in its prompt format. Nothing is fetched, and nothing that the config names is called.
+        """
+        rows = _training_rows(self.config.get("dataset"), tokenizer)
+        if rows:
+            return rows, "training rows"
+        dialogs = [[{"role": "user", "content": sentence}] for sentence in _SENTENCES]
+        rows = [tokenizer({"messages": dialog}, inference=True)["tokens"][:_NUM_TOKENS_PER_ROW] for dialog in dialogs]
+        return rows, "sentences of our own, for the training rows are not there"
+
+    def validation_tokenizer(
+        self, tokenizer: Llama2ChatTransform, draw: ValidationDraw, trained: PromptFormat | None
+    ) -> Llama2ChatTransform:
+        """Make a tokenizer that cuts and supervises rows as the run did: :func:`split_validation` draws by both.
+
+        If no run is known, it is the one given.
+
+        Raises:
+            UserError: the draw differs from the run's.
+        """
+        if "val_fraction" not in self.config:
+            return tokenizer
+        keys = ("val_fraction", "seed", "on_overlong", "max_seq_len")
+        run = {key: self.config[key] for key in keys if key in self.config}
+        if trained is not None:
+            run |= {"prompt_template": trained.prompt_template, "system_prompt": trained.system_prompt}
+        for key, value in run.items():
+            told = getattr(draw, key)
+            if told is not None and told != value:
+                raise UserError(
+                    f"{key}: {told!r} draws other rows than the run kept for validation, some that it trained on; "
+                    f"set {key}={'null' if value is None else value}"
+                )
+        return tokenizer.replace(
+            max_seq_len=run.get("max_seq_len", draw.max_seq_len),
+            train_on=self.config.get("train_on", tokenizer.train_on),
+        )
 
 
-def tokenizer_of_run(
-    adapter_dir: Path, tokenizer: Llama2ChatTransform, settings: EvaluationSettings
-) -> Llama2ChatTransform:
-    """Make a tokenizer that cuts and supervises rows as the adapter's run did: `split_validation` draws by both.
-
-    Where no run is known it is the one given.
-
-    Raises:
-        UserError: the settings say otherwise than the run.
-    """
-    config = _run_config(adapter_dir)
-    if "val_fraction" not in config:
-        return tokenizer
-    keys = ("val_fraction", "seed", "on_overlong", "max_seq_len")
-    run = {key: config[key] for key in keys if key in config}
-    if (trained := read_prompt_format(adapter_dir)) is not None:
-        run |= {"prompt_template": trained.prompt_template, "system_prompt": trained.system_prompt}
-    for key, value in run.items():
-        told = getattr(settings, key)
-        if told is not None and told != value:
-            raise UserError(
-                f"{key}: {told!r} draws other rows than the run kept for validation, some that it trained on; "
-                f"set {key}={'null' if value is None else value}"
-            )
-    return tokenizer.replace(
-        max_seq_len=run.get("max_seq_len", settings.max_seq_len),
-        train_on=config.get("train_on", tokenizer.train_on),
-    )
+def open_origin(adapter_dir: Path) -> Origin:
+    """Read the config of the run whose adapter/ this is, if it is one."""
+    try:
+        config = yaml.safe_load((adapter_dir.resolve().parent / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return Origin({})
+    return Origin(config if isinstance(config, dict) else {})
 
 
 def _training_rows(node: Any, tokenizer: Llama2ChatTransform) -> list[list[int]]:
@@ -86,18 +114,10 @@ def _training_rows(node: Any, tokenizer: Llama2ChatTransform) -> list[list[int]]
         settings = {key: node[key] for key in keys if node.get(key) is not None}
         dataset = chat_dataset(tokenizer, max_rows=_NUM_ROWS, on_bad_row="skip", **settings)
     except (UserError, KeyError, TypeError, AttributeError):
-        return []  # another day's files: the proof goes on without them
+        return []  # files that have changed since: the proof does without them
     return [dataset[index]["tokens"][:_NUM_TOKENS_PER_ROW] for index in range(min(_NUM_ROWS, len(dataset)))]
 
 
 def _sources(node: dict[str, Any]) -> Sequence[str]:
     source = node["source"]
     return [source] if isinstance(source, str) else [part["source"] for part in source]
-
-
-def _run_config(adapter_dir: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load((adapter_dir.resolve().parent / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}

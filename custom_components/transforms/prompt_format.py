@@ -53,25 +53,22 @@ def stated_prompt_format(checkpoint_dir: Path, adapter_dir: Path | None) -> Prom
     return of_adapter or read_prompt_format(checkpoint_dir)
 
 
-def tokenizer_of_adapter(
+def tokenizer_with_format(
     checkpoint_dir: Path,
-    adapter_dir: Path | None,
+    trained: PromptFormat | None,
     *,
     prompt_template: str | dict[str, str] | None = None,
     system_prompt: str | None = None,
 ) -> Llama2ChatTransform:
-    """Load the checkpoint's tokenizer with the prompt format and stop tokens of an adapter.
+    """Load the checkpoint's tokenizer with the prompt format and stop tokens that training used.
 
     Args:
-        adapter_dir: None, or an adapter without a prompt format: use that of the merge in `checkpoint_dir`, if it is
-            one, else Llama 2's with the stop tokens that the checkpoint's own configs state.
+        trained: None: none is stated; use Llama 2's, with the stop tokens that the checkpoint's own configs state.
         prompt_template, system_prompt: override the prompt format; a warning says so if training used another.
 
     Raises:
-        UserError: there is no tokenizer, the template is unknown, the prompt format is damaged, or the tokenizer does
-            not have its stop tokens.
+        UserError: there is no tokenizer, the template is unknown, or the tokenizer does not have the stop tokens.
     """
-    trained = stated_prompt_format(checkpoint_dir, adapter_dir)
     chosen: dict[str, Any] = {}
     for name, told, default in (("prompt_template", prompt_template, "llama2"), ("system_prompt", system_prompt, None)):
         trained_value = getattr(trained, name) if trained else default

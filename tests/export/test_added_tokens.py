@@ -12,7 +12,7 @@ from custom_components.runtime.errors import UserError
 from custom_components.transforms.added_tokens import read_added_tokens
 from custom_components.transforms.dialogs import chat_messages
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
-from custom_components.transforms.prompt_format import PromptFormat, tokenizer_of_adapter
+from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format, tokenizer_with_format
 from custom_components.transforms.tokenizer import Tokenizer
 from custom_components.transforms.tokenizer_json import fast_tokenizer
 from tests.support.adapters import saved_adapter
@@ -133,7 +133,7 @@ def test_L23_the_checkpoints_own_template_and_stop_tokens_are_kept(base, way):
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == [1025, 2]
     assert json.loads((output / "config.json").read_text())["eos_token_id"] == [1025, 2]
     assert theirs.decode([1024, 302, 1025], skip_special_tokens=True).strip() == "a"
-    assert tokenizer_of_adapter(checkpoint, adapter).stop_tokens == (1025, 2)
+    assert tokenizer_with_format(checkpoint, read_prompt_format(adapter)).stop_tokens == (1025, 2)
 
 
 def test_L25_stop_tokens_are_the_adapters_where_it_states_them(base):

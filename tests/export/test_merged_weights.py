@@ -16,7 +16,7 @@ from custom_components.export.merge_output import check_space
 from custom_components.export.merged_weights import BaseWeights, MergedWeights, read_adapter
 from custom_components.models.dora import DoRALinear
 from custom_components.models.lora import adapter_modules, merged_weight
-from custom_components.runs.origin import example_rows, trained_on_nf4
+from custom_components.runs.origin import open_origin
 from custom_components.runtime.errors import UserError
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint
@@ -278,7 +278,7 @@ def test_proof_is_of_training_rows_where_they_are(base_and_adapter, tmp_path, ti
 
     def found(dataset, **others):
         config.write_text(yaml.safe_dump({"dataset": dataset, **others}))
-        tokens, kind = example_rows(adapter, tiny_tokenizer)
+        tokens, kind = open_origin(adapter).example_rows(tiny_tokenizer)
         return tokens if kind == "training rows" else None
 
     assert found(node) == found(node | {"source": [{"source": str(rows), "weight": 1.0}]}) == [expected[:64]]
@@ -290,11 +290,12 @@ def test_proof_is_of_training_rows_where_they_are(base_and_adapter, tmp_path, ti
         {"format": "nothing"},
     ):
         assert found(node | away) is None
-    assert found(None) is None and not trained_on_nf4(adapter)
+    assert found(None) is None and not open_origin(adapter).has_nf4_base
     found(node, quantize_base=True)
-    assert trained_on_nf4(adapter)
+    assert open_origin(adapter).has_nf4_base
     config.write_text("[")
-    assert len(example_rows(adapter, tiny_tokenizer)[0]) == 4 and not trained_on_nf4(adapter)
+    origin = open_origin(adapter)
+    assert len(origin.example_rows(tiny_tokenizer)[0]) == 4 and not origin.has_nf4_base
 
 
 def test_adapters_of_another_tool(base_and_adapter, tmp_path):

@@ -117,4 +117,6 @@ def test_a_merge_opens_base_and_adapter_once(openings, checkpoint, tmp_path):
     of_base.pop("config.json")  # what goes out with the model takes keys over that are not the shape's
     assert of_base == {"model.safetensors": 1, "original_repo_id.json": 1, "README.md": 1}
     of_adapter = openings.of(adapter)
-    assert (of_adapter["adapter_config.json"], of_adapter["adapter_model.safetensors"]) == (1, 1)
+    of_adapter.pop("README.md", None)
+    assert of_adapter == {"prompt_format.yaml": 1, "adapter_config.json": 1, "adapter_model.safetensors": 1}
+    assert openings.of(tmp_path) == {"config.yaml": 1}  # the run's, beside its adapter

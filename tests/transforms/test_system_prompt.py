@@ -7,7 +7,7 @@ import pytest
 
 from custom_components.datasets.chat import chat_dataset
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
-from custom_components.transforms.prompt_format import PromptFormat, tokenizer_of_adapter, write_prompt_format
+from custom_components.transforms.prompt_format import PromptFormat, tokenizer_with_format
 from tests.support.paths import TINY_TOKENIZER
 
 QUESTION = {"role": "user", "content": "Where?"}
@@ -63,8 +63,8 @@ def test_a_row_of_training(tmp_path, template, of_row, of_dataset, of_tokenizer)
 )
 def test_a_question_to_an_adapter(tmp_path, template, of_dialog, of_command, of_adapter):
     shutil.copy(TINY_TOKENIZER, tmp_path / "tokenizer.model")
-    write_prompt_format(PromptFormat(template, of_adapter, ["</s>"]), tmp_path)
-    tokenizer = tokenizer_of_adapter(tmp_path, tmp_path, system_prompt=of_command)
+    trained = PromptFormat(template, of_adapter, ["</s>"])
+    tokenizer = tokenizer_with_format(tmp_path, trained, system_prompt=of_command)
     own = [] if of_dialog is None else [{"role": "system", "content": of_dialog}]
     tokens = tokenizer({"messages": [*own, QUESTION]}, inference=True)["tokens"]
     expected = next(prompt for prompt in (of_dialog, of_command, of_adapter) if prompt is not None)
