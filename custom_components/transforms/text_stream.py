@@ -11,6 +11,7 @@ class TextStream:
     def __init__(self, tokenizer: Llama2ChatTransform) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
+        self._follows_text = False  # tokens before `_tokens` were given and forgotten
         self._num_given_chars = 0  # of the text of `_tokens`
         self._withheld = ""
         self._is_started = False
@@ -18,7 +19,7 @@ class TextStream:
     def text_of(self, token: int) -> str:
         """Give the text that can be shown after this token; often none."""
         self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
+        text = self._text()
         # A character that is not in the vocabulary comes byte by byte; until it is complete it decodes to U+FFFD.
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
@@ -26,15 +27,18 @@ class TextStream:
 
     def rest(self) -> str:
         """Give what is left at the end of the answer."""
-        return self._given(self._tokenizer.decode(self._tokens))
+        return self._given(self._text())
+
+    def _text(self) -> str:
+        return self._tokenizer.tokenizer.decode(self._tokens, follows_text=self._follows_text)
 
     def _given(self, text: str) -> str:
         new = self._withheld + text[self._num_given_chars :]
         self._num_given_chars = len(text)
         if len(self._tokens) > _MAX_TOKENS_DECODED_AGAIN:
-            # SentencePiece drops the space before the first token, so the next one is decoded after this one.
-            del self._tokens[:-1]
-            self._num_given_chars = len(self._tokenizer.decode(self._tokens))
+            self._tokens.clear()
+            self._num_given_chars = 0
+            self._follows_text = self._follows_text or bool(text)
         if not self._is_started:
             new = new.lstrip()
         shown = new.rstrip()

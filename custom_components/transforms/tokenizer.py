@@ -75,8 +75,12 @@ class Tokenizer:
             for text in texts
         ]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Decode ids to text, without control tokens and ids beyond the tokenizer, of a padded vocabulary."""
+    def decode(self, token_ids: Sequence[int], *, follows_text: bool = False) -> str:
+        """Decode ids to text, without control tokens and ids beyond the tokenizer, of a padded vocabulary.
+
+        Args:
+            follows_text: keep the space of the first word, which SentencePiece drops at the start of a text.
+        """
         shown = {token.index: token.text for token in self.added_tokens.tokens if not token.is_special}
         text = ""
         run: list[int] = []
@@ -84,13 +88,12 @@ class Tokenizer:
             if token < self.num_pieces:
                 run.append(token)
             elif token in shown:
-                text += self._decode_run(run, text) + shown[token]
-                run = []
-        return text + self._decode_run(run, text)
+                text += self._decode_run(run, follows_text) + shown[token]
+                run, follows_text = [], True
+        return text + self._decode_run(run, follows_text)
 
-    def _decode_run(self, run: list[int], text_before: str) -> str:
-        # SentencePiece drops the space of the first word, which follows an added token like any other word.
-        return self.processor.decode([*self.newline_ids, *run])[1:] if text_before else self.processor.decode(run)
+    def _decode_run(self, run: list[int], follows_text: bool) -> str:
+        return self.processor.decode([*self.newline_ids, *run])[1:] if follows_text else self.processor.decode(run)
 
     def ids_of_pieces(self, pieces: Sequence[str]) -> list[int]:
         """Look up control tokens and other pieces by name, such as `</s>`.

@@ -271,11 +271,12 @@ def test_repetition_penalty_counts_prompt_and_answer(model):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_streamed_text_is_the_whole_text(tiny_tokenizer, seed):
-    """Random tokens, many of them bytes: whole characters, halves of them, spaces at both ends."""
+    """Random tokens, many of them bytes: whole characters, halves of them, spaces at both ends, BOS between words."""
     generator = torch.Generator().manual_seed(seed)
     emoji = tiny_tokenizer.encode("🦙 née", add_bos=False, add_eos=False)
     tokens = torch.randint(3, tiny_tokenizer.vocab_size, (70,), generator=generator).tolist()
     tokens[20:20] = emoji
+    tokens[seed % 4 :: 4] = [tiny_tokenizer.bos_id] * len(tokens[seed % 4 :: 4])
     tokens += emoji[:3] if seed % 2 else tiny_tokenizer.encode("end  ", add_bos=False, add_eos=False)
     stream = TextStream(tiny_tokenizer)
     pieces = [*map(stream.text_of, tokens), stream.rest()]
