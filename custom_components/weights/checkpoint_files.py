@@ -3,6 +3,7 @@
 Hugging Face: one or many safetensors, else .bin files. Meta: consolidated.*.pth, any number of shards.
 """
 
+import itertools
 import json
 import pickle
 import re
@@ -58,11 +59,20 @@ class BaseCheckpoint:
 
     @cached_property
     def hub_name(self) -> str | None:
-        """The name on the hub, which `tune download` leaves beside the weights; None for any other directory."""
-        try:
-            return json.loads((self.directory / "original_repo_id.json").read_text(encoding="utf-8"))["repo_id"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        """The name on the hub, if it is known; None: it is not.
+
+        It is in a file that `tune download` writes or in the path of the hub's cache. That of config.json may be the
+        parent of a model trained further, so it counts only if the directory is named so too.
+        """
+        if name := _stated_text(self.directory / "original_repo_id.json", "repo_id"):
+            return name
+        for directory in (self.directory.absolute(), self.directory.resolve()):
+            for part, next_part in itertools.pairwise(directory.parts):
+                if next_part == "snapshots" and (found := re.fullmatch(r"models--(.+?)--(.+)", part)):
+                    return "/".join(found.groups())
+        name = _stated_text(self.directory / "config.json", "_name_or_path")
+        is_of_hub = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+        return name if is_of_hub and Path(str(name)).name == self.directory.absolute().name else None
 
     @property
     def name(self) -> str:
@@ -216,3 +226,12 @@ def _by_tune_name(tensors: Iterable[StoredTensor], names: dict[str, str | None])
             f"(the first: {unexpected[0].stored_name!r}); is this another architecture, or an adapter?"
         )
     return by_name
+
+
+def _stated_text(path: Path, key: str) -> str | None:
+    """Read a text from a JSON file; None if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, str) else None

@@ -1,5 +1,7 @@
 """Adapters in PEFT's format. L20, L21."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -72,3 +74,19 @@ def test_the_base_is_named_as_it_was_downloaded(tmp_path):
     assert BaseCheckpoint(tmp_path, LLAMA2_7B).name == str(tmp_path)
     (tmp_path / "original_repo_id.json").write_text('{"repo_id": "meta-llama/Llama-2-7b-hf"}')
     assert BaseCheckpoint(tmp_path, LLAMA2_7B).name == "meta-llama/Llama-2-7b-hf"
+
+
+def test_the_base_is_named_as_the_hub_does_where_that_is_known(tmp_path, monkeypatch):
+    cached = tmp_path / "models--meta-llama--Llama-2-7b-hf" / "snapshots" / "01c7f73d"
+    cached.mkdir(parents=True)
+    assert BaseCheckpoint(cached, LLAMA2_7B).name == "meta-llama/Llama-2-7b-hf"
+    (tmp_path / "link").symlink_to(cached)
+    assert BaseCheckpoint(tmp_path / "link", LLAMA2_7B).name == "meta-llama/Llama-2-7b-hf"
+    copied = tmp_path / "Llama-2-7b-hf"
+    copied.mkdir()
+    (copied / "config.json").write_text('{"_name_or_path": "meta-llama/Llama-2-7b-hf"}')
+    monkeypatch.chdir(tmp_path)
+    assert BaseCheckpoint(Path("Llama-2-7b-hf"), LLAMA2_7B).name == "meta-llama/Llama-2-7b-hf"
+    # What was trained further names its parent there.
+    copied.rename(tmp_path / "my-model")
+    assert BaseCheckpoint(Path("my-model"), LLAMA2_7B).name == "my-model"
