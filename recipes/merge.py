@@ -75,11 +75,12 @@ def recipe_main() -> None:
         if settings.format == "gguf":
             written: Weights = write_gguf_file(directory, merged, settings, tokenizer, prompt_format)
         else:
-            card = merged_card(checkpoint, [(a.directory, a.weight) for a in adapters], settings.base)
-            (directory / CARD_NAME).write_text(card, encoding="utf-8")
             if prompt_format is not None:
                 write_prompt_format(prompt_format, directory)
             written = write_hugging_face(directory, merged, checkpoint, tokenizer, storage)
+        file_names = [path.name for path in directory.iterdir()]
+        card = merged_card(checkpoint, [(a.directory, a.weight) for a in adapters], settings.base, file_names)
+        (directory / CARD_NAME).write_text(card, encoding="utf-8")
         write_record(directory, checkpoint, settings.base, adapters)
         if settings.prove:
             prove(written, storage, base, settings.base, adapters, transform)

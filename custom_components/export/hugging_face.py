@@ -16,6 +16,8 @@ from custom_components.weights.names import HUGGING_FACE_NAMES, halve_rope_rows
 from custom_components.weights.safetensors_writing import DEFAULT_MAX_SHARD_BYTES, write_safetensors
 
 _CONFIG_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# Settings of drawing the next token; transformers, generation/configuration_utils.py, GenerationConfig.validate.
+_DRAWING = {"temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 
 
 def write_weights(
@@ -62,7 +64,15 @@ def write_config(
     # transformers 5 reads and writes `dtype`, and still reads `torch_dtype`, the only one that version 4 knows.
     config["dtype" if "dtype" in config else "torch_dtype"] = _CONFIG_DTYPES[dtype]
     config["tie_word_embeddings"] = shape.tied_embeddings
+    config.pop("_name_or_path", None)  # it names another model than this one
     generation_config = read_json(source_dir / "generation_config.json") or {"bos_token_id": processor.bos_id()}
+    # Llama 2 came so in 2023; Meta mended it in this way.
+    if not generation_config.get("do_sample") and (drawing := sorted(_DRAWING & generation_config.keys())):
+        generation_config["do_sample"] = True
+        print(
+            f"generation_config.json: do_sample is set to true; without it {', '.join(drawing)} has no effect, and "
+            "transformers refuses to save the model again"
+        )
     stop_tokens = list(tokenizer.stop_tokens)
     ids = {"eos_token_id": stop_tokens[0] if len(stop_tokens) == 1 else stop_tokens}
     if tokenizer.pad_id is not None:

@@ -6,10 +6,11 @@ published, and where something lay on the machine that trained it is nobody's bu
 Front matter: huggingface.co/docs/hub/model-cards. `base_model` and `datasets` take names on the hub only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from custom_components.export.modelfile import MODELFILE_NAME
 from custom_components.weights.card import (
     CARD_NAME,
     FIRST_SECTION,
@@ -22,7 +23,7 @@ from custom_components.weights.card import (
 )
 from custom_components.weights.checkpoint_files import BaseCheckpoint
 
-HOW_TO_LOAD_MERGED = """
+_HOW_TO_LOAD_MERGED = """
 transformers:
 
 ```python
@@ -51,10 +52,28 @@ llama-lora-recipes:
 tune run recipes/generate.py --config configs/generate.yaml checkpoint_dir=path/to/merged prompt="..."
 ```
 """
+_HOW_TO_LOAD_GGUF = """
+llama.cpp:
+
+```
+llama-server -m {file_name}
+```
+"""
+_HOW_TO_LOAD_IN_OLLAMA = """
+Ollama, with the prompt format of the `Modelfile` beside it:
+
+```
+ollama create NAME -f Modelfile
+ollama run NAME
+```
+"""
 
 
 def merged_card(
-    base: BaseCheckpoint, adapters: Sequence[tuple[Path, float]], merged_onto: Literal["original", "dequantized"]
+    base: BaseCheckpoint,
+    adapters: Sequence[tuple[Path, float]],
+    merged_onto: Literal["original", "dequantized"],
+    file_names: Collection[str] = (),
 ) -> str:
     """The card of a base model that adapters were merged into, as Markdown with front matter.
 
@@ -64,13 +83,15 @@ def merged_card(
     Args:
         adapters: directories, each with its weight.
         merged_onto: the base's weights as they are in the checkpoint, or as NF4 holds them.
+        file_names: of the files beside the card; with a `.gguf` it says how to load that one.
     """
+    gguf_file = next((name for name in file_names if name.endswith(".gguf")), None)
     cards = [_own_card(adapter_dir) for adapter_dir, _ in adapters]
     head = front_matter(
         base,
         # The hub's "merge" is for models merged from several bases.
         relation="finetune",
-        library_name="transformers",
+        library_name="gguf" if gguf_file else "transformers",
         tags=[TAG],
         datasets=[name for card, _ in cards for name in (card.get("datasets") or [])],
     )
@@ -85,7 +106,12 @@ def merged_card(
             parts.append(f"\n**Adapter {local_path(adapter_dir)}, weight {weight:g}**\n")
         if facts:
             parts.append(f"{FIRST_SECTION}{facts}\n")
-    return "".join([*parts, LAST_SECTION, HOW_TO_LOAD_MERGED])
+    if gguf_file is None:
+        how_to_load = _HOW_TO_LOAD_MERGED
+    else:
+        how_to_load = _HOW_TO_LOAD_GGUF.format(file_name=gguf_file)
+        how_to_load += _HOW_TO_LOAD_IN_OLLAMA if MODELFILE_NAME in file_names else ""
+    return "".join([*parts, LAST_SECTION, how_to_load])
 
 
 def _own_card(adapter_dir: Path) -> tuple[dict[str, Any], str]:

@@ -127,6 +127,10 @@ def test_a_gguf_file_has_a_modelfile_beside_it(make_checkpoint, tmp_path, states
         instructions = dict(read_modelfile((output / "Modelfile").read_text()))
         assert (output / instructions["FROM"]).is_file()
         assert instructions["SYSTEM"] == PROMPT_FORMAT.system_prompt
+    card = (output / "README.md").read_text()
+    assert "library_name: gguf" in card and "llama-server -m merged-f16.gguf" in card
+    assert ("ollama create" in card) is states_its_format
+    assert "from_pretrained" not in card
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,23 @@ def test_L22_a_wrong_merge_is_found_and_not_left_there(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "checkpoint"]
 
 
+def test_L23_a_generation_config_of_2023_can_be_saved_again(make_checkpoint, tmp_path):
+    """Llama 2's had a temperature without do_sample, which transformers reads but refuses to write."""
+    transformers = pytest.importorskip("transformers")
+    checkpoint = make_checkpoint(_name_or_path="meta-llama/Llama-2-7b-hf")
+    (checkpoint / "generation_config.json").write_text('{"bos_token_id": 1, "temperature": 0.9, "top_p": 0.6}')
+    adapter = saved_adapter(with_random_variants(loaded_model(checkpoint)), tmp_path / "adapter")
+    code, out, err = run_merge(checkpoint_dir=checkpoint, adapter_dir=adapter, output_dir=tmp_path / "out")
+    assert code == 0, err
+    assert "do_sample is set to true" in out
+    config = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    config.validate(strict=True)
+    assert (config.do_sample, config.temperature, config.top_p) == (True, 0.9, 0.6)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    assert "_name_or_path" not in (tmp_path / "out/config.json").read_text()
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "auto"])
 def test_L23_the_dtype_that_was_asked_for(make_checkpoint, tmp_path, dtype):
     transformers = pytest.importorskip("transformers")
