@@ -17,6 +17,7 @@ from custom_components.datasets.batching import Batch, BatchPlan, collate
 from custom_components.datasets.tokenized_rows import ChatDataset
 from custom_components.models.attention import RowLengths
 from custom_components.models.hidden_states import final_hidden_states
+from custom_components.models.output_head import log_probability_chunks, of_labels
 from custom_components.runtime.errors import UserError
 
 _CHUNK_POSITIONS = 512  # positions whose logits exist at a time
@@ -79,13 +80,12 @@ def head_scores(hidden_1TD: Tensor, output_head: nn.Module | TiedLinear, labels_
     is_supervised_T = labels_1T.flatten() != CROSS_ENTROPY_IGNORE_IDX
     hidden_PD = hidden_1TD.flatten(0, 1)[is_supervised_T]
     labels_P = labels_1T.flatten()[is_supervised_T]
-    log_probabilities, is_likeliest = [], []
-    for hidden_CD, labels_C in zip(hidden_PD.split(_CHUNK_POSITIONS), labels_P.split(_CHUNK_POSITIONS), strict=True):
-        logits_CV = output_head(hidden_CD).float()
-        label_logits_C = logits_CV.gather(1, labels_C.unsqueeze(1)).squeeze(1)
-        log_probabilities.append((label_logits_C - logits_CV.logsumexp(dim=1)).double().cpu())
-        is_likeliest.append((logits_CV.argmax(dim=1) == labels_C).cpu())
-    return torch.cat(log_probabilities), torch.cat(is_likeliest)
+    log_probabilities_P = torch.empty(len(labels_P), dtype=torch.float64)
+    is_likeliest_P = torch.empty(len(labels_P), dtype=torch.bool)
+    for chunk, log_probabilities_CV in log_probability_chunks(hidden_PD, output_head, _CHUNK_POSITIONS):
+        log_probabilities_P[chunk] = of_labels(log_probabilities_CV, labels_P[chunk])
+        is_likeliest_P[chunk] = log_probabilities_CV.argmax(dim=1) == labels_P[chunk]
+    return log_probabilities_P, is_likeliest_P
 
 
 def scores_by_source(
