@@ -10,15 +10,15 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from custom_components.config.components import instantiate
-from custom_components.config.reading import config_text, load_settings
+from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.datasets.training_data import Data
 from custom_components.generation.sample_answers import answer_sample_prompts, show_answers
-from custom_components.memory.fitting import describe_fit, fit_to_device, forward_options, tried_fit
+from custom_components.memory.fitting import describe_fit, fit_to_device, fitted_settings, forward_options, tried_fit
 from custom_components.memory.step_limit import StepLimit
 from custom_components.runs.adapter_card import TrainingFacts, adapter_card
-from custom_components.runs.checkpoints import BesideWeights, delete_checkpoints_after, save_run_checkpoint
+from custom_components.runs.checkpoints import delete_checkpoints_after, save_run_checkpoint
 from custom_components.runs.metrics import keep_metrics_until, plot_losses
 from custom_components.runs.report import closing_summary, describe_model
 from custom_components.runs.resuming import ResumedRun, open_run_to_resume
@@ -46,7 +46,7 @@ from custom_components.weights.adapters import (
     save_adapter,
 )
 from custom_components.weights.card import CARD_NAME
-from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
+from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import check_base_weights, frozen_checksum, load_base_weights
 
 
@@ -62,52 +62,38 @@ def recipe_main() -> None:
 
     with torch.device("meta"):
         model = instantiate(settings.model)
-    data = training_and_validation(settings, fit_tokenizer(instantiate(settings.tokenizer), model))
+    data = open_data(settings, fit_tokenizer(instantiate(settings.tokenizer), model))
     print("\n".join(map(str, data.train.summaries)))
-
+    lengths, max_seq_len = data.train.lengths, data.tokenizer.max_seq_len
     resumed = open_run_to_resume(settings.resume_from_checkpoint, settings.output_dir)
-    if resumed is not None:
-        if settings.batch_size == "auto":
-            batches = resumed.fitted_batches(settings.gradient_accumulation_steps)
-            settings = settings.model_copy(update=batches)
-        resumed.check_config(settings.model_dump(mode="json"))
+    asked = settings if resumed is None else resumed.checked_settings(settings)
     base = open_checkpoint(settings.checkpoint_dir)
     check_base_weights(model, base)
-    init_adapter = None
+    start_adapter = None
     if settings.init_adapter_from is not None and resumed is None:
-        init_adapter = check_adapter_fits(model, open_adapter(settings.init_adapter_from))
+        start_adapter = check_adapter_fits(model, open_adapter(settings.init_adapter_from))
+    fit = fit_to_device(asked, model, lengths, max_seq_len, dtype, device)
 
-    lengths, max_seq_len = data.train.lengths, data.tokenizer.max_seq_len
-    fit = fit_to_device(settings, model, lengths, max_seq_len, dtype, device)
     resumes_here = resumed is not None and resumed.is_inside(settings.output_dir)
     with run_directory(settings.output_dir, overwrite=settings.overwrite_output_dir, resumes=resumes_here) as directory:
-        quantized_cache_dir = settings.cache_dir if settings.quantized_cache else None
-        load_base_weights(model, base, dtype, device, quantized_cache_dir)
+        load_base_weights(model, base, dtype, device, settings.quantized_cache_dir)
         return_freed_memory()
-        if init_adapter is not None:
-            copy_into_adapter(model, init_adapter)
+        if start_adapter is not None:
+            copy_into_adapter(model, start_adapter)
         describe_model(model, device, dtype_words, is_base_quantized=settings.quantize_base)
-        fit = tried_fit(fit, model, settings, lengths, max_seq_len, device)
-        describe_fit(fit, settings, len(model.layers))
-        cut = {"batch_size": fit.batch_size, "gradient_accumulation_steps": fit.gradient_accumulation_steps}
-        settings = settings.model_copy(update=cut)
+        fit = tried_fit(fit, model, asked, lengths, max_seq_len, device)
+        describe_fit(fit, asked, len(model.layers))
+        prompt_format = PromptFormat(settings.prompt_template, data.tokenizer.system_prompt, data.tokenizer.stop_pieces)
+        run = Run(fitted_settings(asked, fit), base, prompt_format, device, dtype, directory, memory)
         answers_before = answer_sample_prompts(model, data.tokenizer, settings.sample_prompts)
         base_checksum = frozen_checksum(model) if settings.verify_base else None
 
-        groups = adapter_parameter_groups(model, settings.optimizer["lr"], settings.lora_plus_ratio)
-        state = TrainingState(
-            optimizer=instantiate(settings.optimizer, groups),
-            scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
-            data_digest=data.train.digest,
-        )
+        plan = plan_of(run.settings, lengths, max_seq_len, has_validation=data.validation is not None)
+        state = new_state(run, model, data)
         if resumed is not None:
             resumed.restore(model, state)
             go_on_in(directory, resumed, state.progress.num_steps)
-        prompt_format = PromptFormat(settings.prompt_template, data.tokenizer.system_prompt, data.tokenizer.stop_pieces)
-        beside = BesideWeights(base.name, prompt_format.texts(), config_text(settings))
-        directory.config.write_text(beside.config, encoding="utf-8")
-        run = Run(settings, device, dtype, directory, beside, memory)
-        plan = plan_of(settings, lengths, max_seq_len, has_validation=data.validation is not None)
+        directory.config.write_text(run.beside.config, encoding="utf-8")
         if compiles_layers(settings.compile, device, plan.num_forwards):
             compile_layers(model, is_optional=settings.compile == "auto")
         loss_function = instantiate(settings.loss)
@@ -119,13 +105,13 @@ def recipe_main() -> None:
 
         if base_checksum is not None and frozen_checksum(model) != base_checksum:
             raise AssertionError("verify_base: the frozen base has changed")
-        save_result(run, model, data, state, base, prompt_format)
+        save_result(run, model, data, state)
         answers_after = answer_sample_prompts(model, data.tokenizer, settings.sample_prompts)
         show_answers(settings.sample_prompts, answers_before, answers_after)
         print(closing_summary(state.progress, time.perf_counter() - start_seconds, memory, directory))
 
 
-def training_and_validation(settings: TrainingSettings, tokenizer: Llama2ChatTransform) -> Data:
+def open_data(settings: TrainingSettings, tokenizer: Llama2ChatTransform) -> Data:
     """Open the rows to train on, and those to validate on, if any."""
     # What the adapter learns with is what validation and generation use.
     tokenizer = tokenizer.with_system_prompt(settings.dataset.get("system_prompt"))
@@ -135,6 +121,16 @@ def training_and_validation(settings: TrainingSettings, tokenizer: Llama2ChatTra
     if settings.dataset_val is not None:
         return Data(dataset, instantiate(settings.dataset_val, tokenizer=tokenizer), tokenizer)
     return Data(dataset, None, tokenizer)
+
+
+def new_state(run: Run, model: TransformerDecoder, data: Data) -> TrainingState:
+    """Make the state that a run begins with."""
+    groups = adapter_parameter_groups(model, run.settings.optimizer["lr"], run.settings.lora_plus_ratio)
+    return TrainingState(
+        optimizer=instantiate(run.settings.optimizer, groups),
+        scaler=torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16),
+        data_digest=data.train.digest,
+    )
 
 
 def train(run: Run, model: TransformerDecoder, data: Data, plan: Plan, state: TrainingState, losses: Losses) -> None:
@@ -172,22 +168,15 @@ def train(run: Run, model: TransformerDecoder, data: Data, plan: Plan, state: Tr
             stop.leave_if_asked()
 
 
-def save_result(
-    run: Run,
-    model: TransformerDecoder,
-    data: Data,
-    state: TrainingState,
-    base: BaseCheckpoint,
-    prompt_format: PromptFormat,
-) -> None:
+def save_result(run: Run, model: TransformerDecoder, data: Data, state: TrainingState) -> None:
     """Save the adapter of the best validation, or else the last, with its card, and draw the plot."""
     model.load_state_dict(state.best_adapter, strict=False)
     check_adapter_was_trained(model)
     training = TrainingFacts(
-        base,
+        run.base,
         adapter_settings(model),
         run.settings.quantize_base,
-        prompt_format,
+        run.prompt_format,
         run.settings.train_on,
         run.settings.training_hyperparameters(),
         run.settings.source_weights(),

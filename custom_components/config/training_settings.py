@@ -107,6 +107,11 @@ class TrainingSettings(Settings):
     metric_logger: Annotated[dict[str, Any] | None, METRIC_LOGGER] = None
     sample_prompts: list[str] = []
 
+    @property
+    def quantized_cache_dir(self) -> Path | None:
+        """Where the 4-bit base is kept for the next start; None: nowhere."""
+        return self.cache_dir if self.quantized_cache else None
+
     def training_hyperparameters(self) -> dict[str, object]:
         """Name what shaped the training, besides the adapter's own sizes, by keys of the config; None: no effect."""
         return {

@@ -193,6 +193,12 @@ def forward_options(settings: TrainingSettings, fit: Fit) -> ForwardOptions:
     )
 
 
+def fitted_settings(settings: TrainingSettings, fit: Fit) -> TrainingSettings:
+    """Give the settings of a run that leave nothing to choose: `batch_size` is a number."""
+    chosen = {"batch_size": fit.batch_size, "gradient_accumulation_steps": fit.gradient_accumulation_steps}
+    return settings.model_copy(update=chosen)
+
+
 def describe_fit(fit: Fit, settings: TrainingSettings, num_layers: int) -> None:
     """What `auto` came to, where the config left something to choose."""
     if not fit.words:

@@ -11,6 +11,7 @@ import yaml
 from torchtune.modules import TransformerDecoder
 
 from custom_components.config.renamed import rename_components
+from custom_components.config.training_settings import TrainingSettings
 from custom_components.runs.checkpoints import STATE_NAME, is_run_checkpoint, run_checkpoints
 from custom_components.runs.run_directory import RUN_CONFIG_NAME, RunDirectory
 from custom_components.runtime.errors import UserError
@@ -100,6 +101,17 @@ class ResumedRun:
                 print(f"differs from the checkpoint: {difference}")
         if refusals:
             raise UserError(*refusals)
+
+    def checked_settings(self, settings: TrainingSettings) -> TrainingSettings:
+        """Hold a config against that of the run so far; return it with what `batch_size: auto` came to at its begin.
+
+        Raises:
+            UserError: see :meth:`check_config` and :meth:`fitted_batches`.
+        """
+        if settings.batch_size == "auto":
+            settings = settings.model_copy(update=self.fitted_batches(settings.gradient_accumulation_steps))
+        self.check_config(settings.model_dump(mode="json"))
+        return settings
 
     def restore(self, model: TransformerDecoder, state: TrainingState) -> None:
         """Bring model and state, in place, to where they were after the checkpoint's last step.
