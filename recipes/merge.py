@@ -1,5 +1,7 @@
 """Merge an adapter, or several, into their base model, write the result for other tools and prove that it is the same.
 
+`format=gguf_lora` writes the adapter alone.
+
 tune run recipes/merge.py --config configs/merge.yaml checkpoint_dir=... adapter_dir=... output_dir=...
 """
 
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import MergeSettings
 from custom_components.export.gguf import write_gguf
+from custom_components.export.gguf_lora import write_gguf_lora
 from custom_components.export.gguf_reading import GgufWeights
 from custom_components.export.hugging_face import write_config, write_weights
 from custom_components.export.merge_output import check_output_dir, check_space, merge_directory, restore_replaced
@@ -61,6 +64,9 @@ def recipe_main() -> None:
     base = BaseWeights(checkpoint, dequantized=settings.base == "dequantized")
     adapters = [read_adapter(checkpoint, open_adapter(a.dir), a.weight) for a in settings.weighted_adapters]
     check_not_merged_yet(settings.checkpoint_dir, adapters, allow_merged_base=settings.allow_merged_base)
+    if settings.format == "gguf_lora":
+        export_adapter(settings, checkpoint, adapters[0])
+        return
     merged = MergedWeights(base, adapters)
     formats = [read_prompt_format(adapter_dir) for adapter_dir in adapter_dirs]
     prompt_format = formats[0] or read_prompt_format(settings.checkpoint_dir)
@@ -138,6 +144,15 @@ def write_gguf_file(
     )
     write_modelfile(directory, path.name, prompt_format, control_pieces_of(tokenizer.model))
     return GgufWeights(path, merged.shape)
+
+
+def export_adapter(settings: MergeSettings, checkpoint: BaseCheckpoint, adapter: MergedAdapter) -> None:
+    """Write an adapter alone as a GGUF file, for a base that llama.cpp has already."""
+    name = settings.output_dir.resolve().name
+    with merge_directory(settings.output_dir) as directory:
+        write_gguf_lora(directory / f"{name}-lora.gguf", adapter, checkpoint.shape, name)
+        write_record(directory, checkpoint, settings.base, [adapter])
+    print(f"adapter {settings.output_dir}/{name}-lora.gguf: llama-server -m BASE.gguf --lora {name}-lora.gguf")
 
 
 def with_progress(merged: MergedWeights) -> Iterable[tuple[str, Tensor]]:

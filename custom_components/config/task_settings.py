@@ -122,7 +122,7 @@ class MergeSettings(Settings):
     allow_merged_base: bool = False
     output_dir: PathText
     overwrite_output_dir: bool = False
-    format: Literal["hugging_face", "gguf"] = "hugging_face"
+    format: Literal["hugging_face", "gguf", "gguf_lora"] = "hugging_face"
     dtype: DtypeName = "auto"
     quantization: Literal["f16", "q8_0"] | None = None
     prove: bool = True
@@ -134,8 +134,11 @@ class MergeSettings(Settings):
             yield "adapters", f"beside adapter_dir {str(self.adapter_dir)!r}: name one, or several, not both"
         if self.quantization is not None and self.format != "gguf":
             yield "quantization", f"{self.quantization!r} is of GGUF files; set format=gguf, or quantization=null"
-        if self.dtype != "auto" and self.format == "gguf":
+        if self.dtype != "auto" and self.format != "hugging_face":
             yield "dtype", f"{self.dtype!r} is of Hugging Face directories; for a GGUF file set quantization"
+        if self.format == "gguf_lora" and (self.adapters or self.base != "original"):
+            key = "adapters" if self.adapters else "base"
+            yield key, "format=gguf_lora writes one adapter as it is; for a merge set format=gguf"
 
     @property
     def weighted_adapters(self) -> list[WeightedAdapter]:

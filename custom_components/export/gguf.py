@@ -66,7 +66,7 @@ def write_gguf(
             is not finite in f16. Package and tokenizer are checked before the first tensor is asked for.
         AssertionError: tensors that are not those of `shape`.
     """
-    gguf = _import_gguf()
+    gguf = import_gguf()
     writer = gguf.GGUFWriter(None, "llama")
     _add_model(writer, gguf, shape, name, quantization)
     _add_tokenizer(writer, tokenizer, shape.vocab_size)
@@ -90,7 +90,12 @@ def write_gguf(
         assert not plan, f"no tensor was given for {sorted(plan)}"
 
 
-def _import_gguf() -> ModuleType:
+def import_gguf() -> ModuleType:
+    """Import the package gguf.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import gguf
         import gguf.quants
