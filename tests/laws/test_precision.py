@@ -1,6 +1,5 @@
 """L13: which number format, and fp16 with a gradient scaler."""
 
-import json
 import math
 
 import pytest
@@ -10,8 +9,8 @@ from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError
 from custom_components.training.optimizer import clip_gradients, update_adapters
 from tests.support.models import CPU
-from tests.support.paths import TINY_LLAMA
-from tests.support.recipe_runs import tune_run
+from tests.support.recipe_runs import arguments, tune_run
+from tests.support.run_results import records
 
 CUDA = torch.device("cuda")
 
@@ -84,25 +83,16 @@ def test_L09_a_gradient_that_no_scale_makes_finite_stops_an_fp16_run():
         update_adapters(optimizer, scaler, 1.0, grad_norm.item(), 4, [[0]])
 
 
-def test_L13_the_recipe_in_fp16_learns_as_it_does_in_bf16(tmp_path):
-    """A T4's path, on the CPU: 50 steps of the embedded model, no bf16 anywhere."""
+def test_L13_the_recipe_in_fp16_learns_as_it_does_in_bf16(make_checkpoint, many_rows, tmp_path):
+    """A T4's path, on the CPU: 50 steps, no bf16 anywhere."""
+    checkpoint = make_checkpoint()
     last_losses = {}
     for dtype in ("fp16", "bf16"):
-        result = tune_run(
-            *("--config", "configs/tiny_qlora.yaml", f"dtype={dtype}", f"output_dir={tmp_path / dtype}"),
-            *(
-                "max_steps_per_epoch=50",
-                "epochs=1",
-                "cache_dir=null",
-                "optimizer.lr=1e-4",
-                "batch_size=4",
-                "dataset_val=null",
-                "run_val_every_n_steps=null",
-            ),
-            f"checkpoint_dir={TINY_LLAMA / 'checkpoint'}",
-        )
+        overrides = (f"dtype={dtype}", "epochs=5", "batch_size=4", "optimizer.lr=3e-3")
+        result = tune_run(*arguments(checkpoint, many_rows, tmp_path / dtype, *overrides))
         assert result.returncode == 0, result.stderr
-        records = [json.loads(line) for line in (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()]
-        losses = [record["loss"] for record in records if "loss" in record]
+        losses = [record["loss"] for record in records(tmp_path / dtype)]
+        assert len(losses) == 50
         last_losses[dtype] = sum(losses[-10:]) / 10
+        assert last_losses[dtype] < 0.8 * losses[0]
     assert last_losses["fp16"] == pytest.approx(last_losses["bf16"], rel=0.02)

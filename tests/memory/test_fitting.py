@@ -38,23 +38,23 @@ def model():
 
 def fit(model, monkeypatch, usable_gib, *overrides):
     monkeypatch.setattr(fitting, "usable_bytes", lambda device: int(usable_gib * 2**30))
-    settings = training_settings("gradient_accumulation_steps=12", *overrides)
+    settings = training_settings("gradient_accumulation_steps=6", *overrides)
     return fit_to_device(settings, model, LENGTHS, 256, torch.bfloat16, CPU)
 
 
 def test_batch_size_auto_keeps_the_rows_of_a_step(model, monkeypatch):
     auto = ("batch_size=auto", "enable_activation_checkpointing=auto")
     roomy = fit(model, monkeypatch, 100, *auto)
-    assert (roomy.batch_size, roomy.gradient_accumulation_steps, roomy.num_recomputed_layers) == (12, 1, 0)
+    assert (roomy.batch_size, roomy.gradient_accumulation_steps, roomy.num_recomputed_layers) == (6, 1, 0)
     settings = training_settings(*auto)
     peak_gib = {
         size: estimate_memory(model, settings, torch.bfloat16, "cpu", [30] * size).peak_bytes(0) / 2**30
-        for size in (1, 4, 12)
+        for size in (1, 3, 6)
     }
-    assert peak_gib[1] < peak_gib[4] < peak_gib[12]
-    tight = fit(model, monkeypatch, peak_gib[4], *auto)
-    assert tight.batch_size * tight.gradient_accumulation_steps == 12
-    assert 4 <= tight.batch_size < 12 and tight.num_recomputed_layers == 0
+    assert peak_gib[1] < peak_gib[3] < peak_gib[6]
+    tight = fit(model, monkeypatch, peak_gib[3], *auto)
+    assert tight.batch_size * tight.gradient_accumulation_steps == 6
+    assert 3 <= tight.batch_size < 6 and tight.num_recomputed_layers == 0
     too_tight = fit(model, monkeypatch, 0.01, *auto)
     assert too_tight.batch_size == 1 and too_tight.num_recomputed_layers == len(model.layers)
     assert "may not fit" in too_tight.words
@@ -85,7 +85,7 @@ def test_only_the_cpu_keeps_probabilities_of_attention(model):
 
 
 def test_nothing_is_chosen_where_the_config_says_it_all(model, monkeypatch):
-    assert fit(model, monkeypatch, 0, "batch_size=3", "enable_activation_checkpointing=true") == Fit(3, 12, 4)
+    assert fit(model, monkeypatch, 0, "batch_size=3", "enable_activation_checkpointing=true") == Fit(3, 6, 4)
 
 
 def test_the_largest_forward():

@@ -4,11 +4,17 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.paths import PROJECT
 
 
-def test_the_demo_teaches_the_tiny_llama_to_answer(tmp_path):
-    command = [sys.executable, "-m", "examples.tiny_llama.demo", f"output_dir={tmp_path / 'out'}", "cache_dir=null"]
+@pytest.mark.parametrize(
+    "overrides", [["epochs=1"], pytest.param([], marks=pytest.mark.slow)], ids=["half of it", "as it is"]
+)
+def test_the_demo_teaches_the_tiny_llama_to_answer(tmp_path, overrides):
+    arguments = [f"output_dir={tmp_path / 'out'}", "cache_dir=null", *overrides]
+    command = [sys.executable, "-m", "examples.tiny_llama.demo", *arguments]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
