@@ -1,6 +1,8 @@
-# Everything runs from .venv, made on first use. Set PIP_INSTALL_ARGS for other package sources, PYTHON for another interpreter.
+# Everything runs from .venv, made on first use. Set PIP_INSTALL_ARGS for other package sources, PYTHON for another
+# interpreter, TEST_PROCESSES for the cores that tests may use.
 PYTHON ?= python3
 PIP_INSTALL_ARGS ?=
+TEST_PROCESSES ?= 2
 BIN := .venv/bin
 
 .PHONY: setup demo test test-long lint clean
@@ -25,10 +27,10 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m "not slow"
 
 test-long: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

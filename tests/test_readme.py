@@ -7,9 +7,9 @@ import pytest
 
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapters import save_adapter
+from tests.support.forked_tune import ForkedTune
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, TINY_LLAMA
-from tests.support.recipe_runs import ForkedTune
 
 README = (PROJECT / "README.md").read_text()
 COMMANDS = [

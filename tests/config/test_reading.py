@@ -10,8 +10,8 @@ from custom_components.config.reading import config_text, load_settings
 from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
 from custom_components.config.training_settings import PreviewSettings, TrainingSettings
 from custom_components.runtime.errors import UserError
+from tests.support.forked_tune import ForkedTune
 from tests.support.paths import PROJECT
-from tests.support.recipe_runs import ForkedTune
 
 TRAINING_CONFIGS = sorted(PROJECT.glob("configs/*qlora.yaml")) + [PROJECT / "configs/llama2_7b_lora.yaml"]
 TINY = PROJECT / "configs/tiny_qlora.yaml"

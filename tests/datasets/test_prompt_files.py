@@ -13,9 +13,9 @@ from custom_components.runtime.errors import UserError
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapters import save_adapter
 from recipes.generate import recipe_main
+from tests.support.forked_tune import ForkedTune
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, TINY_LLAMA
-from tests.support.recipe_runs import ForkedTune
 
 USER = {"role": "user", "content": "Who?"}
 ANSWERED = {"role": "assistant", "content": "Nobody."}

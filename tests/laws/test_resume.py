@@ -16,9 +16,10 @@ from custom_components.runs.resuming import open_run_to_resume
 from custom_components.runtime.errors import UserError
 from custom_components.training.state import Progress, TrainingState
 from tests.support.checkpoints import write_checkpoint
+from tests.support.forked_tune import ForkedTune
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT
-from tests.support.recipe_runs import ForkedTune, arguments, tune_run
+from tests.support.recipe_runs import arguments, tune_run
 from tests.support.rows import random_dialogs, write_dialogs
 from tests.support.run_results import assert_equal, outcome
 

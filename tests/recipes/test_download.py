@@ -25,6 +25,7 @@ import pytest
 from custom_components.models.shapes import LLAMA2_7B, shape_from_checkpoint
 from custom_components.runtime.errors import UserError
 from custom_components.weights.checkpoint_files import BaseCheckpoint
+from tests.support.forked_tune import ForkedTune, WarmTune
 from tests.support.models import loaded_model
 from tests.support.paths import PROJECT, TINY_LLAMA
 
@@ -210,38 +211,43 @@ def running_hub() -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
+@pytest.fixture(scope="module")
+def module_hub() -> Iterator[Hub]:
     with running_hub() as hub:
         yield hub
 
 
-def run_command(hub: Hub, home: Path, *command: object) -> subprocess.CompletedProcess[str]:
-    """Runs a command for which this hub is the hub, and which knows no token, cache or proxy of the machine's user."""
+@pytest.fixture
+def hub(module_hub: Hub) -> Hub:
+    """The hub, which has seen no request yet."""
+    module_hub.requests.clear()
+    return module_hub
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """One in which this hub is the hub, and in which there is no token, cache or proxy of the machine's user."""
     personal = ("HF_", "HUGGING", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(personal)}
-    environment |= {
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(personal)}
+    return kept | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=PROJECT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS_FOR_ONE_COMMAND,
-    )
 
 
-def tune_download(hub: Hub, folder: Path, repository: str, *options: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def warm(module_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmTune]:
+    warm = WarmTune(environment(module_hub, tmp_path_factory.mktemp("home")))
+    yield warm
+    warm.close()
+
+
+def tune_download(warm: WarmTune, folder: Path, repository: str, *options: str) -> subprocess.CompletedProcess[str]:
     """`tune download` into folder/model."""
-    tune = Path(sys.executable).with_name("tune")
-    return run_command(hub, folder / "home", tune, "download", repository, "--output-dir", folder / "model", *options)
+    command = ["download", repository, "--output-dir", str(folder / "model"), *options]
+    return ForkedTune(*command, warm=warm).result(SECONDS_FOR_ONE_COMMAND)
 
 
 def files_in(directory: Path) -> dict[str, bytes]:
@@ -251,14 +257,16 @@ def files_in(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def open_download(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Request]]:
+def open_download(
+    module_hub: Hub, warm: WarmTune, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Request]]:
     """The directory of a download by the command in configs/llama2_7b_qlora.yaml, and the requests that the hub saw."""
     folder = tmp_path_factory.mktemp("open_download")
-    with running_hub() as hub:
-        process = tune_download(hub, folder, OPEN_MODEL, "--ignore-patterns", "*.bin")
+    module_hub.requests.clear()
+    process = tune_download(warm, folder, OPEN_MODEL, "--ignore-patterns", "*.bin")
     assert process.returncode == 0, process.stderr
     assert "Successfully downloaded model repo" in process.stdout
-    return folder / "model", hub.requests
+    return folder / "model", list(module_hub.requests)
 
 
 def test_a_download_is_the_repository_byte_for_byte_and_leaves_out_what_the_pattern_names(open_download):
@@ -282,8 +290,8 @@ def test_a_download_is_a_checkpoint_that_this_package_loads(open_download):
     loaded_model(directory)
 
 
-def test_a_gated_model_is_downloaded_with_a_token_that_goes_to_the_hub_alone(hub, tmp_path):
-    process = tune_download(hub, tmp_path, GATED_MODEL, "--hf-token", TOKEN_WITH_ACCESS)
+def test_a_gated_model_is_downloaded_with_a_token_that_goes_to_the_hub_alone(hub, warm, tmp_path):
+    process = tune_download(warm, tmp_path, GATED_MODEL, "--hf-token", TOKEN_WITH_ACCESS)
     assert process.returncode == 0, process.stderr
     assert files_in(tmp_path / "model") == MODEL_FILES
     assert {request.token for request in hub.requests if request.host == "hub"} == {TOKEN_WITH_ACCESS}
@@ -300,8 +308,10 @@ def test_a_gated_model_is_downloaded_with_a_token_that_goes_to_the_hub_alone(hub
     ],
     ids=["no token", "token without access", "unknown token", "no such repository"],
 )
-def test_a_refused_download_fails_with_the_reason_and_leaves_no_checkpoint(hub, tmp_path, repository, token, message):
-    process = tune_download(hub, tmp_path, repository, *(["--hf-token", token] if token else []))
+def test_a_refused_download_fails_with_the_reason_and_leaves_no_checkpoint(
+    hub, warm, tmp_path, repository, token, message
+):
+    process = tune_download(warm, tmp_path, repository, *(["--hf-token", token] if token else []))
     assert process.returncode != 0
     assert message in process.stderr
     assert "Successfully" not in process.stdout
@@ -319,18 +329,35 @@ from custom_components.datasets.sources import read_rows
 from custom_components.runtime.errors import UserError
 
 datasets.config.USE_PARQUET_EXPORT = False
-try:
-    print(json.dumps([[row.location, row.values] for row in read_rows(*sys.argv[1:])]))
-except UserError as error:
-    sys.exit(str(error))
+for name, split in json.loads(sys.argv[1]):
+    try:
+        print(json.dumps([[row.location, row.values] for row in read_rows(name, split)]))
+    except UserError as error:
+        print(json.dumps(str(error)))
 """
+DATA_SETS_AND_SPLITS = [(DATASET, "train"), (DATASET, "test"), (ABSENT, "train")]
 
 
-def test_rows_of_a_data_set_on_the_hub(hub, tmp_path):
-    process = run_command(hub, tmp_path, sys.executable, "-c", READ_ROWS, DATASET, "train")
+@pytest.fixture(scope="module")
+def rows_or_error(module_hub, tmp_path_factory):
+    """The rows that come of each data set and split, or the words of the error."""
+    process = subprocess.run(
+        [sys.executable, "-c", READ_ROWS, json.dumps(DATA_SETS_AND_SPLITS)],
+        cwd=PROJECT,
+        env=environment(module_hub, tmp_path_factory.mktemp("home")),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_FOR_ONE_COMMAND,
+    )
     assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()[-len(DATA_SETS_AND_SPLITS) :]
+    return dict(zip(DATA_SETS_AND_SPLITS, map(json.loads, lines), strict=True))
+
+
+def test_rows_of_a_data_set_on_the_hub(rows_or_error):
     expected = [[f"{DATASET} row {number}", row] for number, row in enumerate(CONVERSATION, 1)]
-    assert json.loads(process.stdout.splitlines()[-1]) == expected
+    assert rows_or_error[DATASET, "train"] == expected
 
 
 @pytest.mark.parametrize(
@@ -341,9 +368,7 @@ def test_rows_of_a_data_set_on_the_hub(hub, tmp_path):
     ],
     ids=["no such split", "no such data set"],
 )
-def test_a_data_set_or_split_that_the_hub_has_not_is_an_error_that_names_it(hub, tmp_path, name, split, reason):
-    process = run_command(hub, tmp_path, sys.executable, "-c", READ_ROWS, name, split)
-    assert process.returncode == 1
-    message = process.stderr.splitlines()[-1]
+def test_a_data_set_or_split_that_the_hub_has_not_is_an_error_that_names_it(rows_or_error, name, split, reason):
+    message = rows_or_error[name, split]
     assert f"{name!r} is no file here and could not be fetched from the hub, split {split!r}" in message
     assert reason in message

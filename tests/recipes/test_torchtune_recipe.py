@@ -1,14 +1,10 @@
 """The parts in torchtune's own recipe: its lora_finetune_single_device with our builder and transform in its config."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support.paths import PROJECT
+from tests.support.forked_tune import ForkedTune
 
 CONFIG = """
 output_dir: {output_dir}
@@ -86,12 +82,7 @@ def test_torchtunes_own_recipe_trains_our_parts(make_checkpoint, tmp_path, dtype
             output_dir=tmp_path / "out", checkpoint_dir=checkpoint, rows=rows, dtype=dtype, quantize_base=quantize_base
         )
     )
-    tune = Path(sys.executable).with_name("tune")
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "home")}
-    result = subprocess.run(
-        [tune, "run", "lora_finetune_single_device", "--config", config],
-        cwd=PROJECT, capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
+    result = ForkedTune("run", "lora_finetune_single_device", "--config", str(config)).result()
     assert result.returncode == 0, result.stderr[-3000:]
     assert "loss:" in next((tmp_path / "out/logs").glob("*.txt")).read_text()
     assert list((tmp_path / "out").rglob("adapter_model.safetensors"))

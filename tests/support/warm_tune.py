@@ -4,9 +4,9 @@
 takes a tenth of a second. A fork has one thread: had this process computed anything, OpenMP would wait in its children
 for threads that they do not have. So this process only imports, and has one thread itself.
 
-Started by tests/support/recipe_runs.py with the number of a Unix socket's descriptor. For each command the socket
-brings a JSON list of its arguments and four descriptors: its stdin, stdout and stderr, and one that takes its process
-id and then its exit code.
+Started by tests/support/forked_tune.py with the number of a Unix socket's descriptor. For each command the socket
+brings its arguments and its number of threads in JSON and four descriptors: its stdin, stdout and stderr, and one that
+takes its process id and then its exit code.
 """
 
 import atexit
@@ -19,10 +19,15 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import custom_components.runtime.tune_startup  # noqa: F401  what llama_lora_recipes.pth does for `tune`
 from custom_components.runtime.quiet_bitsandbytes import import_bitsandbytes
+
+
+class Command(NamedTuple):
+    arguments: list[str]
+    num_threads: int | None  # None: as OMP_NUM_THREADS says, or one for each core
 
 
 def import_everything() -> None:
@@ -37,8 +42,8 @@ def import_everything() -> None:
     import_bitsandbytes()
 
 
-def next_command(commands: socket.socket) -> list[str]:
-    """Wait for commands until the tests are over; in the forked process of each, return its arguments."""
+def next_command(commands: socket.socket) -> Command:
+    """Wait for commands until the tests are over; in the forked process of each, return it."""
     while True:
         message, descriptors, _, _ = socket.recv_fds(commands, 1 << 20, 4)
         if not message:
@@ -47,7 +52,7 @@ def next_command(commands: socket.socket) -> list[str]:
         if os.fork() == 0:
             commands.close()
             take_the_place_of_a_command(*descriptors)
-            return json.loads(message)
+            return Command(**json.loads(message))
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -78,9 +83,11 @@ def reap_children(*_: object) -> None:
             pass
 
 
-def run_tune(arguments: list[str]) -> NoReturn:
+def run_tune(command: Command) -> NoReturn:
     """Run the command and leave as the interpreter does, but for taking down the modules."""
-    sys.argv = arguments
+    sys.argv = command.arguments
+    if command.num_threads is not None:
+        importlib.import_module("torch").set_num_threads(command.num_threads)
     exit_code: object = 0
     try:
         exit_code = importlib.import_module("torchtune._cli.tune").main()
