@@ -16,7 +16,9 @@ from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import GenerationSettings
 from custom_components.datasets.prompt_files import (
     ANSWER,
+    ANSWERS,
     BASE_ANSWER,
+    BASE_ANSWERS,
     FilePrompt,
     check_output_file,
     one_prompt,
@@ -55,7 +57,7 @@ def recipe_main() -> None:
         model = made_for_inference(loaded, fold_adapter=settings.fold_adapter)
 
     if settings.chat:
-        conversation = Conversation(model, tokenizer, settings.max_new_tokens, sampling(settings))
+        conversation = Conversation(model, tokenizer, settings.max_new_tokens, samplings(settings)[0])
         chat(conversation, sys.stdin, is_interactive=sys.stdin.isatty())
     elif settings.output_file is not None:
         answer_file(model, tokenizer, prompts, settings)
@@ -77,9 +79,15 @@ def tokenized_prompts(
 ) -> list[FilePrompt]:
     """The prompts of the file, or the one of the command line; none for a chat."""
     if settings.prompts_file is not None:
-        columns = [ANSWER, BASE_ANSWER] if settings.compare else [ANSWER]
+        column, base_column = answer_columns(settings)
+        columns = [column, base_column] if settings.compare else [column]
         return read_prompts(settings.prompts_file, tokenizer, max_seq_len, columns)
     return [] if settings.chat else [one_prompt(settings.prompt, tokenizer, max_seq_len)]
+
+
+def answer_columns(settings: GenerationSettings) -> tuple[str, str]:
+    """The columns of a file that answers are written to, and the base's."""
+    return (ANSWER, BASE_ANSWER) if settings.num_answers == 1 else (ANSWERS, BASE_ANSWERS)
 
 
 def load_model(settings: GenerationSettings, base: BaseCheckpoint) -> TransformerDecoder:
@@ -89,26 +97,29 @@ def load_model(settings: GenerationSettings, base: BaseCheckpoint) -> Transforme
     return load_model_for_inference(base, adapter, settings.quantize_base, dtype, device)
 
 
-def sampling(settings: GenerationSettings) -> Sampling:
-    return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.repetition_penalty, settings.seed)
+def samplings(settings: GenerationSettings) -> list[Sampling]:
+    """How each of the answers to a prompt is drawn: with a seed of its own."""
+    drawing = settings.temperature, settings.top_k, settings.top_p, settings.repetition_penalty
+    return [Sampling(*drawing, seed=settings.seed + number) for number in range(settings.num_answers)]
 
 
 def answer_one(
     model: IncrementalLlama, tokenizer: Llama2ChatTransform, prompt: list[int], settings: GenerationSettings
 ) -> None:
-    """Print the answer, as it comes where somebody watches; with `compare` the base's before it."""
+    """Print the answers, as they come where somebody watches; with `compare` the base's before them."""
 
-    def print_answer(label: str = "") -> None:
-        print(label, end="", flush=True)
-        for piece in streamed_answer(model, tokenizer, prompt, settings.max_new_tokens, sampling(settings)):
-            print(piece, end="", flush=sys.stdout.isatty())
-        print(flush=True)
+    def print_answers(label: str = "") -> None:
+        for number, sampling in enumerate(samplings(settings), start=1):
+            print(label + (f"{number}  " if settings.num_answers > 1 else ""), end="", flush=True)
+            for piece in streamed_answer(model, tokenizer, prompt, settings.max_new_tokens, sampling):
+                print(piece, end="", flush=sys.stdout.isatty())
+            print(flush=True)
 
     if not settings.compare:
-        return print_answer()
+        return print_answers()
     with disable_adapter(model):
-        print_answer("base   ")
-    return print_answer("tuned  ")
+        print_answers("base   ")
+    return print_answers("tuned  ")
 
 
 def answer_file(
@@ -116,28 +127,34 @@ def answer_file(
 ) -> None:
     """Write the answers beside their rows; with `compare` the base's as well."""
 
-    def answers(tokens: list[list[int]]) -> list[str]:
+    def drawn(tokens: list[list[int]], sampling: Sampling) -> list[str]:
         answer_tokens = generate(
             model,
             tokens,
             max_new_tokens=settings.max_new_tokens,
             stop_tokens=tokenizer.stop_tokens,
-            sampling=sampling(settings),
+            sampling=sampling,
         )
         return [tokenizer.decode(answer).strip() for answer in answer_tokens]
 
-    def answer_batch(tokens: list[list[int]]) -> dict[str, list[str]]:
+    def answers(tokens: list[list[int]]) -> list[str] | list[list[str]]:
+        by_sampling = [drawn(tokens, sampling) for sampling in samplings(settings)]
+        return by_sampling[0] if settings.num_answers == 1 else list(map(list, zip(*by_sampling, strict=True)))
+
+    column, base_column = answer_columns(settings)
+
+    def answer_batch(tokens: list[list[int]]) -> dict[str, list[str] | list[list[str]]]:
         if not settings.compare:
-            return {ANSWER: answers(tokens)}
+            return {column: answers(tokens)}
         with disable_adapter(model):
             base_answers = answers(tokens)
-        return {ANSWER: answers(tokens), BASE_ANSWER: base_answers}
+        return {column: answers(tokens), base_column: base_answers}
 
     assert settings.output_file is not None
     with tqdm(total=len(prompts), unit="prompt") as progress:
         for num_answered in write_answers(prompts, settings.output_file, settings.batch_size, answer_batch):
             progress.update(num_answered)
-    print(f"{len(prompts)} answers in {settings.output_file}")
+    print(f"{len(prompts) * settings.num_answers} answers in {settings.output_file}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class GenerationSettings(Settings):
     # Beyond these, and at lower temperatures, fp32 logits become infinite.
     repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**43)] = 0
+    num_answers: PositiveInt = 1
     quantize_base: bool = False
     fold_adapter: bool = False
     device: Device = "auto"
@@ -43,6 +44,10 @@ class GenerationSettings(Settings):
             yield missing, f"missing beside {given}: questions are read from the one, answers written to the other"
         if 0 < self.temperature < 1e-3:
             yield "temperature", f"{self.temperature} is too low to draw by; set 0 for always the likeliest token"
+        if self.num_answers > 1 and self.temperature == 0:
+            yield "num_answers", f"{self.num_answers} at temperature 0 are all the same answer; set a temperature"
+        if self.num_answers > 1 and self.chat:
+            yield "num_answers", f"{self.num_answers} beside chat: a chat goes on from one answer; set 1"
         if self.compare and self.chat:
             yield "compare", "true beside chat: base and adapter cannot both be talked to; set one of them to false"
         for key in ("compare", "fold_adapter"):

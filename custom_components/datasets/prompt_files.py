@@ -14,6 +14,7 @@ from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
 
 ANSWER, BASE_ANSWER = "answer", "answer_base"
+ANSWERS, BASE_ANSWERS = "answers", "answers_base"  # lists, where more than one is drawn
 # A window of this many batches is sorted by length, so that rows of similar length share a batch.
 _NUM_BATCHES_SORTED = 8
 
@@ -126,7 +127,7 @@ def write_answers(
     prompts: Sequence[FilePrompt],
     output_file: Path,
     batch_size: int,
-    answer_batch: Callable[[list[list[int]]], dict[str, list[str]]],
+    answer_batch: Callable[[list[list[int]]], Mapping[str, Sequence[Any]]],
 ) -> Iterator[int]:
     """Answer all prompts; yields the number answered since the last time.
 
@@ -142,7 +143,7 @@ def write_answers(
     with output_file.open("x", encoding="utf-8", errors="backslashreplace") as file:
         while window := list(islice(remaining, batch_size * _NUM_BATCHES_SORTED)):
             by_length = sorted(range(len(window)), key=lambda index: -len(window[index].tokens))
-            answered: dict[int, dict[str, str]] = {}
+            answered: dict[int, dict[str, Any]] = {}
             num_written = 0
             for start in range(0, len(window), batch_size):
                 indices = by_length[start : start + batch_size]
