@@ -119,7 +119,7 @@ def write_hugging_face(
     """Write a Hugging Face directory; returns what it holds, read back."""
     dtype = PRECISION_STR_TO_DTYPE[storage]
     write_weights(directory, with_progress(merged), merged.shapes, merged.shape, dtype)
-    write_config(directory, checkpoint.directory, merged.shape, tokenizer, dtype)
+    write_config(directory, checkpoint, merged.shape, tokenizer, dtype)
     write_tokenizer(directory, tokenizer, merged.shape.max_seq_len)
     return BaseWeights(open_checkpoint(directory), dequantized=False)
 

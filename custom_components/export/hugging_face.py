@@ -12,6 +12,7 @@ from torchtune.models.convert_weights import get_mapped_key
 from custom_components.models.shapes import LlamaShape
 from custom_components.transforms.added_tokens import read_json
 from custom_components.transforms.tokenizer_files import ExportedTokenizer
+from custom_components.weights.checkpoint_files import BaseCheckpoint
 from custom_components.weights.names import HUGGING_FACE_NAMES, halve_rope_rows
 from custom_components.weights.safetensors_writing import DEFAULT_MAX_SHARD_BYTES, write_safetensors
 
@@ -48,24 +49,24 @@ def write_weights(
 
 def write_config(
     directory: Path,
-    source_dir: Path,
+    base: BaseCheckpoint,
     shape: LlamaShape,
     tokenizer: ExportedTokenizer,
     dtype: torch.dtype,
 ) -> None:
-    """Write config.json and generation_config.json: the source's, or made from the shape where Meta's format has none.
+    """Write config.json and generation_config.json: the base's, or made from the shape for Meta's layout.
 
     Args:
         shape: of the model that is written, whose embeddings may be tied otherwise than the source's.
         tokenizer: its stop tokens are what generation ends at.
     """
     processor = tokenizer.tokenizer.processor
-    config = read_json(source_dir / "config.json") or config_of_shape(shape, processor.bos_id())
+    config = dict(base.config) or config_of_shape(shape, processor.bos_id())
     # transformers 5 reads and writes `dtype`, and still reads `torch_dtype`, the only one that version 4 knows.
     config["dtype" if "dtype" in config else "torch_dtype"] = _CONFIG_DTYPES[dtype]
     config["tie_word_embeddings"] = shape.tied_embeddings
     config.pop("_name_or_path", None)  # it names another model than this one
-    generation_config = read_json(source_dir / "generation_config.json") or {"bos_token_id": processor.bos_id()}
+    generation_config = read_json(base.directory / "generation_config.json") or {"bos_token_id": processor.bos_id()}
     # Llama 2 came so in 2023; Meta mended it in this way.
     if not generation_config.get("do_sample") and (drawing := sorted(_DRAWING & generation_config.keys())):
         generation_config["do_sample"] = True

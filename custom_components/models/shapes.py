@@ -47,7 +47,12 @@ TINYLLAMA_1B = LlamaShape(32_000, 22, 32, 4, 2048, 5632, 2048)
 
 
 def shape_from_checkpoint(checkpoint_dir: Path) -> LlamaShape:
-    """The shape that a checkpoint directory states: Hugging Face's config.json or Meta's params.json.
+    """Read the shape that a checkpoint directory states, see :func:`shape_and_config`."""
+    return shape_and_config(checkpoint_dir)[0]
+
+
+def shape_and_config(checkpoint_dir: Path) -> tuple[LlamaShape, dict[str, Any]]:
+    """Read the shape that a checkpoint states, and all of its config.json; Meta's params.json gives the shape only.
 
     Raises:
         UserError: no such directory, no config in it, or a model that is no plain Llama, by the name of what differs.
@@ -57,10 +62,11 @@ def shape_from_checkpoint(checkpoint_dir: Path) -> LlamaShape:
             f"checkpoint_dir: {str(checkpoint_dir)!r} is not a directory; download a model with "
             f"`tune download REPOSITORY --output-dir {checkpoint_dir} --ignore-patterns '*.bin'`"
         )
-    if (checkpoint_dir / "config.json").is_file():
-        return _shape_from_hugging_face(checkpoint_dir / "config.json")
-    if (checkpoint_dir / "params.json").is_file():
-        return _shape_from_meta(checkpoint_dir / "params.json")
+    if (path := checkpoint_dir / "config.json").is_file():
+        config = _read_json(path)
+        return _shape_from_hugging_face(config, path), config
+    if (path := checkpoint_dir / "params.json").is_file():
+        return _shape_from_meta(_read_json(path), path), {}
     raise UserError(
         f"checkpoint_dir: {str(checkpoint_dir)!r} has neither config.json nor params.json; is the download whole?"
     )
@@ -76,8 +82,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _shape_from_hugging_face(path: Path) -> LlamaShape:
-    config = _read_json(path)
+def _shape_from_hugging_face(config: dict[str, Any], path: Path) -> LlamaShape:
     # transformers 5 writes rope_parameters where 4 wrote rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -119,9 +124,8 @@ def _shape_from_hugging_face(path: Path) -> LlamaShape:
     return shape
 
 
-def _shape_from_meta(path: Path) -> LlamaShape:
+def _shape_from_meta(params: dict[str, Any], path: Path) -> LlamaShape:
     """Meta's params.json; the feed-forward's width follows meta-llama/llama @689c7f2, model.py, class FeedForward."""
-    params = _read_json(path)
     try:
         embed_dim, num_heads = params["dim"], params["n_heads"]
         multiple_of = params.get("multiple_of", 256)

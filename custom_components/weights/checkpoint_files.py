@@ -7,17 +7,18 @@ import itertools
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchtune.models.convert_weights import _FROM_HF, _FROM_META
 
-from custom_components.models.shapes import LlamaShape, shape_from_checkpoint
+from custom_components.models.shapes import LlamaShape, shape_and_config
 from custom_components.runtime.errors import UserError
 from custom_components.weights.names import interleave_rope_rows
 
@@ -39,10 +40,12 @@ class BaseCheckpoint:
     Attributes:
         directory: in Hugging Face's or Meta's layout.
         shape: of the model, as config.json or params.json states it.
+        config: all of config.json; empty in Meta's layout.
     """
 
     directory: Path
     shape: LlamaShape
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizer_model(self) -> Path:
@@ -59,7 +62,7 @@ class BaseCheckpoint:
 
     @cached_property
     def hub_name(self) -> str | None:
-        """The name on the hub, if it is known; None: it is not.
+        """Find the name on the hub; None if it is not known.
 
         It is in a file that `tune download` writes or in the path of the hub's cache. That of config.json may be the
         parent of a model trained further, so it counts only if the directory is named so too.
@@ -70,8 +73,8 @@ class BaseCheckpoint:
             for part, next_part in itertools.pairwise(directory.parts):
                 if next_part == "snapshots" and (found := re.fullmatch(r"models--(.+?)--(.+)", part)):
                     return "/".join(found.groups())
-        name = _stated_text(self.directory / "config.json", "_name_or_path")
-        is_of_hub = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+        name = self.config.get("_name_or_path")
+        is_of_hub = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
         return name if is_of_hub and Path(str(name)).name == self.directory.absolute().name else None
 
     @property
@@ -86,7 +89,7 @@ def open_checkpoint(checkpoint_dir: Path) -> BaseCheckpoint:
     Raises:
         UserError: no such directory, no config in it, or a model that is not a plain Llama.
     """
-    return BaseCheckpoint(checkpoint_dir, shape_from_checkpoint(checkpoint_dir))
+    return BaseCheckpoint(checkpoint_dir, *shape_and_config(checkpoint_dir))
 
 
 def _tensors_of_checkpoint(checkpoint_dir: Path, shape: LlamaShape) -> dict[str, StoredTensor]:

@@ -9,8 +9,9 @@ from custom_components.models.shapes import LLAMA2_7B
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.prompt_format import read_prompt_format
 from custom_components.weights.adapters import check_adapter_was_trained
-from custom_components.weights.checkpoint_files import BaseCheckpoint
+from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
 from tests.support.adapters import PROMPT_FORMAT, saved_adapter
+from tests.support.checkpoints import write_checkpoint
 from tests.support.models import (
     ALL_ATTENTION,
     TOKENS,
@@ -82,11 +83,8 @@ def test_the_base_is_named_as_the_hub_does_where_that_is_known(tmp_path, monkeyp
     assert BaseCheckpoint(cached, LLAMA2_7B).name == "meta-llama/Llama-2-7b-hf"
     (tmp_path / "link").symlink_to(cached)
     assert BaseCheckpoint(tmp_path / "link", LLAMA2_7B).name == "meta-llama/Llama-2-7b-hf"
-    copied = tmp_path / "Llama-2-7b-hf"
-    copied.mkdir()
-    (copied / "config.json").write_text('{"_name_or_path": "meta-llama/Llama-2-7b-hf"}')
-    monkeypatch.chdir(tmp_path)
-    assert BaseCheckpoint(Path("Llama-2-7b-hf"), LLAMA2_7B).name == "meta-llama/Llama-2-7b-hf"
+    config = {"_name_or_path": "meta-llama/Llama-2-7b-hf"}
+    monkeypatch.chdir(write_checkpoint(tmp_path / "Llama-2-7b-hf", **config).parent)
+    assert open_checkpoint(Path("Llama-2-7b-hf")).name == "meta-llama/Llama-2-7b-hf"
     # What was trained further names its parent there.
-    copied.rename(tmp_path / "my-model")
-    assert BaseCheckpoint(Path("my-model"), LLAMA2_7B).name == "my-model"
+    assert open_checkpoint(write_checkpoint(Path("my-model"), **config)).name == "my-model"
