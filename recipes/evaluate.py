@@ -102,6 +102,8 @@ def trained_tokenizer(settings: EvaluationSettings) -> Llama2ChatTransform:
             settings.val_fraction,
             settings.seed,
             settings.on_overlong,
+            settings.on_uneven_turns,
+            settings.on_empty_answer,
             settings.max_seq_len,
             settings.prompt_template,
             settings.system_prompt,

@@ -75,6 +75,8 @@ class EvaluationSettings(Settings):
     prompt_template: str | dict[str, str] | None = None
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     on_bad_row: Literal["error", "skip"] = "error"
+    on_uneven_turns: Literal["error", "merge", "drop_leading"] = "error"
+    on_empty_answer: Literal["drop", "error"] = "drop"
     cache_dir: PathText | None = Path("~/.cache/llama-lora-recipes")
     dataset: Annotated[dict[str, Any] | None, DATASET] = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -69,6 +69,8 @@ class TrainingSettings(Settings):
     tokenizer: Annotated[dict[str, Any], TOKENIZER]
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     on_bad_row: Literal["error", "skip"] = "error"
+    on_uneven_turns: Literal["error", "merge", "drop_leading"] = "error"
+    on_empty_answer: Literal["drop", "error"] = "drop"
     cache_dir: PathText | None = Path("~/.cache/llama-lora-recipes")
     dataset: Annotated[dict[str, Any], DATASET]
     dataset_val: Annotated[dict[str, Any] | None, DATASET] = None

@@ -10,10 +10,13 @@ import numpy as np
 from pydantic import NonNegativeFloat, PositiveInt
 from tqdm import tqdm
 
-from custom_components.datasets.row_formats import RowFormat, format_by_name, recognised_format, renamed
+from custom_components.datasets.dialog_reader import DialogReader
+from custom_components.datasets.dialog_rules import DialogRules, OnEmptyAnswer, OnUnevenTurns
+from custom_components.datasets.row_formats import check_format_name
 from custom_components.datasets.sources import BadRow, Row, read_rows
+from custom_components.datasets.summary import DatasetSummary
 from custom_components.datasets.token_cache import TokenCache
-from custom_components.datasets.tokenized_rows import ChatDataset, DatasetSummary, mixed
+from custom_components.datasets.tokenized_rows import ChatDataset, mixed
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import EncodedDialog, Llama2ChatTransform
 
@@ -40,6 +43,8 @@ def chat_dataset(
     system_prompt: str | None = None,
     on_overlong: Literal["truncate", "drop", "error"] = "truncate",
     on_bad_row: Literal["error", "skip"] = "error",
+    on_uneven_turns: OnUnevenTurns = "error",
+    on_empty_answer: OnEmptyAnswer = "drop",
     cache_dir: str | Path | None = None,
 ) -> ChatDataset:
     """Read and tokenize a source of dialogs, or several.
@@ -56,7 +61,8 @@ def chat_dataset(
         column_map: the file's name for each of our columns that it names differently: `{prompt: question}`.
         system_prompt: for dialogs that have none of their own; None: the tokenizer's.
         on_overlong: what happens to rows over `max_seq_len`: "truncate" cuts them, without a false EOS.
-        on_bad_row: "skip" drops and counts rows that cannot be read as a dialog.
+        on_bad_row: "skip" drops and counts rows that cannot be read as a dialog; "error" names the first of each kind.
+        on_uneven_turns, on_empty_answer: see :class:`DialogRules`.
         cache_dir: tokens of local files are kept here for later runs; None: they are not kept.
 
     Raises:
@@ -64,8 +70,10 @@ def chat_dataset(
     """
     reader = _Reader(
         *(tokenizer.with_system_prompt(system_prompt), split, subset, revision, streaming, max_rows),
-        *(format, column_map or {}, on_overlong, on_bad_row),
+        *(format, column_map or {}, on_overlong, on_bad_row, on_uneven_turns, on_empty_answer),
     )
+    if format is not None:
+        check_format_name(format)
     sources = [WeightedSource(source=source)] if isinstance(source, str) else source
     if not sources:
         raise UserError("dataset.source: is an empty list; name a file or a data set on the hub")
@@ -87,6 +95,8 @@ class _Reader:
     column_map: dict[str, str]
     on_overlong: str
     on_bad_row: str
+    on_uneven_turns: OnUnevenTurns
+    on_empty_answer: OnEmptyAnswer
 
     def cached(self, source: str, cache_dir: str | Path | None) -> ChatDataset:
         """Read the source's rows, from the cache if the same rows were tokenized with the same settings before."""
@@ -103,80 +113,82 @@ class _Reader:
     def read(self, source: str) -> ChatDataset:
         summary = DatasetSummary(source)
 
-        def refuse_or_count(bad_row: BadRow) -> None:
-            if self.on_bad_row == "error":
-                raise bad_row
-            summary.num_rows += 1
-            summary.num_bad += 1
-
-        every_row = read_rows(
-            source,
-            self.split,
-            subset=self.subset,
-            revision=self.revision,
-            streaming=self.streaming,
-            on_bad_row=refuse_or_count,
-        )
-        rows = islice(every_row, self.max_rows)
-        first = next(rows)
-        row_format = self.row_format(first)
-        summary.format = row_format.name
+        dialogs = DialogReader(self.format, self.column_map, DialogRules(self.on_uneven_turns, self.on_empty_answer))
         token_chunks: list[np.ndarray] = []
         supervised_chunks: list[np.ndarray] = []
         lengths: list[int] = []
         first_text = ""
-        with tqdm(desc=f"tokenizing {source}", unit="row", leave=False, delay=2) as progress:
-            chunk = [first, *islice(rows, _NUM_ROWS_PER_ENCODE - 1)]
-            while chunk:
-                for location, encoded in self.encode(chunk, row_format, summary):
-                    first_text = first_text or self.tokenizer.decode(encoded.tokens)[:200]
-                    if self.keeps(location, encoded, summary):
-                        cut = self.tokenizer.max_seq_len
-                        token_chunks.append(np.array(encoded.tokens[:cut], np.int32))
-                        supervised_chunks.append(np.array(encoded.is_supervised[:cut], bool))
-                        lengths.append(len(encoded.tokens[:cut]))
-                progress.update(len(chunk))
-                chunk = list(islice(rows, _NUM_ROWS_PER_ENCODE))
+        try:
+            rows = islice(self.rows(source, summary), self.max_rows)
+            with tqdm(desc=f"tokenizing {source}", unit="row", leave=False, delay=2) as progress:
+                while chunk := list(islice(rows, _NUM_ROWS_PER_ENCODE)):
+                    for location, encoded in self.encode(chunk, dialogs, summary):
+                        first_text = first_text or self.tokenizer.decode(encoded.tokens)[:200]
+                        if self.keeps(location, encoded, summary):
+                            cut = self.tokenizer.max_seq_len
+                            token_chunks.append(np.array(encoded.tokens[:cut], np.int32))
+                            supervised_chunks.append(np.array(encoded.is_supervised[:cut], bool))
+                            lengths.append(len(encoded.tokens[:cut]))
+                    progress.update(len(chunk))
+                    if self.streaming and summary.num_bad and self.on_bad_row == "error":
+                        break  # the rest would be fetched only to find more of them
+        except UserError as error:
+            raise UserError(*summary.bad_row_lines(), *error.messages) from None
+        if summary.num_bad and self.on_bad_row == "error":
+            raise UserError(*summary.bad_row_lines())
         if not lengths:
-            raise UserError(
-                f"dataset.source: no row of {source!r} has a token to train on within max_seq_len "
-                f"{self.tokenizer.max_seq_len}; the first is {first_text!r}"
-                + (f" ({summary.num_bad} bad rows were skipped)" if summary.num_bad else "")
-            )
+            raise self.nothing_to_train_on(summary, first_text)
+        summary.format = dialogs.row_format.name if dialogs.row_format else ""
         summary.num_kept = len(lengths)
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         return ChatDataset(
             np.concatenate(token_chunks), np.concatenate(supervised_chunks), ends, np.arange(len(lengths)), [summary]
         )
 
-    def row_format(self, first: Row) -> RowFormat:
-        try:
-            values = renamed(first.values, self.column_map)
-            if self.format is not None:
-                return format_by_name(self.format, values.keys())
-            return recognised_format(values.keys(), values, self.column_map.keys())
-        except ValueError as error:
-            raise UserError(f"{first.location}: {error}") from None
+    def rows(self, source: str, summary: DatasetSummary) -> Iterator[Row]:
+        def count(bad_row: BadRow) -> None:
+            location, _, reason = str(bad_row).partition(": ")
+            summary.num_rows += 1
+            summary.count_bad_row(location, reason)
+
+        return read_rows(
+            source,
+            self.split,
+            subset=self.subset,
+            revision=self.revision,
+            streaming=self.streaming,
+            on_bad_row=count,
+        )
 
     def encode(
-        self, rows: Sequence[Row], row_format: RowFormat, summary: DatasetSummary
+        self, rows: Sequence[Row], dialogs: DialogReader, summary: DatasetSummary
     ) -> Iterator[tuple[str, EncodedDialog]]:
         """Tokenize the rows that are dialogs; yields each with its location."""
         locations, rendered_dialogs = [], []
         for row in rows:
             summary.num_rows += 1
             try:
-                dialog = row_format.convert(renamed(row.values, self.column_map))
-                turns = self.tokenizer.render(dialog)
+                dialog, notes = dialogs.dialog(row)
+                turns = self.tokenizer.render(dialog) if dialog else []
             except ValueError as error:
-                if self.on_bad_row == "error":
-                    raise UserError(f"{row.location}: {error}") from None
-                summary.num_bad += 1
+                summary.count_bad_row(row.location, str(error))
                 continue
-            summary.num_empty_messages += any(not message.content for message in dialog)
-            locations.append(row.location)
-            rendered_dialogs.append(turns)
+            summary.count_notes(row.location, notes)
+            if turns:
+                locations.append(row.location)
+                rendered_dialogs.append(turns)
+        if summary.num_bad and self.on_bad_row == "error":
+            return  # the rows that follow are read only to name every kind of bad row at once
         yield from zip(locations, self.tokenizer.encode_turns(rendered_dialogs), strict=True)
+
+    def nothing_to_train_on(self, summary: DatasetSummary, first_text: str) -> UserError:
+        reasons = f": of {summary.num_rows} rows " + ", ".join(summary.losses())
+        limit = f" within max_seq_len {self.tokenizer.max_seq_len}" if summary.num_overlong or first_text else ""
+        first = f"; the first is {first_text!r}" if first_text else ""
+        return UserError(
+            f"dataset.source: no row of {summary.source!r} has a token to train on{limit}{reasons}{first}",
+            *summary.bad_row_lines(),
+        )
 
     def keeps(self, location: str, encoded: EncodedDialog, summary: DatasetSummary) -> bool:
         """Decide whether a row is trained on, and count it."""

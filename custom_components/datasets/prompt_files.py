@@ -7,16 +7,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from custom_components.datasets.row_converters import listed
 from custom_components.datasets.row_formats import recognised_format
+from custom_components.datasets.row_messages import listed
 from custom_components.datasets.sources import Row, read_rows
 from custom_components.runtime.errors import UserError
+from custom_components.transforms.dialogs import ChatMessage
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
 
 ANSWER, BASE_ANSWER = "answer", "answer_base"
 ANSWERS, BASE_ANSWERS = "answers", "answers_base"  # lists, where more than one is drawn
 # A window of this many batches is sorted by length, so that rows of similar length share a batch.
 _NUM_BATCHES_SORTED = 8
+_ANSWER_THAT_IS_LEFT_OUT = "-"
 
 
 def check_output_file(path: Path) -> None:
@@ -93,34 +95,19 @@ def one_prompt(text: str, tokenizer: Llama2ChatTransform, max_seq_len: int) -> F
         raise UserError(f"prompt: {error}") from None
 
 
-def row_dialog(values: Mapping[str, Any]) -> list[dict[str, str]]:
+def row_dialog(values: Mapping[str, Any]) -> list[ChatMessage]:
     """Read a row's dialog up to the question to answer, as it would be trained.
 
     Raises:
         ValueError: the row has no question.
     """
-    values = _with_an_answer(values)
+    if "prompt" in values:
+        values = {**values, "completion": _ANSWER_THAT_IS_LEFT_OUT}
     try:
         row_format = recognised_format(values, values)
     except ValueError:
         raise ValueError(f"has no question in {listed(values)}; name it 'prompt', or give 'messages'") from None
-    dialog = row_format.convert(values)[:-1]
-    if not dialog:
-        raise ValueError("is plain text without a question")
-    if not dialog[-1].content.strip():
-        raise ValueError("the prompt is empty")
-    return [{"role": message.role, "content": message.content} for message in dialog]
-
-
-def _with_an_answer(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Put an answer at the end of a row, because the converters of training rows need one."""
-    answer = "-"
-    messages = values.get("messages")
-    if isinstance(messages, list) and messages:
-        is_answered = isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
-        question = messages[: len(messages) - is_answered]
-        return {**values, "messages": [*question, {"role": "assistant", "content": answer}]}
-    return {**values, "completion": answer} if "prompt" in values else dict(values)
+    return row_format.asked(dict(values))
 
 
 def write_answers(

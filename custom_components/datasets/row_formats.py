@@ -5,21 +5,29 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from custom_components.datasets.dialog_rules import DialogRules, dialog_in_turns, named, trained_dialog
+from custom_components.datasets.row_columns import check_columns, neglected_pair, pair_problem, suggested_column_map
 from custom_components.datasets.row_converters import (
     RowConverter,
     alpaca_row,
-    is_llama2_text,
-    is_marked_text,
-    listed,
-    llama2_text_row,
-    marked_text_row,
     messages_row,
+    optional_text,
     prompt_completion_row,
     sharegpt_row,
-    shown,
-    text_row,
-    with_system,
 )
+from custom_components.datasets.row_messages import RowMessage, RowNotes, listed
+from custom_components.datasets.text_rows import (
+    foreign_marks,
+    llama2_text_row,
+    marked_text_row,
+    text_format,
+    text_row,
+)
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.dialogs import ChatMessage
+
+UNTRAINED_ROW = "dropped (marked as not trained)"
+OTHER_SYSTEM = "with a 'system' column that is not used, because the dialog has a system message"
 
 
 @dataclass(frozen=True)
@@ -28,50 +36,126 @@ class RowFormat:
 
     Attributes:
         columns: those every row has.
-        optional_columns: those a row may have; all others are ignored.
-        convert: turns a row into messages; for a bad row it raises a ValueError that shows what is wrong.
+        optional_columns: those a row may have.
+        read: turns a row into the messages that it spells; for a bad row it raises a ValueError that shows what is
+            wrong.
+        takes_empty_questions: published sets of this format have them.
     """
 
     name: str
     columns: tuple[str, ...]
     optional_columns: tuple[str, ...]
-    convert: RowConverter
+    read: RowConverter
+    takes_empty_questions: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        return self.columns == ("text",)
+
+    def convert(
+        self, values: dict[str, Any], rules: DialogRules | None = None, notes: RowNotes | None = None
+    ) -> list[ChatMessage]:
+        """Turn a row into the dialog to train on; empty if rules or marks leave nothing of it.
+
+        Raises:
+            ValueError: the row is not such a dialog, or has a column that can neither be used nor left out.
+        """
+        notes = RowNotes() if notes is None else notes
+        known = {*self.columns, *self.optional_columns}
+        is_trained, unused = check_columns(values, known, is_dialog=self.name != "text")
+        messages = self._messages(values, notes)
+        notes.unused_columns += unused
+        if not is_trained:
+            if any(message.is_supervised for message in messages):
+                raise ValueError("is marked as not trained, and one of its messages as trained")
+            notes.counted = [UNTRAINED_ROW]
+            return []
+        if self.name == "text":
+            notes.foreign_marks += foreign_marks(messages[0].content)
+            return [ChatMessage(messages[0].role, messages[0].content)]
+        rules = DialogRules() if rules is None else rules
+        return trained_dialog(messages, rules, notes, takes_empty_questions=self.takes_empty_questions)
+
+    def asked(self, values: dict[str, Any]) -> list[ChatMessage]:
+        """Give a row's dialog up to the question to answer, as it would be trained.
+
+        Raises:
+            ValueError: the row is not such a dialog, or has no question.
+        """
+        if self.name == "text":
+            raise ValueError("is plain text without a question")
+        messages = dialog_in_turns(self._messages(values, RowNotes()), DialogRules(), RowNotes())
+        if messages[-1].role == "assistant":
+            messages = messages[:-1]
+        if empty := [message for message in messages if message.role == "user" and not message.content.strip()]:
+            raise ValueError(f"{named(empty[0])} is empty")
+        return [ChatMessage(message.role, message.content, None, message.instruction_and_input) for message in messages]
+
+    def _messages(self, values: dict[str, Any], notes: RowNotes) -> list[RowMessage]:
+        """Read a row's messages, with the `system` column in front if they have no system message of their own."""
+        messages = self.read(values, notes)
+        system = optional_text(values, "system") if "system" in self.optional_columns else ""
+        if system.strip() and messages:
+            if messages[0].role != "system" or not messages[0].content.strip():
+                return [RowMessage("system", system, "'system'"), *messages[messages[0].role == "system" :]]
+            if messages[0].content.strip() != system.strip():
+                notes.counted.append(OTHER_SYSTEM)
+        return messages
 
 
 def recognised_format(
-    columns: Collection[str], first_row: Mapping[str, Any], mapped_columns: Collection[str] = ()
+    columns: Collection[str], row: Mapping[str, Any], mapped_columns: Collection[str] = ()
 ) -> RowFormat:
-    """Recognise the format of rows by their columns, and of rows with a `text` column by the first row's text.
+    """Recognise the format of a row by its columns, and of one with a `text` column by the text.
+
+    A format whose columns are null in this row is taken only if there is no other.
 
     Args:
         mapped_columns: our columns that `column_map` names; a format without all of them is skipped.
 
     Raises:
-        ValueError: no format has these columns, or the first row's `text` is empty or not text.
+        ValueError: no format has these columns, or the `text` is empty, not text, or not all there is to train on.
     """
-    for row_format in FORMATS.values():
-        known = {*row_format.columns, *row_format.optional_columns}
-        if set(row_format.columns) <= set(columns) and set(mapped_columns) <= known:
-            if row_format.columns == ("text",):
-                return FORMATS[_text_format_name(first_row["text"])]
+    fitting = [
+        row_format
+        for row_format in FORMATS.values()
+        if set(row_format.columns) <= set(columns)
+        and set(mapped_columns) <= {*row_format.columns, *row_format.optional_columns}
+    ]
+    filled = [row_format for row_format in fitting if all(row[column] is not None for column in row_format.columns)]
+    if fitting:
+        row_format = (filled or fitting)[0]
+        if not row_format.is_text:
             return row_format
-    known_columns = "; ".join(f"{name}: {', '.join(row_format.columns)}" for name, row_format in FORMATS.items())
+        name = text_format(row["text"])
+        if "text" not in mapped_columns and (problem := neglected_pair(row)):
+            raise ValueError(problem)
+        return FORMATS[name]
+    if problem := pair_problem(columns):
+        raise ValueError(problem)
     mapped = f", and dataset.column_map gives {listed(mapped_columns)}" if mapped_columns else ""
-    raise ValueError(
-        f"no format has the columns {listed(columns)}{mapped}; known are {known_columns}. Name yours with "
-        "dataset.column_map, such as {prompt: question, completion: answer}"
-    )
+    names = ", ".join(map(repr, columns)) or "none"
+    raise ValueError(f"no format has the columns {names}{mapped}; name them: {suggested_column_map(row)}")
 
 
-def format_by_name(name: str, columns: Collection[str]) -> RowFormat:
-    """Look up a format by its name.
+def check_format_name(name: str) -> None:
+    """Check that there is a format of this name.
 
     Raises:
-        ValueError: there is no such format, or the rows do not have its columns.
+        UserError: there is not.
     """
     if name not in FORMATS:
         nearest = get_close_matches(name, FORMATS, n=1, cutoff=0)[0]
-        raise ValueError(f"dataset.format: {name!r} is none of {', '.join(FORMATS)}; nearest is {nearest!r}")
+        raise UserError(f"dataset.format: {name!r} is none of {', '.join(FORMATS)}; nearest is {nearest!r}")
+
+
+def format_by_name(name: str, columns: Collection[str]) -> RowFormat:
+    """Look up the format of a row by its name.
+
+    Raises:
+        ValueError: there is no such format, or the row does not have its columns.
+    """
+    check_format_name(name)
     missing = [column for column in FORMATS[name].columns if column not in columns]
     if missing:
         raise ValueError(
@@ -98,25 +182,17 @@ def renamed(values: Mapping[str, Any], column_map: Mapping[str, str]) -> dict[st
     return kept | {ours: values[theirs] for ours, theirs in column_map.items()}
 
 
-def _text_format_name(text: Any) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"'text' holds {shown(text)}, by which no format can be told; name one with dataset.format")
-    if is_llama2_text(text):
-        return "llama2_text"
-    return "marked_text" if is_marked_text(text) else "text"
-
-
 _SYSTEM = ("system",)
 # In the order they are tried: rows with `messages` often have the same as `prompt` or `text` too.
 FORMATS = {
     row_format.name: row_format
     for row_format in (
-        RowFormat("messages", ("messages",), _SYSTEM, with_system(messages_row)),
-        RowFormat("sharegpt", ("conversations",), _SYSTEM, with_system(sharegpt_row)),
-        RowFormat("alpaca", ("instruction", "output"), ("input", "history", *_SYSTEM), with_system(alpaca_row)),
-        RowFormat("prompt_completion", ("prompt", "completion"), _SYSTEM, with_system(prompt_completion_row)),
-        RowFormat("llama2_text", ("text",), _SYSTEM, with_system(llama2_text_row)),
-        RowFormat("marked_text", ("text",), _SYSTEM, with_system(marked_text_row)),
-        RowFormat("text", ("text",), (), with_system(text_row)),
+        RowFormat("messages", ("messages",), _SYSTEM, messages_row),
+        RowFormat("sharegpt", ("conversations",), _SYSTEM, sharegpt_row),
+        RowFormat("alpaca", ("instruction", "output"), ("input", "history", *_SYSTEM), alpaca_row),
+        RowFormat("prompt_completion", ("prompt", "completion"), _SYSTEM, prompt_completion_row),
+        RowFormat("llama2_text", ("text",), _SYSTEM, llama2_text_row, takes_empty_questions=True),
+        RowFormat("marked_text", ("text",), _SYSTEM, marked_text_row),
+        RowFormat("text", ("text",), (), text_row),
     )
 }

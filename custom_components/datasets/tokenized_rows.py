@@ -2,48 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Dataset
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
+from custom_components.datasets.summary import DatasetSummary
 from custom_components.runtime.errors import UserError
-
-
-@dataclass
-class DatasetSummary:
-    """Counts of what became of the rows of a source."""
-
-    source: str
-    format: str = ""
-    num_rows: int = 0
-    num_kept: int = 0
-    num_bad: int = 0
-    num_overlong: int = 0
-    num_unsupervised: int = 0
-    num_truncated: int = 0
-    num_empty_messages: int = 0
-    num_tokens: int = 0
-    num_supervised_tokens: int = 0
-    longest_row_tokens: int = 0
-
-    def __str__(self) -> str:
-        losses = {
-            "dropped (bad rows)": self.num_bad,
-            "dropped (over max_seq_len)": self.num_overlong,
-            "dropped (nothing to train on)": self.num_unsupervised,
-            "truncated": self.num_truncated,
-            "with an empty question or answer": self.num_empty_messages,
-        }
-        return ", ".join(
-            [
-                f"{self.source} ({self.format}): {self.num_rows} rows, {self.num_kept} kept",
-                *(f"{count} {what}" for what, count in losses.items() if count),
-                f"{self.num_tokens} tokens, {self.num_supervised_tokens} supervised",
-                f"longest {self.longest_row_tokens}",
-            ]
-        )
 
 
 class ChatDataset(Dataset):

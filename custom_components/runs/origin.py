@@ -34,6 +34,8 @@ class ValidationDraw:
     val_fraction: float
     seed: int
     on_overlong: str
+    on_uneven_turns: str
+    on_empty_answer: str
     max_seq_len: int | None
     prompt_template: str | dict[str, str] | None
     system_prompt: str | None
@@ -78,7 +80,7 @@ class Origin:
         """
         if "val_fraction" not in self.config:
             return tokenizer
-        keys = ("val_fraction", "seed", "on_overlong", "max_seq_len")
+        keys = ("val_fraction", "seed", "on_overlong", "on_uneven_turns", "on_empty_answer", "max_seq_len")
         run = {key: self.config[key] for key in keys if key in self.config}
         if trained is not None:
             run |= {"prompt_template": trained.prompt_template, "system_prompt": trained.system_prompt}

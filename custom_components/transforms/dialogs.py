@@ -4,12 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchtune.data import Message
+
+from custom_components.transforms.training_marks import mark_keys, marked_as_trained
+
 
 @dataclass(frozen=True)
 class ChatMessage:
-    """One message. `is_supervised` is False for an answer that is shown but not learned (`weight: 0` in OpenAI's rows).
+    """One message. A row of plain text, without prompt or answer, is one message of role "text".
 
-    A row of plain text, without prompt or answer, is one message of role "text".
+    Attributes:
+        is_supervised: what the row says of this message: False for an answer that is shown but not learned, as
+            `weight: 0` in OpenAI's rows; None: nothing, so `train_on` decides.
+        instruction_and_input: the two parts that `content` joins, of a question of Alpaca's, for templates that write
+            them apart.
 
     Raises:
         ValueError: the content has half a surrogate pair.
@@ -17,7 +25,8 @@ class ChatMessage:
 
     role: str
     content: str
-    is_supervised: bool = True
+    is_supervised: bool | None = None
+    instruction_and_input: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         # JSON can spell half a surrogate pair, "\ud83d": a str to Python, but no tokenizer can encode it.
@@ -33,11 +42,11 @@ PLAIN_TEXT_ROLE = "text"
 
 
 def chat_messages(messages: Sequence[Any]) -> list[ChatMessage]:
-    """Check messages, given as dicts (`{"role", "content"}`) or as torchtune's Message objects.
+    """Check messages, given as dicts (`{"role", "content"}`), as :class:`ChatMessage` or as torchtune's Message.
 
     Raises:
-        ValueError: an unknown role, content that is not text, a system message that is not the first, or roles that do
-            not take turns. The error names the message.
+        ValueError: an unknown role, content that is not text, a mark that is neither 0 nor 1, a system message that is
+            not the first, or roles that do not take turns. The error names the message.
     """
     checked = []
     for index, message in enumerate(messages):
@@ -62,22 +71,61 @@ def with_system_message(dialog: Sequence[ChatMessage], system_prompt: str | None
     return [ChatMessage("system", system_prompt), *dialog]
 
 
+def check_marks(dialog: Sequence[ChatMessage], trains_prompts: bool) -> None:
+    """Refuse marks that the transform's `train_on` cannot honour.
+
+    Args:
+        trains_prompts: `train_on` is "all".
+
+    Raises:
+        ValueError: a prompt is to be trained where only answers are, or one part of a prompt and not the other.
+    """
+    for number, message in enumerate(dialog, 1):
+        if message.is_supervised and message.role in ("system", "user") and not trains_prompts:
+            raise ValueError(
+                f"message {number}, of role {message.role!r}, is marked to be trained, and only answers are; "
+                "set train_on: all, or remove the mark (torchtune: train_on_input: false)"
+            )
+    if trains_prompts and dialog[0].role == "system":
+        system_is_masked, question_is_masked = (message.is_supervised is False for message in dialog[:2])
+        if system_is_masked != question_is_masked:
+            raise ValueError(
+                "of the system prompt and the first question one is marked as not trained; they are one prompt, so "
+                "mark both or neither"
+            )
+
+
+def check_torchtune_masks(messages: Sequence[Any], trains_prompts: bool) -> None:
+    """Refuse prompts that torchtune's `train_on_input: false` masks where `train_on: all` trains them.
+
+    Raises:
+        ValueError: one of torchtune's Messages that is no answer is masked, and `trains_prompts`.
+    """
+    for number, message in enumerate(messages, 1):
+        if trains_prompts and isinstance(message, Message) and message.masked and message.role != "assistant":
+            raise ValueError(
+                f"message {number}, of role {message.role!r}, is masked, and train_on: all trains prompts; "
+                "set train_on: assistant, or train_on_input: true"
+            )
+
+
 def _chat_message(message: Any, name: str) -> ChatMessage:
+    if isinstance(message, ChatMessage):
+        return message
     if isinstance(message, Mapping):
-        unknown = set(message) - {"role", "content", "weight"}
         if not {"role", "content"} <= set(message):
             raise ValueError(f"{name} has the keys {sorted(message)}, it needs 'role' and 'content'")
-        role, content, weight = message["role"], message["content"], message.get("weight")
-        if unknown and any(message[key] for key in unknown):
-            raise ValueError(
-                f"{name} has {sorted(unknown)}, which cannot be trained; only role, content and weight can"
-            )
-    else:  # torchtune.data.Message
-        role, content, weight = message.role, message.text_content, None
+        marks = mark_keys(message)
+        unknown = sorted(key for key in message if key not in ("role", "content", *marks) and message[key])
+        if unknown:
+            raise ValueError(f"{name} has {unknown}, which cannot be trained; only role, content and weight can")
+        role, content = message["role"], message["content"]
+        is_supervised = marked_as_trained(message, marks, name)
+    else:
+        assert isinstance(message, Message)
+        role, content, is_supervised = message.role, message.text_content, not message.masked
     if role not in ROLES:
         raise ValueError(f"{name} is of role {str(role)[:60]!r}, not one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"{name} holds {str(content)[:60]} where text is due")
-    if weight not in (None, 0, 1):
-        raise ValueError(f"{name} has weight {weight!r}, which is neither 0 nor 1")
-    return ChatMessage(role, content, weight != 0)
+    return ChatMessage(role, content, is_supervised)

@@ -11,7 +11,13 @@ from torchtune.modules import TransformerDecoder
 
 from custom_components.runtime.errors import UserError
 from custom_components.transforms import templates as prompts
-from custom_components.transforms.dialogs import ChatMessage, chat_messages, with_system_message
+from custom_components.transforms.dialogs import (
+    ChatMessage,
+    chat_messages,
+    check_marks,
+    check_torchtune_masks,
+    with_system_message,
+)
 from custom_components.transforms.templates import MarkedTemplate, Turn
 from custom_components.transforms.tokenizer import Tokenizer
 
@@ -47,7 +53,7 @@ class Llama2ChatTransform:
         system_prompt: for dialogs that have none of their own; None: no system prompt, as Meta's default is.
         prompt_template: "llama2", "alpaca", "human_response", "none", or your own, see :func:`prompt_template`.
         train_on: "assistant": every answer; "last_assistant": the last answer of a dialog; "all": the prompts as well.
-            An answer that its row marks with weight 0 is never trained on.
+            An answer that its row marks as not trained, with `weight: 0` say, is never trained on.
 
     Attributes:
         stop_tokens: the ids that end an answer.
@@ -141,12 +147,16 @@ class Llama2ChatTransform:
             the sample without its messages, and `tokens`, a list of ids, and `mask`, True where not trained on.
 
         Raises:
-            ValueError: for messages that are not a dialog.
+            ValueError: for messages that are not a dialog, and for marks, or a torchtune Message's `masked`, that
+                contradict `train_on`.
         """
         messages = list(sample["messages"])
         if inference and messages and _is_empty_answer(messages[-1]):
             messages.pop()
-        [encoded] = self.encode_turns([self.render(chat_messages(messages))])
+        dialog = chat_messages(messages)
+        if not inference:
+            check_torchtune_masks(messages, trains_prompts=self.train_on == "all")
+        [encoded] = self.encode_turns([self.render(dialog)])
         rest = {key: value for key, value in sample.items() if key != "messages"}
         # torchtune's mask has the opposite polarity of everything here.
         mask = [not is_supervised for is_supervised in encoded.is_supervised]
@@ -161,12 +171,15 @@ class Llama2ChatTransform:
         """Write a dialog in the template, with the transform's system prompt if it has none of its own.
 
         Raises:
-            ValueError: for a message that contains one of the template's own marks.
+            ValueError: for a message that contains one of the template's own marks, or is marked to be trained or not
+                against `train_on`.
         """
         marks = self._marks
         for message in dialog:
             if mark := next((mark for mark in marks if mark in message.content), None):
                 raise ValueError(f"{message.role} message contains {mark!r}, which marks a part of the prompt template")
+        if dialog[-1].role == "assistant":  # an open dialog is a prompt to answer: nothing of it is trained
+            check_marks(dialog, trains_prompts=self.train_on == "all")
         turns = prompts.dialog_turns(with_system_message(dialog, self.system_prompt), self._template)
         if self.train_on == "last_assistant":
             turns[:-1] = [replace(turn, is_supervised=False) for turn in turns[:-1]]
@@ -212,7 +225,7 @@ class Llama2ChatTransform:
         num_newline_ids = len(self.tokenizer.newline_ids)
         for turn, join, prompt_ids, answer_ids in zip(turns, joined, prompts_ids, answers_ids, strict=True):
             tokens = [self.bos_id, *prompt_ids]
-            is_supervised = [False] + [self.train_on == "all"] * len(prompt_ids)
+            is_supervised = [False] + [self.train_on == "all" and not turn.is_prompt_masked] * len(prompt_ids)
             if turn.answer is not None:
                 closed_ids = [*answer_ids[num_newline_ids if join else 0 :], self.eos_id]
                 tokens += closed_ids
@@ -271,7 +284,9 @@ def fit_tokenizer(tokenizer: Llama2ChatTransform, model: TransformerDecoder) -> 
     return tokenizer.replace(max_seq_len=min(tokenizer.max_seq_len or model.max_seq_len, model.max_seq_len))
 
 
-def prompt_tokens(tokenizer: Llama2ChatTransform, dialog: Sequence[dict[str, str]], max_seq_len: int) -> list[int]:
+def prompt_tokens(
+    tokenizer: Llama2ChatTransform, dialog: Sequence[Mapping[str, str] | ChatMessage], max_seq_len: int
+) -> list[int]:
     """Tokenize a dialog that ends with the user's message, its last turn left open.
 
     Raises:

@@ -1,7 +1,7 @@
 """Dialogs as text: the prompts a model is shown, and the answers it is to learn."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from custom_components.runtime.errors import UserError
@@ -13,11 +13,16 @@ class Turn:
     """A prompt and its answer as they are tokenized: BOS + prompt + answer + EOS.
 
     The last turn of a dialog that waits for an answer is open: its answer is None, and it has no EOS.
+
+    Attributes:
+        is_supervised: False: the answer is shown and not trained.
+        is_prompt_masked: the prompt is not trained even where prompts are.
     """
 
     prompt: str
     answer: str | None
     is_supervised: bool = True
+    is_prompt_masked: bool = False
 
 
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -42,9 +47,7 @@ def llama2_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
     for user, answer in exchanges:
         folded = user.content if system is None or turns else f"<<SYS>>\n{system}\n<</SYS>>\n\n{user.content}"
         prompt = f"[INST] {folded.strip()} [/INST]"
-        turns.append(
-            Turn(prompt, f" {answer.content.strip()} ", answer.is_supervised) if answer else Turn(prompt, None)
-        )
+        turns.append(Turn(prompt, f" {answer.content.strip()} " if answer else None))
     return turns
 
 
@@ -90,7 +93,7 @@ class MarkedTemplate:
             if answer is None:
                 turns.append(Turn(stripped, None))
             else:
-                turns.append(Turn(stripped, seam + answer.content + after_answer, answer.is_supervised))
+                turns.append(Turn(stripped, seam + answer.content + after_answer))
         return turns
 
 
@@ -149,7 +152,18 @@ def dialog_turns(messages: Sequence[ChatMessage], template: PromptTemplate) -> l
     """Write a dialog in a template; plain text is one answer without a prompt."""
     if messages[0].role == PLAIN_TEXT_ROLE:
         return [Turn("", message.content) for message in messages]
-    return template(messages)
+    turns = template(messages)
+    if any(message.is_supervised is False for message in messages):
+        _, exchanges = _exchanges(messages)
+        turns = [
+            replace(
+                turn,
+                is_supervised=answer is None or answer.is_supervised is not False,
+                is_prompt_masked=user.is_supervised is False,
+            )
+            for turn, (user, answer) in zip(turns, exchanges, strict=True)
+        ]
+    return turns
 
 
 def _exchanges(

@@ -22,6 +22,11 @@ ANSWERED = {"role": "assistant", "content": "Nobody."}
 GENERATE = ["--config", "configs/generate.yaml", f"checkpoint_dir={TINY_LLAMA / 'checkpoint'}", "device=cpu"]
 
 
+def asked(row):
+    """The dialog up to the question to answer, as dicts."""
+    return [{"role": message.role, "content": message.content} for message in row_dialog(row)]
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -40,12 +45,12 @@ def write_rows(path, rows):
     ],
 )
 def test_rows_of_all_formats_ask_their_question(row):
-    assert row_dialog(row) == [USER]
+    assert asked(row) == [USER]
 
 
 def test_history_and_system_prompt_are_kept():
-    assert row_dialog({"messages": [USER, ANSWERED, USER]}) == [USER, ANSWERED, USER]
-    assert row_dialog({"prompt": "Who?", "system": "Be kind."}) == [{"role": "system", "content": "Be kind."}, USER]
+    assert asked({"messages": [USER, ANSWERED, USER]}) == [USER, ANSWERED, USER]
+    assert asked({"prompt": "Who?", "system": "Be kind."}) == [{"role": "system", "content": "Be kind."}, USER]
 
 
 @pytest.mark.parametrize(
@@ -64,13 +69,13 @@ def test_a_row_is_asked_as_it_would_be_trained(row, is_answered):
         row = {key: value for key, value in row.items() if key != "completion"}
         if "messages" in row:
             row["messages"] = row["messages"][:-1]
-    assert row_dialog(row) == [{"role": message.role, "content": message.content} for message in trained]
+    assert row_dialog(row) == trained
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": " "}, "message 1, of role 'user', is empty"),
+        ({"prompt": " "}, "'prompt' is empty"),
         ({"prompt": 3}, "holds 3 where text is due"),
         ({"messages": []}, "there are no messages"),
         ({"messages": "Who?"}, "where a list is due"),

@@ -5,6 +5,7 @@ import json
 import string
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,24 +80,22 @@ def test_a_published_spelling_is_recognised_and_read(row, expected):
         ({"messages": [{"role": "user", "content": "x"}] * 2}, "message 2 is of role 'user' where 'assistant' is due"),
         ({"messages": [{"role": "user", "content": "Unanswered?"}]}, "no answer to learn: 'Unanswered\\?'"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1 holds None where text is due"),
-        (
-            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " \n"}]},
-            "message 2, of role 'assistant', is empty",
-        ),
         ({"conversations": HUMAN_GPT[1:]}, "message 1 is of role 'assistant' where 'user' is due"),
         (
             {"conversations": [{"from": "observation", "value": "x"}]},
-            "message 1 is from 'observation', not one of system",
+            "message 1 is of role 'observation', not one of system",
         ),
-        ({"conversations": [{"from": "human"}]}, "message 1 has the keys 'from', it needs 'from' and 'value'"),
-        ({"instruction": "", "output": "x"}, "message 1, of role 'user', is empty"),
+        (
+            {"conversations": [{"from": "human"}]},
+            "message 1 has the keys 'from', it needs 'role' and 'content', or 'from' and 'value'",
+        ),
+        ({"instruction": "", "output": "x"}, "'instruction' is empty"),
         ({"instruction": "x", "output": None}, "'output' holds None where text is due"),
         (
             {"instruction": "x", "output": "y", "history": [["a"]]},
             "'history' holds \\['a'\\] where \\[question, answer\\]",
         ),
         ({"instruction": "x", "output": "y", "history": 7}, "'history' holds 7 where a list"),
-        ({"prompt": "x", "completion": ""}, "message 2, of role 'assistant', is empty"),
         ({"prompt": "x", "completion": "y", "system": {"a": 1}}, "'system' holds {'a': 1} where text is due"),
         (
             {"prompt": "x", "completion": "cut emoji \ud83d"},
@@ -107,8 +106,8 @@ def test_a_published_spelling_is_recognised_and_read(row, expected):
             {"text": "### Human: a\n### Human: b\n### Assistant: c"},
             "message 2 is of role 'user' where 'assistant' is due",
         ),
-        ({"text": "### Human: a\n### Assistant: "}, "message 2, of role 'assistant', is empty"),
-        ({"text": None}, "'text' holds None, by which no format can be told; name one with dataset.format"),
+        ({"text": None}, "'text' holds None where text is due"),
+        ({"text": " "}, "'text' is empty"),
     ],
 )
 def test_a_bad_row_is_a_value_error_that_shows_it(row, problem):
@@ -131,16 +130,36 @@ def test_a_text_row_that_does_not_follow_the_first_rows_format_is_an_error_and_n
 def test_weights_of_answers_are_kept():
     messages = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}] + HUMAN_GPT
     assert [m.is_supervised for m in FORMATS["sharegpt"].convert({"conversations": messages})] == [
-        True,
+        None,
         False,
-        True,
-        True,
+        None,
+        None,
     ]
 
 
-def test_columns_of_no_format_are_listed_with_those_of_all_formats():
-    with pytest.raises(ValueError, match="the columns 'answer', 'question'; known are messages: messages;.*column_map"):
-        recognised_format(["question", "answer"], {"question": "a", "answer": "b"})
+@pytest.mark.parametrize(
+    ("row", "column_map"),
+    [
+        ({"question": "a", "answer": "b"}, "{prompt: question, completion: answer}"),
+        ({"id": 1, "Answer": "b", "Question": "a"}, "{prompt: Question, completion: Answer}"),
+        (
+            {"context": "c", "question": "a", "answer": "b"},
+            "{instruction: question, input: context, output: answer}",
+        ),
+        ({"instruction": "a", "response": "b"}, "{prompt: instruction, completion: response}"),
+        ({"frage": "a", "antwort": "b"}, "{prompt: frage, completion: antwort}"),
+        ({"dialog": [QA]}, "{messages: dialog}"),
+        ({"content": "Once."}, "{text: content}"),
+        ({"my: question": "a", "2": "b"}, '{prompt: "my: question", completion: "2"}'),
+    ],
+)
+def test_columns_of_no_format_get_the_column_map_that_names_them(row, column_map):
+    with pytest.raises(ValueError) as raised:
+        recognised_format(row.keys(), row)
+    assert str(raised.value).endswith(f"name them: 'dataset.column_map={column_map}'")
+    assert len(str(raised.value)) < 200
+    ours = yaml.safe_load(column_map)
+    assert recognised_format(ours.keys(), renamed(row, ours), ours).columns[0] in ours
 
 
 def test_a_format_by_name():
@@ -221,7 +240,6 @@ def test_nothing_but_a_value_error_comes_of_any_row(row):
             messages = row_format.convert(row)
         except ValueError:
             continue
-        assert messages
         assert all(isinstance(message.content, str) for message in messages)
     with contextlib.suppress(ValueError):
         recognised_format(row.keys(), row)

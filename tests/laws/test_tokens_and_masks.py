@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from custom_components.datasets.batching import collate
 from custom_components.datasets.chat import chat_dataset
-from custom_components.datasets.row_formats import llama2_text_row
+from custom_components.datasets.row_formats import FORMATS
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.templates import LLAMA2_TAGS
@@ -74,7 +74,8 @@ def test_L03_one_bos_a_turn_and_control_tokens_in_text_stay_text(dialog):
 
 
 def test_L03_one_bos_a_turn_where_the_row_holds_it():
-    messages = llama2_text_row({"text": "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>"})
+    row = {"text": "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>"}
+    messages = FORMATS["llama2_text"].convert(row)
     tokens, _ = TRANSFORM.encode_turns([TRANSFORM.render(messages)])[0]
     assert tokens.count(1) == tokens.count(2) == 2
     assert tokens == TRANSFORM({"messages": as_messages(None, [("a", "b"), ("c", "d")])})["tokens"]

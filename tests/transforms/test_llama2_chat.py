@@ -51,7 +51,7 @@ def test_metas_example_dialogs(llama2_tokenizer, test_data):
 
 
 def test_torchtune_messages_and_dicts_are_the_same(tiny_tokenizer):
-    messages = [Message(role=message["role"], content=message["content"]) for message in HELLO]
+    messages = [Message(masked=message["role"] == "user", **message) for message in HELLO]
     assert tiny_tokenizer({"messages": messages}) == tiny_tokenizer({"messages": HELLO})
 
 
