@@ -57,7 +57,7 @@ def write_config(
     """Write config.json and generation_config.json: the base's, or made from the shape for Meta's layout.
 
     Args:
-        shape: of the model that is written, whose embeddings may be tied otherwise than the source's.
+        shape: of the written model: its embeddings may be apart where the source's are tied.
         tokenizer: its stop tokens are what generation ends at.
     """
     processor = tokenizer.tokenizer.processor
@@ -83,7 +83,7 @@ def write_config(
 
 
 def config_of_shape(shape: LlamaShape, bos_id: int) -> dict[str, Any]:
-    """What config.json says of a model, as far as its shape and its tokenizer decide it."""
+    """Give the entries of config.json that follow from a model's shape and its tokenizer."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

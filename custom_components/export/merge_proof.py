@@ -1,4 +1,4 @@
-"""A merge held against base + adapters: logits of the same tokens in fp32, one layer's weights in memory at a time.
+"""A merge compared with base + adapters: logits of the same tokens in fp32, one layer's weights in memory at a time.
 
 Dimensions: `T` tokens of all rows, laid end to end, `D` embed_dim, `V` vocab_size.
 """
@@ -28,7 +28,7 @@ ROUNDING = {
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """How far the logits of two models are apart.
+    """The distance between the logits of two models.
 
     Attributes:
         largest_difference: of two logits.
@@ -50,7 +50,7 @@ class LogitComparison:
 
 
 def compared(logits_TV: Tensor, expected_logits_TV: Tensor) -> LogitComparison:
-    """How far `logits_TV` are from those expected."""
+    """Measure how far `logits_TV` are from those expected."""
     difference_TV = logits_TV - expected_logits_TV
     return LogitComparison(
         difference_TV.abs().max().item(),
@@ -69,7 +69,7 @@ class Weights(Protocol):
 
 
 def check_same_logits(comparison: LogitComparison, storage: str) -> None:
-    """Hold a proof against what rounding the weights can explain.
+    """Hold a comparison against what rounding the weights can explain.
 
     Args:
         storage: how the weights are stored, of `ROUNDING`.
@@ -87,12 +87,12 @@ def check_same_logits(comparison: LogitComparison, storage: str) -> None:
 
 
 def logits_of_weights(weights: Weights, rows: Sequence[Sequence[int]]) -> Tensor:
-    """The logits of a checkpoint's model: (T, V), on the CPU."""
+    """Compute the logits of a checkpoint's model: (T, V), on the CPU."""
     return _streamed_logits(weights.model, weights.read, rows)
 
 
 def logits_with_adapters(base: BaseWeights, adapters: Sequence[MergedAdapter], rows: Sequence[Sequence[int]]) -> Tensor:
-    """The logits of a base with adapters beside it, not merged: (T, V), on the CPU."""
+    """Compute the logits of a base with adapters beside it, not merged: (T, V), on the CPU."""
     model = copy.deepcopy(base.model)
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
         of_this_module = [(a.weight, a.modules[name]) for a in adapters if name in a.modules]
@@ -142,7 +142,7 @@ def _streamed_logits(model: TransformerDecoder, read: Callable[[str], Tensor], r
 
 
 def _with_weights(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> nn.Module:
-    """A copy of a module with its frozen weights, which are on the meta device, read and in fp32."""
+    """Copy a module and read its frozen weights, which are on the meta device, in fp32."""
     module = copy.deepcopy(module)
     values: dict[str, nn.Parameter] = {}
     for name, submodule in module.named_modules():

@@ -1,4 +1,4 @@
-"""What a merged model is made of, kept beside it: so that an adapter is not merged twice, nor into the wrong model."""
+"""The record of what a merged model is made of, so that no adapter is merged twice or into the wrong model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ def write_record(directory: Path, base: BaseCheckpoint, merged_onto: str, adapte
 
 
 def check_not_merged_yet(checkpoint_dir: Path, adapters: Sequence[MergedAdapter], *, allow_merged_base: bool) -> None:
-    """Refuse a base that one of the adapters is in already, and other merged bases unless they are allowed.
+    """Refuse a base that already contains one of the adapters, and other merged bases unless they are allowed.
 
     Raises:
         UserError: the base is such a one.
@@ -56,7 +56,7 @@ def is_merge(directory: Path) -> bool:
 
 
 def _last_parts(directory: Path) -> str:
-    """Enough of a path to know it by. Merged directories are published, and the rest says things of a machine."""
+    """Give the end of a path, enough to know it by: merged directories are published, and the rest is private."""
     return "/".join(directory.resolve().parts[-2:])
 
 

@@ -1,7 +1,7 @@
-"""Model cards: the README.md of an adapter and of a merged model, for people and for the hub.
+"""The model card of a merged model: its README.md, for people and for the hub.
 
 Only what is known is said. Local files and directories are named by their last component: a card is made to be
-published, and where something lay on the machine that trained it is nobody's business.
+published, and the paths of the machine that trained are private.
 
 Front matter: huggingface.co/docs/hub/model-cards. `base_model` and `datasets` take names on the hub only.
 """
@@ -75,7 +75,7 @@ def merged_card(
     merged_onto: Literal["original", "dequantized"],
     file_names: Collection[str] = (),
 ) -> str:
-    """The card of a base model that adapters were merged into, as Markdown with front matter.
+    """Compose the card of a base model that adapters were merged into, as Markdown with front matter.
 
     What a run's card says of data, prompt format and training is taken over; of an adapter without such a card nothing
     is said.
@@ -115,7 +115,7 @@ def merged_card(
 
 
 def _own_card(adapter_dir: Path) -> tuple[dict[str, Any], str]:
-    """Front matter and sections, from data to losses, of a card that :func:`adapter_card` made; else empty."""
+    """Read front matter and sections, from data to losses, of a card that :func:`adapter_card` made; else empty."""
     metadata = card_metadata(adapter_dir / CARD_NAME)
     tags = metadata.get("tags")
     if not isinstance(tags, list) or TAG not in tags:

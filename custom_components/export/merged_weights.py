@@ -36,7 +36,7 @@ class BaseWeights:
 
     Args:
         checkpoint: the base.
-        dequantized: give the linear weights that a QLoRA run quantizes as they come out of NF4: what it computes with.
+        dequantized: give the linear weights that QLoRA quantizes after an NF4 round trip, the values training used.
 
     Attributes:
         model: the model without adapters, on the meta device.
@@ -56,11 +56,11 @@ class BaseWeights:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of the embedding: checkpoints store all their matrices in one dtype."""
+        """Give the embedding's dtype: checkpoints store all their matrices in one."""
         return self._sources[EMBEDDING].read().dtype
 
     def read(self, name: str) -> Tensor:
-        """A tensor in the dtype it is stored in, or in fp32 where it was quantized; the head of a tied model too.
+        """Read a tensor in its stored dtype, or in fp32 where it was quantized; the head of a tied model too.
 
         It may be a view of the file's memory map: not to be changed in place.
         """
@@ -88,7 +88,7 @@ class MergedAdapter:
 
     @property
     def digest(self) -> str:
-        """A hash of its tensors: equal for equal adapters, wherever and in whatever format they lie."""
+        """Hash the tensors: equal for equal adapters, wherever they are and in whatever format."""
         contents = hashlib.sha256()
         for name, module in sorted(self.modules.items()):
             contents.update(name.encode())
@@ -137,7 +137,7 @@ class MergedWeights:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
     def read(self, name: str) -> Tensor:
-        """A tensor: in fp32 where an adapter changes it, else as the base gives it."""
+        """Read a tensor: in fp32 where an adapter changes it, else as the base gives it."""
         module_name = name.removesuffix(".weight")
         changes = [
             (adapter.weight, adapter.modules[module_name])
@@ -148,6 +148,6 @@ class MergedWeights:
         return merged_weight(value, changes) if changes else value
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor by name, in the order of `shapes`."""
+        """Yield every tensor by name, in the order of `shapes`."""
         for name in self.shapes:
             yield name, self.read(name)

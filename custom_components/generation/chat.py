@@ -15,11 +15,11 @@ from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt
 
 HELP = """\
 /reset          forget the conversation
-/system TEXT    say what the model is to be, from the first message on; without TEXT as it was trained
+/system TEXT    set the system prompt; without TEXT, restore the trained one
 /help           this
-/exit           leave; so does the end of the input
+/exit           exit; so does the end of the input
 //TEXT          a message that begins with a slash
-Ctrl-C stops an answer, between answers it leaves."""
+Ctrl-C stops an answer; between answers it exits."""
 
 
 class Conversation:
@@ -47,9 +47,9 @@ class Conversation:
 
         Raises:
             UserError: the question leaves no room for an answer even without any history. Nothing is dropped then.
-            ValueError: the question contains one of the template's own marks.
+            ValueError: the question contains the template's own markup.
         """
-        # An answer needs room, but a large `max_new_tokens` is not to push the whole history out.
+        # An answer needs room, but a large `max_new_tokens` must not push the whole history out.
         room = min(self._max_new_tokens, self._model.max_seq_len // 2)
         last = len(self.exchanges)
         for num_forgotten in range(last + 1):
@@ -66,10 +66,10 @@ class Conversation:
         raise AssertionError
 
     def answer(self, question: str) -> Generator[str]:
-        """The answer in pieces of text.
+        """Yield the answer in pieces of text.
 
-        What has come is kept in the history, also when the caller stops early; but not an answer with one of the
-        template's own marks in it: no dialog can hold that.
+        The part received so far is kept in the history, also if the caller stops early. An answer that contains the
+        template's own markup is not kept: no dialog can hold it.
         """
         dialog = self._dialog(self.exchanges, question)
         tokens = prompt_tokens(self._tokenizer, dialog, self._model.max_seq_len)
@@ -100,7 +100,7 @@ class Conversation:
         return [*dialog, {"role": "user", "content": question}]
 
     def _rewind_cache(self, tokens: list[int]) -> None:
-        """Keep of the cache what the tokens begin with, but read their last in any case, for its logits."""
+        """Keep the cache of the beginning that the tokens share with it; their last is read again, for its logits."""
         pairs = zip(self._read_tokens[: self._cache.num_tokens], tokens[:-1], strict=False)
         self._cache.num_tokens = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._read_tokens = list(tokens)
@@ -110,7 +110,7 @@ def chat(conversation: Conversation, lines: TextIO, *, is_interactive: bool) -> 
     """Answer line after line until the end of the input or `/exit`. Answers go to stdout, all else to stderr.
 
     Args:
-        is_interactive: show a prompt before each line, and let Ctrl-C stop an answer; otherwise it leaves.
+        is_interactive: show a prompt before each line, and let Ctrl-C stop an answer; otherwise it exits.
     """
     if is_interactive:
         say("/help for commands")
@@ -125,7 +125,7 @@ def chat(conversation: Conversation, lines: TextIO, *, is_interactive: bool) -> 
 
 
 def next_line(lines: TextIO, is_interactive: bool) -> str | None:
-    """The next line, or None at the end of the input."""
+    """Read the next line; None at the end of the input."""
     if not is_interactive:
         return lines.readline() or None
     try:
@@ -143,7 +143,7 @@ def obey(conversation: Conversation, line: str) -> None:
         say("the conversation is forgotten")
     elif command == "/system":
         conversation.system_prompt = text.strip() or None
-        say("the system prompt is set" if text.strip() else "the system prompt is that of the training again")
+        say("the system prompt is set" if text.strip() else "the trained system prompt is restored")
     else:
         if command != "/help":
             say(f"there is no command {command!r}")
@@ -170,9 +170,9 @@ def answer_line(conversation: Conversation, question: str, is_interactive: bool)
             raise
     print(flush=True)
     if len(conversation.exchanges) == num_kept:
-        say("the answer has a mark of the prompt format in it, so this exchange is forgotten")
+        say("the answer contains prompt-format markup, so this exchange is forgotten")
 
 
 def say(text: str) -> None:
-    """A line about the chat rather than of it."""
+    """Print a line about the chat, not of it."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Answering prompts: one forward over the prompts, then one a token.
+"""Answering prompts: one forward over the prompts, then one per token.
 
 Dimensions: `B` prompts, `P` tokens of the longest prompt, `S` new tokens, `L` tokens so far, `V` vocab_size.
 """
@@ -23,13 +23,13 @@ def generate(
     sampling: Sampling,
     is_finished: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """The answers to prompts of any lengths, decoded together, without the stop token that ended them.
+    """Decode the answers to prompts of any lengths together, each without the stop token that ended it.
 
     An answer ends at a stop token, after `max_new_tokens`, or where it and its prompt fill the model's context. It does
     not depend on the other prompts; every one draws with a generator of its own.
 
     Args:
-        is_finished: asked with an answer's tokens after each of them, whether it ends there too.
+        is_finished: called with an answer's tokens after each of them; True ends the answer.
     """
     if not isinstance(model, IncrementalLlama):
         model = IncrementalLlama(model)
@@ -56,7 +56,7 @@ def answer_messages(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> list[str]:
-    """The model's answers, as text, to dialogs that end with the user's message.
+    """Answer dialogs that end with the user's message, as text.
 
     Raises:
         UserError: a dialog that fills the model's context, leaving no room for an answer.
@@ -86,7 +86,7 @@ def streamed_answer(
     cache: KeyValueCache | None = None,
     answer_tokens: list[int] | None = None,
 ) -> Generator[str]:
-    """The answer to one prompt in pieces of text, as they come; joined they are the stripped answer.
+    """Yield the answer to one prompt in pieces of text, as they come; joined they are the stripped answer.
 
     Args:
         cache: see :func:`decode_steps`.
@@ -110,7 +110,7 @@ def decode_steps(
     sampling: Sampling,
     cache: KeyValueCache | None = None,
 ) -> Iterator[list[int]]:
-    """The next token of every prompt, step by step.
+    """Yield the next token of every prompt, step by step.
 
     Shorter prompts are padded on the left; the padding is masked, and positions count from each prompt's own start.
 
@@ -156,5 +156,5 @@ def decode_steps(
         if is_seen_BV is not None:
             is_seen_BV.scatter_(1, tokens_BS, True)
         mask_BSL = None if is_filled_BL is None else is_filled_BL[:, None, : num_tokens + 1]
-        # A longer prompt's answer may have filled the context already; what comes behind is not looked at.
+        # A longer prompt's answer may have filled the context already; what follows is ignored.
         positions_BS = (num_tokens - num_padding_B1).clamp(max=model.max_seq_len - 1)

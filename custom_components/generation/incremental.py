@@ -1,4 +1,4 @@
-"""A Llama that reads a text piece by piece: each forward goes on where the cache of keys and values ends.
+"""A Llama that reads a text piece by piece: each forward continues where the cache of keys and values ends.
 
 Dimensions: `B` texts, `S` new tokens of each, `L` tokens so far, the new ones included, `D` embed_dim, `N` query heads,
 `K` key/value heads, `G` query heads of a key/value head, `H` head_dim, `P` pairs of it, `V` vocab_size.
@@ -34,7 +34,7 @@ class KeyValueCache:
         self._tensors: list[list[Tensor]] = []
 
     def extended(self, layer: int, new_BKSH: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """Put a layer's keys and values behind the `num_tokens` of before; returns all of them, (B, K, L, H) each."""
+        """Append a layer's keys and values to the first `num_tokens`; returns all of them, (B, K, L, H) each."""
         if layer == len(self._tensors):
             self._tensors.append([new.new_empty(*new.shape[:2], 0, new.shape[3]) for new in new_BKSH])
         end = self.num_tokens + new_BKSH[0].shape[2]
@@ -48,11 +48,12 @@ class KeyValueCache:
 
 
 class IncrementalLlama(nn.Module):
-    """A model's weights behind a forward for answering. torchtune's `disable_adapter` works on it as on the model.
+    """A model's weights with a forward for answering. torchtune's `disable_adapter` works on it as on the model.
 
     Args:
-        model: it shares its weights and may be trained on, unless
-        joined: it gives them up, for products that are joined where they can be; see :func:`made_for_inference`.
+        model: its weights are shared and stay trainable.
+        joined: take them over and join products of one input; the model is unusable afterwards, see
+            :func:`made_for_inference`.
     """
 
     rotations_SP: Tensor
@@ -81,7 +82,7 @@ class IncrementalLlama(nn.Module):
     def forward(
         self, tokens_BS: Tensor, cache: KeyValueCache, positions_BS: Tensor, mask_BSL: Tensor | None = None
     ) -> Tensor:
-        """The logits behind the last new token of each text, (B, V), in fp32.
+        """Compute the logits after the last new token of each text, (B, V), in fp32.
 
         Args:
             cache: of the tokens before; the new ones are added.
@@ -144,7 +145,7 @@ class IncrementalLayer(nn.Module):
         query_BNSH, key_BKSH = rotated.split([self.num_heads, self.num_kv_heads], dim=1)
         key_BKLH, value_BKLH = cache.extended(self.index, (key_BKSH, qkv[:, :, num_rotated:].transpose(1, 2)))
         if num_new_tokens == 1:
-            # The query heads of one key/value head stand as positions, so that keys and values are not repeated.
+            # The query heads of one key/value head are laid out as positions, so that keys and values are not repeated.
             query = query_BNSH.reshape(batch_size, self.num_kv_heads, -1, query_BNSH.shape[-1])
             mask = None if mask_BSL is None else mask_BSL.unsqueeze(1)
             output = F.scaled_dot_product_attention(query, key_BKLH, value_BKLH, attn_mask=mask)
@@ -163,7 +164,7 @@ class IncrementalLayer(nn.Module):
 
 
 class SharedLinears(nn.Module):
-    """Linear layers of one input as they are, whose adapters may go on being trained: outputs one behind the other."""
+    """Linear layers of one input as they are, with adapters that stay trainable; their outputs are joined."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -174,7 +175,7 @@ class SharedLinears(nn.Module):
 
 
 def made_for_inference(model: TransformerDecoder, *, fold_adapter: bool = False) -> IncrementalLlama:
-    """The fastest form for answering. `model` gives up its weights layer by layer and is of no use afterwards.
+    """Make the fastest form for answering. It takes the weights over layer by layer; `model` is unusable afterwards.
 
     Args:
         fold_adapter: put the adapters into the weights, after which they cost nothing and cannot be disabled.

@@ -1,4 +1,4 @@
-"""Linear layers made ready for inference: those of one input as one, the frozen weights and the adapters alike.
+"""Linear layers made ready for inference: those of one input are joined, frozen weights and adapters alike.
 
 Dimensions: `R` rows, `I` in_dim, `O` out_dim of all together, `A` rank of all together.
 """
@@ -15,13 +15,13 @@ from custom_components.models.lora import FrozenLinear, LoRALinear
 
 
 class InferenceLinear(nn.Module):
-    """The outputs of linear layers that share one input, one behind the other: (R, in_dim) -> (R, out_dim).
+    """Linear layers that share one input, with joined outputs: (R, in_dim) -> (R, out_dim).
 
     Three products instead of three for each layer, with A and B cast once. `disabled` and `adapter_params` are
     torchtune's protocol for `disable_adapter`.
 
     Args:
-        layers: their frozen weights are moved here: the layers are empty, and of no use, afterwards.
+        layers: their frozen weights are moved here; the layers are empty and unusable afterwards.
         dtype: of the inputs.
     """
 
@@ -59,14 +59,14 @@ class InferenceLinear(nn.Module):
 
 
 def _scaled_b(layer: FrozenLinear) -> Tensor:
-    """s B of a layer, (out_dim, rank); rank 0 where it has no adapter."""
+    """Give s B of a layer, (out_dim, rank); rank 0 if it has no adapter."""
     if isinstance(layer, LoRALinear):
         return layer.lora_b.weight.detach() * layer.scaling
     return torch.zeros(layer.out_dim, 0, device=layer.weight.device)
 
 
 def _output_ratios(layers: Sequence[FrozenLinear], dtype: torch.dtype) -> Tensor | None:
-    """The factor of every output, (O,), where the adapter of some layer has one; None: there is none."""
+    """Give the factor of every output, (O,), if the adapter of some layer has one; None: there is none."""
     ratios = [layer.output_ratio_O(dtype) if isinstance(layer, LoRALinear) else None for layer in layers]
     if all(ratio_O is None for ratio_O in ratios):
         return None

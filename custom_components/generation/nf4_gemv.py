@@ -1,4 +1,4 @@
-"""Products of NF4 weights with a few rows, as answering token by token asks for: memory-bound, never dequantized.
+"""Products of NF4 weights with a few rows, for answering token by token: memory-bound, never dequantized.
 
 bitsandbytes' operator `gemv_4bit` reads 4-bit weights as they are. On CUDA its layout is that of :mod:`nf4`. On CPUs
 with AVX512-bf16 it is another, `packed` here, in which its kernel also multiplies more than one row.
@@ -22,7 +22,7 @@ _MAX_PACKED_PRODUCT_ROWS = 192
 
 
 def can_multiply(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether the weights can become one :class:`NF4GemvLinear` here, for inputs of `dtype`."""
+    """Tell whether the weights can become one :class:`NF4GemvLinear` here, for inputs of `dtype`."""
     if not all(nf4.is_quantized(weight) for weight in weights):
         return False
     # A row of another length begins within a block, which the kernels do not expect.
@@ -35,7 +35,7 @@ def can_multiply(weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
 
 
 class NF4GemvLinear(nn.Module):
-    """`input @ weight.T` for NF4 weights of one in_dim, their rows one below the other; for inference.
+    """`input @ weight.T` for NF4 weights of one in_dim, stacked by rows; for inference.
 
     Args:
         weights: NF4 tensors for which `can_multiply` is true.
@@ -63,7 +63,7 @@ class NF4GemvLinear(nn.Module):
         self.register_buffer("codebook", nf4.codebook(scalers.device), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(R, in_dim) -> (R, out_dim)."""
+        """Multiply: (R, in_dim) -> (R, out_dim)."""
         if len(input) <= (_MAX_PACKED_PRODUCT_ROWS if self.is_packed else 1):
             return torch.ops.bitsandbytes.gemv_4bit(
                 input, self.codes, (self.out_dim, self.in_dim), self.scalers, self.codebook, nf4.BLOCK_SIZE
@@ -71,7 +71,7 @@ class NF4GemvLinear(nn.Module):
         return F.linear(input, self.dequantized())
 
     def dequantized(self) -> Tensor:
-        """The weight, (out_dim, in_dim)."""
+        """Dequantize the weight: (out_dim, in_dim)."""
         codes, scalers = self.codes, self.scalers
         if self.is_packed:
             codes, scalers = unpacked(codes), scalers.T.float().flatten()
@@ -81,11 +81,11 @@ class NF4GemvLinear(nn.Module):
 
 
 def packed(codes_OJ: Tensor) -> Tensor:
-    """Codes as the CPU kernel reads them, (T, J, 32).
+    """Pack codes as the CPU kernel reads them, (T, J, 32).
 
     For 32 rows and two columns at a time, byte 2r + c holds column c of row r in its low half, of row 16 + r in its
-    high half. `codes_OJ` has two columns in a byte, the first in the high half. The layout is bitsandbytes 0.50's; that
-    it still is, `gemv_works` asks.
+    high half. `codes_OJ` has two columns in a byte, the first in the high half. The layout is bitsandbytes 0.50's;
+    `gemv_works` tests that it still is.
     """
     halves_THRJ = codes_OJ.view(-1, 2, _PACKED_ROWS // 2, codes_OJ.shape[1])
     low_TRJ, high_TRJ = halves_THRJ[:, 0], halves_THRJ[:, 1]
@@ -94,7 +94,7 @@ def packed(codes_OJ: Tensor) -> Tensor:
 
 
 def unpacked(codes_TJ32: Tensor) -> Tensor:
-    """The inverse of `packed`: (O, J)."""
+    """Undo `packed`: (O, J)."""
     pairs = codes_TJ32.view(*codes_TJ32.shape[:2], _PACKED_ROWS // 2, 2).transpose(1, 2)
     first, second = pairs[..., 0], pairs[..., 1]
     halves_THRJ = torch.stack([first << 4 | second & 0xF, first & 0xF0 | second >> 4], dim=1)
@@ -103,7 +103,7 @@ def unpacked(codes_TJ32: Tensor) -> Tensor:
 
 @functools.cache
 def gemv_works(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether this kind of device and this bitsandbytes multiply as they should; tried on a small weight."""
+    """Try on a small weight whether this bitsandbytes multiplies as it should on this kind of device."""
     if import_bitsandbytes() is None:
         return False
     generator = torch.Generator().manual_seed(0)

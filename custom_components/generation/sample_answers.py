@@ -1,4 +1,4 @@
-"""Answers to a config's `sample_prompts`: before, while and after a model is trained."""
+"""Answers to a config's `sample_prompts`: before, during and after training."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _MAX_NEW_TOKENS = 100
 def answer_sample_prompts(
     model: TransformerDecoder, tokenizer: Llama2ChatTransform, prompts: Sequence[str]
 ) -> list[str]:
-    """The model's likeliest answers, of at most 100 tokens."""
+    """Give the model's likeliest answers, of at most 100 tokens."""
     dialogs = [[{"role": "user", "content": prompt}] for prompt in prompts]
     # note: layers compiled for training would be compiled once more for every length of an answer.
     with torch.compiler.set_stance("force_eager"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """Settings for drawing the next token.
 
     Attributes:
         temperature: 0: the likeliest token; else logits are divided by it.
@@ -31,11 +31,11 @@ class Sampling:
 
 
 def draw(logits_BV: Tensor, is_seen_BV: Tensor | None, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """The next token of each text, (B,).
+    """Draw the next token of each text, (B,).
 
     Args:
         logits_BV: fp32.
-        is_seen_BV: which tokens are in the text so far; asked for by the repetition penalty only.
+        is_seen_BV: which tokens are in the text so far; needed only with a repetition penalty.
         generators: one for each text, so that its draws do not depend on the others.
     """
     logits_BV = filtered_logits(logits_BV, is_seen_BV, sampling)
@@ -47,7 +47,7 @@ def draw(logits_BV: Tensor, is_seen_BV: Tensor | None, sampling: Sampling, gener
 
 
 def filtered_logits(logits_BV: Tensor, is_seen_BV: Tensor | None, sampling: Sampling) -> Tensor:
-    """Logits to take the likeliest of, or to draw by: penalized, and what is not to be drawn at -inf."""
+    """Prepare logits for drawing: repetition is penalized, and excluded tokens get -inf."""
     if sampling.repetition_penalty != 1.0:
         assert is_seen_BV is not None
         penalized_BV = torch.where(
@@ -62,7 +62,7 @@ def filtered_logits(logits_BV: Tensor, is_seen_BV: Tensor | None, sampling: Samp
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
     if sampling.top_p is not None:
         ascending_BV, order_BV = logits_BV.sort(dim=-1)
-        # A token is left out where it and all less likely ones have no more than what is over beyond top_p.
+        # A token is excluded if it and all less likely ones together have at most 1 - top_p.
         is_left_out_BV = ascending_BV.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
         is_left_out_BV[:, -1] = False
         logits_BV = logits_BV.masked_fill(is_left_out_BV.scatter(1, order_BV, is_left_out_BV), -torch.inf)

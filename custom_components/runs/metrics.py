@@ -1,4 +1,4 @@
-"""metrics.jsonl, one JSON object a line, and the plot of its losses."""
+"""metrics.jsonl, one JSON object per line, and the plot of its losses."""
 
 import json
 import math
@@ -18,7 +18,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        # NaN and infinity are no JSON; the gradient norm of a step that the fp16 scaler left out is one of them.
+        # NaN and infinity are not JSON; the gradient norm of a step that the fp16 scaler skipped is one of them.
         finite = {
             key: None if value in (math.inf, -math.inf) or value != value else value for key, value in record.items()
         }
@@ -30,7 +30,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records; a last line that was torn by a kill is left out."""
+    """Read all records; a last line torn by a kill is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -49,7 +49,7 @@ def keep_metrics_until(before: Path, path: Path, step: int) -> None:
 
 def plot_losses(metrics_path: Path, plot_path: Path) -> None:
     """Draw training and validation loss over the optimizer steps."""
-    # note: matplotlib keeps its list of fonts in the home directory, unless it is told of another before its import.
+    # note: matplotlib keeps its list of fonts in the home directory, unless another is named before its import.
     with tempfile.TemporaryDirectory() as font_list_dir:
         os.environ.setdefault("MPLCONFIGDIR", font_list_dir)
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -72,7 +72,7 @@ def plot_losses(metrics_path: Path, plot_path: Path) -> None:
 
 
 def write_samples(path: Path, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
-    """Append the model's answers after a step, one JSON object a line."""
+    """Append the model's answers after a step, one JSON object per line."""
     samples = MetricsFile(path)
     for prompt, answer in zip(prompts, answers, strict=True):
         samples.write({"step": step, "prompt": prompt, "answer": answer})

@@ -70,7 +70,7 @@ class ProgressBar:
 
 
 def _duration(seconds: float) -> str:
-    """`45 s`, `12 min` or `3.4 h`."""
+    """Write a duration as `45 s`, `12 min` or `3.4 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

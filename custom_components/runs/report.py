@@ -1,4 +1,4 @@
-"""What a training run says of itself on the terminal, at its start and at its end."""
+"""What a training run prints about itself, at its start and at its end."""
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -21,7 +21,7 @@ def describe_model(
 
 
 def closing_summary(progress: Progress, seconds: float, memory: PeakMemory, directory: RunDirectory) -> str:
-    """What a run took and where its results lie.
+    """Summarize what a run took and where its results are.
 
     Args:
         seconds: from the start of the program.

@@ -1,4 +1,4 @@
-"""What stays the same from the first step of a training run to its last."""
+"""All that stays the same from the first step of a training run to its last."""
 
 import functools
 from dataclasses import dataclass

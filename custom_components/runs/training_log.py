@@ -1,4 +1,4 @@
-"""What a run records and shows while it trains: metrics.jsonl, samples.jsonl, a metric logger, the terminal."""
+"""The record of a run while it trains: metrics.jsonl, samples.jsonl, a metric logger, the terminal."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ from custom_components.training.plan import PlannedStep
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step came to.
+    """The result of an optimizer step.
 
     Attributes:
         loss: per supervised token, in nats.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Write a directory aside and rename it to `path` when the block ends well; what was at `path` is replaced.
+    """Write a directory aside and rename it to `path` when the block succeeds, replacing what was there.
 
     Yields the directory to write into. If the block raises, nothing of it is left and `path` is as before.
     """
@@ -35,7 +35,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file aside and rename it to `path` when the block ends well; what was at `path` is replaced.
+    """Write a file aside and rename it to `path` when the block succeeds, replacing what was there.
 
     Yields the path to write to. If the block raises, nothing of it is left and `path` is as before.
     """
@@ -52,7 +52,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def sweep_unfinished(folder: Path) -> None:
-    """Delete what killed processes left aside; only where no other process is writing."""
+    """Delete what killed processes left; call it only if no other process is writing there."""
     for leftover in (*folder.glob(".*.writing-*"), *folder.glob(".*.replaced-*")):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Which device and which number format a run uses."""
+"""The device and the number format of a run."""
 
 import os
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ BF16_COMPUTE_CAPABILITY = (8, 0)
 
 
 def resolved_device(name: str) -> torch.device:
-    """The device that a `device` key names; "auto" is CUDA where there is one, else the CPU (NF4 fails on mps).
+    """Choose the device that a `device` key names; "auto" is CUDA if there is a card, else the CPU (NF4 fails on mps).
 
     Raises:
-        UserError: a CUDA device that is not there.
+        UserError: the CUDA device does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,9 +33,9 @@ def resolved_device(name: str) -> torch.device:
 
 
 def resolved_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The compute dtype that a `dtype` key names, and why, in words.
+    """Choose the compute dtype that a `dtype` key names, and say why, in words.
 
-    "auto" is bf16 where the hardware has it, else fp16 on CUDA and fp32 on the CPU.
+    "auto" is bf16 if the hardware has it, else fp16 on CUDA and fp32 on the CPU.
 
     Raises:
         UserError: bf16 on a CUDA device without it.
@@ -58,6 +58,6 @@ def resolved_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def cpu_has_bf16() -> bool:
-    # note: not in every torch of the supported range; where it cannot be asked, fp32 is the safe answer.
+    # note: not in every torch of the supported range; without it, fp32 is the safe answer.
     capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

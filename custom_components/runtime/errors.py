@@ -1,4 +1,4 @@
-"""What a user can mend, and the exit codes of a recipe."""
+"""Errors that the user can mend, and the exit codes of a recipe."""
 
 import signal
 import sys
@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 def run_recipe(recipe_main: Callable[[], None]) -> None:
-    """Run a recipe's main function and leave the process with the exit code that its end asks for.
+    """Run a recipe's main function and exit with the code for how it ended.
 
     0 when done, 2 after a :class:`UserError` (its lines on stderr, no traceback), 130 and 143 after SIGINT and SIGTERM.
     Anything else is a bug and keeps its traceback.

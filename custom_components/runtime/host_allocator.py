@@ -1,4 +1,4 @@
-"""How the C library's allocator treats freed memory, which decides the speed of large tensors on the CPU."""
+"""The C library's allocator: what it does with freed memory decides the speed of large tensors on the CPU."""
 
 import ctypes
 import sys
@@ -9,10 +9,10 @@ _MMAP_MAX = -4
 
 
 def keep_freed_memory() -> None:
-    """Let freed blocks be used again by the process; without glibc nothing changes.
+    """Let the process use freed blocks again; without glibc nothing changes.
 
-    As it stands, glibc maps every block over 32 MiB anew and gives it back when it is freed, and the system zeroes it
-    page by page at each first touch. A dequantized weight is such a block: one of 4096 x 11008 took 45 ms, of which 38
+    By default glibc maps every block over 32 MiB anew and returns it when it is freed, and the system zeroes it page
+    by page at each first touch. A dequantized weight is such a block: one of 4096 x 11008 took 45 ms, of which 38
     were page faults (`benchmarks/README.md`).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give back to the system what is free now, as after loading; without glibc nothing happens."""
+    """Return free memory to the system, after loading for example; without glibc nothing happens."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if malloc_trim is not None:
         malloc_trim(ctypes.c_size_t(0))

@@ -8,17 +8,17 @@ import torch
 _SAMPLING_INTERVAL_SECONDS = 0.02
 _STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
-# What the kernel allows a container, cgroup version 2.
+# The kernel's limit for a container, cgroup version 2.
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
-# A tenth is left for what the allocator cannot use and for other programs.
+# A tenth is left for fragmentation and for other programs.
 _USABLE_SHARE = 0.9
 
 
 class PeakMemory:
-    """Measures from its construction on.
+    """Measures the peak from its construction on.
 
-    On the CPU it samples the process's anonymous memory, less what stood at the construction (the imports); pages of
-    mapped checkpoint files are not anonymous, the system takes them back at will. Where the system has no
+    On the CPU it samples the process's anonymous memory, less the amount at its construction (the imports); pages of
+    mapped checkpoint files are not anonymous, the system can reclaim them at any time. If the system has no
     /proc/self/status, the CPU's figure is None.
     """
 
@@ -32,7 +32,7 @@ class PeakMemory:
             threading.Thread(target=self._sample_forever, daemon=True).start()
 
     def gib(self) -> float | None:
-        """Peak so far, in GiB."""
+        """Give the peak so far, in GiB."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**30
         if not _STATUS.exists():
@@ -47,7 +47,7 @@ class PeakMemory:
 
 
 def usable_bytes(device: torch.device) -> int | None:
-    """How much more memory a run may take on a device, with something to spare; None where the system does not say."""
+    """Give the memory that a run may still take on a device, with a reserve; None if the system does not say."""
     if device.type == "cuda":
         return int(_USABLE_SHARE * torch.cuda.mem_get_info(device)[0])
     if not _MEMINFO.exists():
@@ -63,5 +63,5 @@ def _anonymous_bytes() -> int:
 
 
 def _line_bytes(path: Path, name: str) -> int:
-    """The value of a line of a file in /proc, which counts in kB."""
+    """Read the value of a line of a file in /proc, which counts in kB."""
     return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(name))

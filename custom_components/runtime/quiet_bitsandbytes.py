@@ -1,4 +1,4 @@
-"""Importing bitsandbytes without a word and without the network."""
+"""Importing bitsandbytes silently and without the network."""
 
 import functools
 import importlib
@@ -10,7 +10,7 @@ from types import ModuleType
 
 @functools.cache
 def import_bitsandbytes() -> ModuleType | None:
-    """The module, or None where it is not installed or does not load. Every import of it goes through here."""
+    """Import the module; None if it is not installed or does not load. Every import of it goes through here."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # note: on processors with AVX512-bf16, importing bitsandbytes fetches a kernel from the hub and runs it where the
     # package `kernels` is installed. None in sys.modules makes that package's import fail: nothing is fetched.

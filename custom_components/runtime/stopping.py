@@ -1,4 +1,4 @@
-"""Stopping a run from outside: finish the step, save, and leave."""
+"""Stopping a run from outside: finish the step, save, and exit."""
 
 import contextlib
 import os
@@ -18,21 +18,21 @@ class StopRequest:
         return self.signal_number is not None
 
     def leave_if_asked(self) -> None:
-        """Leave the program as the signal asked, 128 + its number; to be called when all is saved."""
+        """Exit as the signal asked, with 128 + its number; call it when all is saved."""
         if self.signal_number is not None:
             sys.exit(128 + self.signal_number)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Take SIGINT and SIGTERM as requests for the time of the block. A second SIGINT stops at once."""
+    """Inside the block, SIGINT and SIGTERM ask the run to stop after this step; a second SIGINT stops at once."""
     request = StopRequest()
 
     def ask(signal_number: int, _frame: object) -> None:
         if request.signal_number is not None and signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal_number = signal_number
-        # note: print could find stderr's buffer in use by what was interrupted.
+        # note: not print: the interrupted code may be using stderr's buffer.
         os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

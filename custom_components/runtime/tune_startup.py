@@ -1,7 +1,7 @@
 """Runs at the start of the `tune` command, inside a checkout of this project only: see llama_lora_recipes.pth.
 
-A .pth file in site-packages is the one place that comes before torchtune's own imports. It asks for `tune` by name,
-because what it does here would reach into every other Python program of the environment.
+A .pth file in site-packages is the only code that runs before torchtune's own imports. It checks the program's name,
+because the changes made here would affect every other Python program of the environment.
 """
 
 import os
@@ -12,13 +12,13 @@ from pathlib import Path
 # with the working directory at the end of the path only. At its start, this project's `recipes` is found.
 sys.path.insert(0, str(Path.cwd()))
 
-# OpenMP threads wait for each other by spinning, by default for milliseconds. Where another program takes a core, an
-# operation can then last as long as the scheduler's time slice. So short a spin costs an idle machine next to nothing;
-# with a third of it, waking the threads again and again does (benchmarks/README.md).
+# OpenMP threads wait for each other by spinning, by default for milliseconds. If another program takes a core, an
+# operation can then last as long as the scheduler's time slice. This short spin costs an idle machine almost nothing; a
+# third of it would cost time, because the threads are woken again and again (benchmarks/README.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-# oneDNN makes machine code for every matrix product of a shape it has not seen, and every batch has another number of
-# tokens. Kept for 1024 shapes, the default of both caches, that code grew the tiny model's process by 20 MB a step. A
-# forward needs some fifty.
+# oneDNN generates machine code for every matrix product of a new shape, and every batch has another number of tokens.
+# With the default of both caches, 1024 shapes, that code grew the tiny model's process by 20 MB per step. A forward
+# needs about fifty.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "128")

@@ -53,27 +53,27 @@ class StoredAdapter:
 
     @property
     def modules(self) -> set[str]:
-        """The names of the model's modules that have an adapter."""
+        """List the model's modules that have an adapter, by name."""
         return {match["module"] for name in self.tensors if (match := _TUNE_NAME.fullmatch(name))}
 
     @property
     def use_dora(self) -> bool:
-        """What the config says, or the tensors: torchtune's config does not."""
+        """Tell whether this is DoRA, by the config or the tensors: torchtune's config does not say it."""
         return self.config.use_dora or any(name.endswith(".magnitude") for name in self.tensors)
 
     def key(self, name: str) -> str:
-        """What a tensor is called, or would be, in the file."""
+        """Give the name that a tensor has, or would have, in the file."""
         return peft_key(name) if self.is_peft else name
 
     def read(self, name: str, num_heads: int, num_kv_heads: int) -> Tensor:
-        """A tensor in torchtune's row order."""
+        """Read a tensor in torchtune's row order."""
         tensor = self.tensors[name].read()
         num_rope_heads = rope_heads(name, num_heads, num_kv_heads) if self.is_peft else None
         return tensor if num_rope_heads is None else interleave_rope_rows(tensor, num_rope_heads)
 
 
 def rope_heads(name: str, num_heads: int, num_kv_heads: int) -> int | None:
-    """The number of heads by which a tensor's rows are permuted in PEFT's files; None: they are not.
+    """Give the number of heads by which a tensor's rows are permuted in PEFT's files; None: they are not permuted.
 
     Those of q's and k's weights are, and so those of B and of DoRA's magnitude. A's columns are the hidden state's.
     """
@@ -83,10 +83,10 @@ def rope_heads(name: str, num_heads: int, num_kv_heads: int) -> int | None:
 
 
 def open_adapter(adapter_dir: Path) -> StoredAdapter:
-    """Open the adapter of a directory, once for all that is made of it. Of the tensors only headers are read.
+    """Open the adapter of a directory: once for a recipe, which hands it on. Only headers of tensors are read.
 
     Raises:
-        UserError: none there, damaged, of a kind that is not built here, or with tensors that no Llama has.
+        UserError: there is none, it is damaged or of a kind that cannot be built here, or no Llama has its tensors.
     """
     config = read_peft_config(_directory_with_config(adapter_dir))
     files = _weights_files(adapter_dir)
@@ -119,7 +119,7 @@ def _directory_with_config(adapter_dir: Path) -> Path:
 
 
 def _weights_files(adapter_dir: Path) -> list[Path]:
-    """The best first: PEFT's is what was saved last where both are."""
+    """List the files of weights, the best first: where there are both, PEFT's was saved last."""
     peft_files = [adapter_dir / name for name in _PEFT_WEIGHTS_NAMES if (adapter_dir / name).is_file()]
     tune_files = [*_by_number(adapter_dir.glob("adapter_*.safetensors")), *_by_number(adapter_dir.glob("adapter_*.pt"))]
     return peft_files[:1] + [file for file in tune_files if file not in peft_files][-1:]

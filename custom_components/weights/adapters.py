@@ -152,7 +152,7 @@ def check_adapter_was_trained(model: nn.Module) -> None:
 
 
 def modules_not_finite(modules: Mapping[str, LoRALinear]) -> list[str]:
-    """The names of those whose adapter has a NaN or an infinite value."""
+    """List the modules whose adapter has a NaN or an infinite value."""
     return [
         name
         for name, module in modules.items()
@@ -161,7 +161,7 @@ def modules_not_finite(modules: Mapping[str, LoRALinear]) -> list[str]:
 
 
 def _problems_of_settings(model: TransformerDecoder, stored: StoredAdapter) -> list[str]:
-    """Another rank, scaling or targets: what the many tensors that do not fit have in common."""
+    """Find another rank, scaling or targets: the common cause when many tensors do not fit."""
     if not adapter_modules(model):
         return ["the model has no adapters"]
     built, config = adapter_settings(model), stored.config

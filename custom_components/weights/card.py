@@ -1,4 +1,4 @@
-"""The parts that a model card of an adapter and of a merged model share."""
+"""Parts that the model cards of adapters and of merged models share."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def front_matter(
 
 
 def _licence(checkpoint_dir: Path) -> dict[str, Any]:
-    """The licence that the base's own card states, if it has a card."""
+    """Read the licence that the base's own card states, if it has a card."""
     stated = card_metadata(checkpoint_dir / CARD_NAME)
     licence = {key: stated[key] for key in ("license", "license_name") if isinstance(stated.get(key), str)}
     # A link to a file beside the base's card leads nowhere from here.

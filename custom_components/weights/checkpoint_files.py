@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torchtune.models.convert_weights import _FROM_HF, _FROM_META
 
 from custom_components.models.shapes import LlamaShape, shape_and_config
 from custom_components.runtime.errors import UserError
-from custom_components.weights.names import interleave_rope_rows
+from custom_components.weights.names import (
+    TUNE_NAMES_OF_HUGGING_FACE,
+    TUNE_NAMES_OF_META,
+    interleave_rope_rows,
+    renamed,
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class BaseCheckpoint:
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor by torchtune's name; their headers are read here, their values by `read()` of each.
+        """Open every tensor, by torchtune's name: headers are read here, values by each one's `read()`.
 
         Raises:
             UserError: no weights, a shard of the index that is not there, a damaged file, a tensor no Llama has.
@@ -79,7 +83,7 @@ class BaseCheckpoint:
 
     @property
     def name(self) -> str:
-        """The name on the hub, else the directory."""
+        """Give the name on the hub, else the directory."""
         return self.hub_name or str(self.directory)
 
 
@@ -100,12 +104,12 @@ def _tensors_of_checkpoint(checkpoint_dir: Path, shape: LlamaShape) -> dict[str,
         files = _weight_files(checkpoint_dir, "pytorch_model.bin.index.json", "pytorch_model*.bin")
         tensors = [tensor for file in files for tensor in tensors_of_file(file)]
     elif files := sorted(checkpoint_dir.glob("consolidated.*.pth")):
-        return _by_tune_name(_joined_meta_shards(files), _FROM_META)
+        return _by_tune_name(_joined_meta_shards(files), TUNE_NAMES_OF_META)
     else:
         raise UserError(f"checkpoint_dir: no *.safetensors, *.bin or consolidated.*.pth in {str(checkpoint_dir)!r}")
     return {
         name: _interleaved(tensor, shape) if name.endswith(("q_proj.weight", "k_proj.weight")) else tensor
-        for name, tensor in _by_tune_name(tensors, _FROM_HF).items()
+        for name, tensor in _by_tune_name(tensors, TUNE_NAMES_OF_HUGGING_FACE).items()
     }
 
 
@@ -211,18 +215,16 @@ def _joined_meta_shards(files: list[Path]) -> list[StoredTensor]:
     return joined
 
 
-def _by_tune_name(tensors: Iterable[StoredTensor], names: dict[str, str | None]) -> dict[str, StoredTensor]:
+def _by_tune_name(tensors: Iterable[StoredTensor], names: Mapping[str, str | None]) -> dict[str, StoredTensor]:
     by_name, unexpected = {}, []
     for tensor in tensors:
-        layer = re.search(r"\.(\d+)\.", tensor.stored_name)
-        pattern = re.sub(r"\.\d+\.", ".{}.", tensor.stored_name, count=1)
-        if pattern == "rope.freqs" or pattern.endswith("rotary_emb.inv_freq"):
-            continue  # computed, not trained: old checkpoints carry it along
-        tune_name = names.get(pattern)
+        if tensor.stored_name == "rope.freqs" or tensor.stored_name.endswith("rotary_emb.inv_freq"):
+            continue  # computed, not trained; old checkpoints store it
+        tune_name = renamed(tensor.stored_name, names)
         if tune_name is None:
             unexpected.append(tensor)
         else:
-            by_name[tune_name.format(layer[1]) if layer else tune_name] = tensor
+            by_name[tune_name] = tensor
     if unexpected:
         raise UserError(
             f"{unexpected[0].file}: holds {len(unexpected)} tensors that no Llama model has "

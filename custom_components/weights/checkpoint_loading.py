@@ -33,7 +33,7 @@ def load_base_weights(
 
     Args:
         model: of `lora_llama` or a named builder, built under `torch.device("meta")`.
-        dtype: of everything that is not NF4, and of the products with what is.
+        dtype: of the weights that are not in NF4, and of products with those that are.
         quantized_cache_dir: where NF4 weights are kept for the next start, see :class:`QuantizedCache`; None: nowhere.
 
     Raises:
@@ -63,7 +63,7 @@ def load_base_weights(
             else:
                 value = nf4.quantize(sources[name].read().to(device), dtype)
         else:
-            # Norms stay in fp32, which is what they compute in.
+            # Norms stay in fp32, the dtype they compute in.
             # note: copy, or the parameter is a view of the file's memory map and changes with the file.
             stored_dtype = torch.float32 if isinstance(module, RMSNorm) else dtype
             value = sources[name].read().to(device, stored_dtype, copy=True)
@@ -79,7 +79,7 @@ def load_base_weights(
         model.output.weight = model.tok_embeddings.weight
     for module in adapter_modules(model).values():
         module.initialize_adapter(device)
-    model.to(device)  # what is left: rope's cache
+    model.to(device)  # the rest: rope's cache
 
 
 def check_base_weights(model: TransformerDecoder, base: BaseCheckpoint) -> dict[str, StoredTensor]:
@@ -96,7 +96,7 @@ def check_base_weights(model: TransformerDecoder, base: BaseCheckpoint) -> dict[
 
 
 def unquantized_modules(model: TransformerDecoder) -> list[str]:
-    """Linear layers of the blocks that do not divide into NF4's blocks, and that so stay in the compute dtype."""
+    """List the layers' linear weights that stay in the compute dtype, because NF4's blocks do not divide them."""
     return [
         name
         for name, module in model.layers.named_modules()
@@ -105,7 +105,7 @@ def unquantized_modules(model: TransformerDecoder) -> list[str]:
 
 
 def _check_same_model(model: TransformerDecoder, base: BaseCheckpoint) -> None:
-    """What tensor shapes do not show: with other heads or another rotary base a model loads and is wrong."""
+    """Compare what tensor shapes do not show: with other heads or another rotary base a model loads and is wrong."""
     attention = model.layers[0].attn
     built = {
         "num_layers": len(model.layers),
@@ -123,7 +123,7 @@ def _check_same_model(model: TransformerDecoder, base: BaseCheckpoint) -> None:
 
 
 def _with_tied_embeddings(sources: dict[str, StoredTensor], shape: LlamaShape) -> dict[str, StoredTensor]:
-    """Tied checkpoints store the one weight under either name, or both."""
+    """Give tied checkpoints' one weight the embedding's name: it is stored under either name, or both."""
     if not shape.tied_embeddings:
         return sources
     sources = dict(sources)
@@ -148,7 +148,7 @@ def _check_tensors(
 
 
 def frozen_checksum(model: TransformerDecoder) -> str:
-    """A hash of every byte of the frozen parameters, NF4 storage included."""
+    """Hash every byte of the frozen parameters, NF4 storage included."""
     checksum = hashlib.sha256()
     for parameter in model.parameters():
         if not parameter.requires_grad:

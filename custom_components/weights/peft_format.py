@@ -1,4 +1,4 @@
-"""What PEFT's files of a LoRA adapter mean: the names of the tensors and the entries of adapter_config.json.
+"""PEFT's files of a LoRA adapter: the names of the tensors and the entries of adapter_config.json.
 
 Format: huggingface/peft 0.21.2, src/peft/utils/save_and_load.py (keys), src/peft/tuners/lora/config.py (config) and
 `check_target_module_exists` in src/peft/tuners/tuners_utils.py (which layers a config targets).
@@ -6,17 +6,14 @@ Format: huggingface/peft 0.21.2, src/peft/utils/save_and_load.py (keys), src/pef
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtune.models.convert_weights import _FROM_HF
-
 from custom_components.models.dora import DoRALinear
 from custom_components.models.lora import LoRALinear
 from custom_components.runtime.errors import UserError
-from custom_components.weights.names import HUGGING_FACE_NAMES
+from custom_components.weights.names import HUGGING_FACE_NAMES, TUNE_NAMES_OF_HUGGING_FACE, renamed
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 TARGETS = {
@@ -40,7 +37,7 @@ _PEFT_BASE_KEY = re.compile(
     r"(?:base_model\.model\.)?(?:_orig_mod\.)?(?P<module>lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight"
 )
 
-# Entries with which the tensors alone are not the adapter, or not all of it.
+# With one of these entries, the tensors of the file are not the whole adapter.
 _UNSUPPORTED = (
     *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "target_parameters"),
     *("lora_bias", "layers_pattern", "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
@@ -52,7 +49,7 @@ _UNSUPPORTED_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What an adapter_config.json says.
+    """The entries of an adapter_config.json.
 
     Attributes:
         target_modules: a regular expression of whole module names, or ends of them; "all-linear": all but the head.
@@ -70,7 +67,7 @@ class PeftConfig:
     use_dora: bool
 
     def targets(self, module: str) -> bool:
-        """Whether a linear layer, by Hugging Face's name (model.layers.0.self_attn.q_proj), has an adapter."""
+        """Tell whether a linear layer, by Hugging Face's name (model.layers.0.self_attn.q_proj), has an adapter."""
         if self.exclude_modules and _matches(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
@@ -83,10 +80,10 @@ class PeftConfig:
 
 
 def read_peft_config(adapter_dir: Path) -> PeftConfig:
-    """The config of an adapter's directory.
+    """Read the config of an adapter's directory.
 
     Raises:
-        UserError: there is none, it is not that of a LoRA adapter, or it asks for what is not built here.
+        UserError: there is none, it is not a LoRA adapter's, or it needs what cannot be built here.
     """
     path = adapter_dir / ADAPTER_CONFIG_NAME
     try:
@@ -119,18 +116,18 @@ def read_peft_config(adapter_dir: Path) -> PeftConfig:
 
 
 def peft_key(parameter: str) -> str:
-    """PEFT's key of an adapter's parameter, layers.0.attn.q_proj.lora_a.weight for example."""
+    """Give PEFT's key of an adapter's parameter, layers.0.attn.q_proj.lora_a.weight for example."""
     part = next(part for part in ADAPTER_PARAMETERS if parameter.endswith(f".{part}"))
     return f"{peft_module(parameter.removesuffix(f'.{part}'))}.{ADAPTER_PARAMETERS[part]}"
 
 
 def peft_module(module: str) -> str:
-    """PEFT's name of a module with an adapter, layers.0.attn.q_proj for example."""
+    """Give PEFT's name of a module with an adapter, layers.0.attn.q_proj for example."""
     return f"base_model.model.{hugging_face_module(module)}"
 
 
 def parameter_name(key: str) -> str | None:
-    """The model's parameter that PEFT's key is of, in any spelling that PEFT writes; None: no Llama has it."""
+    """Find the model's parameter for a key, in any spelling that PEFT writes; None: no Llama has it."""
     if match := _PEFT_KEY.fullmatch(key):
         part = _TUNE_PARTS[match["part"]]
         is_known = match["module"].rpartition(".")[2] in TARGETS
@@ -138,22 +135,15 @@ def parameter_name(key: str) -> str | None:
         part, is_known = "weight", True
     else:
         return None
-    module = _renamed(match["module"], _FROM_HF)
-    return f"{module}.{part}" if is_known and module else None
+    weight = renamed(f"{match['module']}.weight", TUNE_NAMES_OF_HUGGING_FACE)
+    return f"{weight.removesuffix('.weight')}.{part}" if is_known and weight else None
 
 
 def hugging_face_module(module: str) -> str:
-    """model.layers.0.self_attn.q_proj for layers.0.attn.q_proj."""
-    name = _renamed(module, HUGGING_FACE_NAMES)
+    """Give Hugging Face's name: model.layers.0.self_attn.q_proj for layers.0.attn.q_proj."""
+    name = renamed(f"{module}.weight", HUGGING_FACE_NAMES)
     assert name, module
-    return name
-
-
-def _renamed(module: str, names: Mapping[str, str | None]) -> str | None:
-    layer = re.search(r"\.(\d+)\.", module)
-    pattern = re.sub(r"\.\d+\.", ".{}.", module, count=1)
-    name = names.get(f"{pattern}.weight")
-    return name.format(layer[1] if layer else "").removesuffix(".weight") if name else None
+    return name.removesuffix(".weight")
 
 
 def _matches(targets: str | list[str], module: str) -> bool:

@@ -46,7 +46,7 @@ class QuantizedCache:
     def weights(
         self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
     ) -> "CachedWeights | None":
-        """The stored weights, if they are there and whole; what is damaged is made anew."""
+        """Open the stored weights; None if they are not there or not whole: they are then made again."""
         try:
             stored = CachedWeights(self.path, dtype, device)
         except (SafetensorError, OSError):
@@ -54,7 +54,7 @@ class QuantizedCache:
         return stored if all(stored.has(name, shape) for name, shape in shapes.items()) else None
 
     def store(self, weights: Mapping[str, NF4Tensor]) -> None:
-        """Keep weights; where the folder cannot be written, nothing is kept and the run goes on."""
+        """Keep weights; if the folder cannot be written, nothing is kept and the run continues."""
         tensors = {
             f"{name}.{index}": tensor.cpu()
             for name, weight in weights.items()
@@ -82,6 +82,6 @@ class CachedWeights:
         return self._handle.get_slice(f"{name}.0").get_shape() == [shape.numel() // 2]
 
     def read(self, name: str, shape: torch.Size) -> NF4Tensor:
-        """One weight. A copy, or it would be a view of the file's memory map and change with the file."""
+        """Read one weight, as a copy: a view of the file's memory map would change with the file."""
         tensors: list[Tensor] = [self._handle.get_tensor(f"{name}.{index}") for index in range(4)]
         return nf4.from_stored_tensors([tensor.to(self._device, copy=True) for tensor in tensors], shape, self._dtype)
