@@ -23,7 +23,7 @@ from custom_components.weights.names import (
     TUNE_NAMES_OF_HUGGING_FACE,
     TUNE_NAMES_OF_META,
     interleave_rope_rows,
-    renamed,
+    translated_name,
 )
 
 
@@ -220,7 +220,7 @@ def _by_tune_name(tensors: Iterable[StoredTensor], names: Mapping[str, str | Non
     for tensor in tensors:
         if tensor.stored_name == "rope.freqs" or tensor.stored_name.endswith("rotary_emb.inv_freq"):
             continue  # computed, not trained; old checkpoints store it
-        tune_name = renamed(tensor.stored_name, names)
+        tune_name = translated_name(tensor.stored_name, names)
         if tune_name is None:
             unexpected.append(tensor)
         else:

@@ -13,7 +13,7 @@ TUNE_NAMES_OF_META: Mapping[str, str | None] = _FROM_META
 HUGGING_FACE_NAMES = {tune: hf for hf, tune in _FROM_HF.items() if tune is not None}
 
 
-def renamed(name: str, names: Mapping[str, str | None]) -> str | None:
+def translated_name(name: str, names: Mapping[str, str | None]) -> str | None:
     """Translate a tensor's name by one of the tables above; None: it is not in the table."""
     layer = re.search(r"\.(\d+)\.", name)
     other = names.get(re.sub(r"\.\d+\.", ".{}.", name, count=1))

@@ -13,7 +13,7 @@ from typing import Any
 from custom_components.models.dora import DoRALinear
 from custom_components.models.lora import LoRALinear
 from custom_components.runtime.errors import UserError
-from custom_components.weights.names import HUGGING_FACE_NAMES, TUNE_NAMES_OF_HUGGING_FACE, renamed
+from custom_components.weights.names import HUGGING_FACE_NAMES, TUNE_NAMES_OF_HUGGING_FACE, translated_name
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 TARGETS = {
@@ -135,13 +135,13 @@ def parameter_name(key: str) -> str | None:
         part, is_known = "weight", True
     else:
         return None
-    weight = renamed(f"{match['module']}.weight", TUNE_NAMES_OF_HUGGING_FACE)
+    weight = translated_name(f"{match['module']}.weight", TUNE_NAMES_OF_HUGGING_FACE)
     return f"{weight.removesuffix('.weight')}.{part}" if is_known and weight else None
 
 
 def hugging_face_module(module: str) -> str:
     """Give Hugging Face's name: model.layers.0.self_attn.q_proj for layers.0.attn.q_proj."""
-    name = renamed(f"{module}.weight", HUGGING_FACE_NAMES)
+    name = translated_name(f"{module}.weight", HUGGING_FACE_NAMES)
     assert name, module
     return name.removesuffix(".weight")
 
