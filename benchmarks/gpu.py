@@ -29,7 +29,7 @@ from custom_components.models.llama import lora_llama
 from custom_components.models.lora import FrozenLinear
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.process_memory import PeakMemory
-from custom_components.training.compiling import compile_layers
+from custom_components.training.compiling import compiled_layers
 from custom_components.training.gradients import ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 from custom_components.training.optimizer import clip_gradients
@@ -124,23 +124,22 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[float
         model = lora_llama(shape, ALL_ATTENTION, True, lora_rank=16, lora_alpha=32, quantize_base=case.quantized)
     estimate = estimate_memory(model, settings, dtype, device.type, [case.row_tokens] * case.num_rows)
     give_random_weights(model, dtype, device)
-    if case.compiled:
-        compile_layers(model, is_optional=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     batch = random_batch([case.row_tokens] * case.num_rows, shape.vocab_size)
     options = ForwardOptions(num_recomputed_layers=len(model.layers) if case.recomputed else 0)
     loss_of = supervised_loss(model.train(), LinearCrossEntropy(), options)
     step_seconds = []
-    for _ in range(NUM_STEPS):
-        start_seconds = time.perf_counter()
-        loss = accumulate_gradients([batch], loss_of, scaler, device)
-        clip_gradients(optimizer, scaler, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        assert loss.isfinite()  # note: waits for the device, so that the clock sees the step
-        step_seconds.append(time.perf_counter() - start_seconds)
+    with compiled_layers(model, case.compiled, device, NUM_STEPS):
+        for _ in range(NUM_STEPS):
+            start_seconds = time.perf_counter()
+            loss = accumulate_gradients([batch], loss_of, scaler, device)
+            clip_gradients(optimizer, scaler, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            assert loss.isfinite()  # note: waits for the device, so that the clock sees the step
+            step_seconds.append(time.perf_counter() - start_seconds)
     peak_gib = memory.gib()
     assert peak_gib is not None
     return statistics.median(step_seconds[NUM_STEPS_NOT_COUNTED:]), peak_gib, estimate

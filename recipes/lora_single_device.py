@@ -17,6 +17,7 @@ from custom_components.datasets.training_data import Data
 from custom_components.generation.sample_answers import answer_sample_prompts, show_answers
 from custom_components.memory.fitting import describe_fit, fit_to_device, fitted_settings, forward_options, tried_fit
 from custom_components.memory.step_limit import StepLimit
+from custom_components.models.nf4_product import DENSE_WEIGHT_MEMORY
 from custom_components.runs.adapter_card import TrainingFacts, adapter_card
 from custom_components.runs.checkpoints import delete_checkpoints_after, save_run_checkpoint
 from custom_components.runs.metrics import keep_metrics_until, plot_losses
@@ -30,7 +31,7 @@ from custom_components.runtime.errors import run_recipe
 from custom_components.runtime.host_allocator import keep_freed_memory, return_freed_memory
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.runtime.stopping import stop_requests
-from custom_components.training.compiling import compile_layers, compiles_layers
+from custom_components.training.compiling import compiled_layers
 from custom_components.training.gradients import Losses, accumulate_gradients, supervised_loss, validation_loss
 from custom_components.training.optimizer import adapter_parameter_groups, clip_gradients, set_rates, update_adapters
 from custom_components.training.plan import Plan, plan_of
@@ -94,14 +95,14 @@ def recipe_main() -> None:
             resumed.restore(model, state)
             go_on_in(directory, resumed, state.progress.num_steps)
         directory.config.write_text(run.beside.config, encoding="utf-8")
-        if compiles_layers(settings.compile, device, plan.num_forwards):
-            compile_layers(model, is_optional=settings.compile == "auto")
         loss_function = instantiate(settings.loss)
         losses = Losses(
             training=supervised_loss(model, loss_function, forward_options(settings, fit)),
             validation=supervised_loss(model, loss_function),
         )
-        train(run, model, data, plan, state, losses)
+        with compiled_layers(model, settings.compile, device, plan.num_forwards):
+            train(run, model, data, plan, state, losses)
+        DENSE_WEIGHT_MEMORY.release()
 
         if base_checksum is not None and frozen_checksum(model) != base_checksum:
             raise AssertionError("verify_base: the frozen base has changed")

@@ -87,7 +87,7 @@ class _JoinedLinear(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in joined)
 
     def forward(self, input_RI: Tensor) -> Tensor:
-        outputs = [nf4_product.linear(input_RI, weight) for weight in self.weights]
+        outputs = [nf4_product.frozen_product(input_RI, weight) for weight in self.weights]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 

@@ -18,7 +18,7 @@ _CARDS_GIB = {
     "H200 141 GB": 139.3,
 }
 # What the allocator cannot use, because free pieces lie between used ones.
-_USABLE_SHARE = 0.95
+_USABLE_CARD_SHARE = 0.95
 _MAX_ROW_TOKENS = 2**20
 # What a forward has to have for memory to be a straight line in its tokens.
 MANY_TOKENS = 8192
@@ -92,7 +92,7 @@ def card_table(
     """
     lines = [f"{'card':16}{'this config':24}{'largest batch':>15}{'tokens of a forward':>22}"]
     for card, card_gib in _CARDS_GIB.items():
-        usable_bytes = int(_USABLE_SHARE * card_gib * _GIB)
+        usable_bytes = int(_USABLE_CARD_SHARE * card_gib * _GIB)
         largest_tokens = line.largest_forward_tokens(usable_bytes)
         verdict = _verdict(this_config, usable_bytes, checkpointing)
         lines.append(f"{card:16}{verdict:24}{largest_tokens // row_tokens:15,}{largest_tokens:22,}")

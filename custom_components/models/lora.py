@@ -55,7 +55,7 @@ class FrozenLinear(nn.Module):
 
     def plain_output(self, input: Tensor) -> Tensor:
         """Multiply by the frozen weight alone: (..., in_dim) -> (..., out_dim)."""
-        return nf4_product.linear(input, self.weight)
+        return nf4_product.frozen_product(input, self.weight)
 
 
 class LoRALinear(FrozenLinear):

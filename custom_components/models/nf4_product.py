@@ -37,8 +37,33 @@ class _FrozenProduct(torch.autograd.Function):
 
 # On the CPU, weights of a band, which are dequantized and multiplied while the processor's caches hold them.
 _NUM_WEIGHTS_OF_BAND = 2**22
-# A dequantized weight of the CPU's backward, of each dtype; see `_dense_of_bands`.
-_shared_memory: dict[torch.dtype, Tensor] = {}
+
+
+class DenseWeightMemory:
+    """The memory that the CPU's backward dequantizes every weight to, one after the other.
+
+    Fresh memory for each weight would cost three times as much as the dequantizing: the system zeroes it page by page,
+    and the gaps it leaves are not filled. For each dtype it is allocated with the first weight, grows to the largest,
+    and lives until :meth:`release`, which a recipe calls after its last step.
+    """
+
+    def __init__(self) -> None:
+        self._by_dtype: dict[torch.dtype, Tensor] = {}
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return a tensor without values, which the next one from here overwrites."""
+        if dtype not in self._by_dtype or self._by_dtype[dtype].numel() < shape.numel():
+            with torch.inference_mode(False):  # or training could not write to what answering allocated
+                self._by_dtype[dtype] = torch.empty(shape.numel(), dtype=dtype)
+        return self._by_dtype[dtype][: shape.numel()].view(shape)
+
+    def release(self) -> None:
+        """Free the memory; the next backward allocates it again."""
+        self._by_dtype.clear()
+
+
+# One for the process: backwards run one at a time, whatever the model.
+DENSE_WEIGHT_MEMORY = DenseWeightMemory()
 
 
 def _product(input: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
@@ -75,15 +100,8 @@ def _dequantized_bands(weight: NF4Tensor, dtype: torch.dtype) -> Iterator[tuple[
 
 
 def _dense_of_bands(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """The dequantized weight, for a product that is made before the next weight is asked for.
-
-    All are written to the same memory, because fresh memory costs three times as much as the dequantizing: the system
-    zeroes it page by page, and the gaps it leaves are not filled.
-    """
-    if dtype not in _shared_memory or _shared_memory[dtype].numel() < weight.numel():
-        with torch.inference_mode(False):  # or training could not write to what answering made
-            _shared_memory[dtype] = torch.empty(weight.numel(), dtype=dtype)
-    dense = _shared_memory[dtype][: weight.numel()].view(weight.shape)
+    """Dequantize a weight for a product that is computed before the next weight is dequantized."""
+    dense = DENSE_WEIGHT_MEMORY.empty(weight.shape, dtype)
     for band, dense_band in _dequantized_bands(weight, dtype):
         dense[band] = dense_band
     return dense
@@ -102,7 +120,7 @@ def _(input: Tensor, stored: Sequence[Tensor], shape: Sequence[int], transposed:
     return input.new_empty(*input.shape[:-1], shape[1] if transposed else shape[0])
 
 
-def linear(input: Tensor, weight: Tensor) -> Tensor:
+def frozen_product(input: Tensor, weight: Tensor) -> Tensor:
     """`input @ weight.T` for an ordinary or an NF4 weight; a new tensor that no one else holds.
 
     Args:

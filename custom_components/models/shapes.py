@@ -63,16 +63,16 @@ def shape_and_config(checkpoint_dir: Path) -> tuple[LlamaShape, dict[str, Any]]:
             f"`tune download REPOSITORY --output-dir {checkpoint_dir} --ignore-patterns '*.bin'`"
         )
     if (path := checkpoint_dir / "config.json").is_file():
-        config = _read_json(path)
+        config = _read_config(path)
         return _shape_from_hugging_face(config, path), config
     if (path := checkpoint_dir / "params.json").is_file():
-        return _shape_from_meta(_read_json(path), path), {}
+        return _shape_from_meta(_read_config(path), path), {}
     raise UserError(
         f"checkpoint_dir: {str(checkpoint_dir)!r} has neither config.json nor params.json; is the download whole?"
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

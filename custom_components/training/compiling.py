@@ -1,6 +1,8 @@
-"""Compiling a model's layers, where it pays."""
+"""Compiling a model's layers where that saves time."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -10,28 +12,32 @@ from torchtune.modules import TransformerDecoder
 _MIN_FORWARDS = 200
 
 
-def compiles_layers(setting: bool | Literal["auto"], device: torch.device, num_forwards: int) -> bool:
-    """What the key `compile` comes to.
-
-    "auto" compiles on CUDA with Triton, which fuses a layer's many small operations, for runs long enough. On the CPU
-    compiling takes longer than most runs that a CPU is used for.
+@contextmanager
+def compiled_layers(
+    model: TransformerDecoder, setting: bool | Literal["auto"], device: torch.device, num_forwards: int
+) -> Iterator[None]:
+    """Compile each layer at its first forward in the block; after the block layers run uncompiled again.
 
     Args:
-        num_forwards: of the steps to come.
+        setting: the key `compile`. True compiles. "auto" compiles long runs on CUDA with Triton, which fuses a layer's
+            many small operations, and runs a layer uncompiled where the compiler fails. On the CPU compiling takes
+            longer than most runs that a CPU is used for.
+        num_forwards: the forwards of the steps to come.
     """
-    if setting != "auto":
-        return setting
+    if not (_saves_time(device, num_forwards) if setting == "auto" else setting):
+        yield
+        return
+    with torch._dynamo.config.patch(suppress_errors=setting == "auto"):
+        for layer in model.layers:
+            # note: dynamic from the start, because every batch has another number of tokens.
+            layer.compile(dynamic=True)
+        try:
+            yield
+        finally:
+            for layer in model.layers:
+                layer._compiled_call_impl = None  # what `compile` has set
+
+
+def _saves_time(device: torch.device, num_forwards: int) -> bool:
     has_triton = importlib.util.find_spec("triton") is not None
     return device.type == "cuda" and has_triton and num_forwards >= _MIN_FORWARDS
-
-
-def compile_layers(model: TransformerDecoder, *, is_optional: bool) -> None:
-    """Compile each layer at its first forward, in place.
-
-    Args:
-        is_optional: a layer that the compiler fails on runs uncompiled; otherwise the compiler's error is raised.
-    """
-    torch._dynamo.config.suppress_errors = is_optional
-    for layer in model.layers:
-        # note: dynamic from the start, because every batch has another number of tokens.
-        layer.compile(dynamic=True)

@@ -1,5 +1,7 @@
 """Every way to compute a step gives the plain one's loss and gradients."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from custom_components.datasets.batching import BatchPlan, collate
 from custom_components.models import attention, blockwise_attention, nf4, nf4_product
 from custom_components.models.attention import RowLengths, attend_row_by_row, attend_within_rows
-from custom_components.training.compiling import compile_layers
+from custom_components.training.compiling import compiled_layers
 from custom_components.training.gradients import NOWHERE_ELSE, ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 from tests.support.models import CPU, loaded_model, with_random_adapters
@@ -79,13 +81,13 @@ def test_recomputing_leaves_out_the_product_that_ends_a_layer(make_checkpoint, m
 def test_a_compiled_step_equals_the_plain_one(make_checkpoint):
     model = with_random_adapters(loaded_model(make_checkpoint(), quantize_base=True))
     expected = [step(model, random_rows(5, seed)) for seed in range(3)]
-    compile_layers(model, is_optional=False)
-    for seed in range(3):
-        torch.testing.assert_close(step(model, random_rows(5, seed)), expected[seed], atol=1e-4, rtol=1e-4)
-    # A dequantized weight among them would be 16 bits a weight for all layers.
     kept_shapes = set()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept_shapes.add(tuple(t.shape)) or t, lambda t: t):
-        step(model, random_rows(5, 3))
+    with compiled_layers(model, True, CPU, num_forwards=4):
+        for seed in range(3):
+            torch.testing.assert_close(step(model, random_rows(5, seed)), expected[seed], atol=1e-4, rtol=1e-4)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept_shapes.add(tuple(t.shape)) or t, lambda t: t):
+            step(model, random_rows(5, 3))
+    # A dequantized weight among them would be 16 bits a weight for all layers.
     weight_shapes = {tuple(module.weight.shape) for module in model.layers.modules() if hasattr(module, "lora_a")}
     assert not kept_shapes & (weight_shapes | {shape[::-1] for shape in weight_shapes})
 
@@ -131,12 +133,27 @@ def test_a_weight_read_in_bands_multiplies_as_the_whole(monkeypatch, dtype):
     grad_output = torch.randn(2, 5, 200, dtype=dtype)
 
     def results():
-        output = nf4_product.linear(input, weight)
+        output = nf4_product.frozen_product(input, weight)
         return output, *torch.autograd.grad(output, input, grad_output)
 
     whole = results()
     monkeypatch.setattr(nf4_product, "_NUM_WEIGHTS_OF_BAND", 70 * 96)
     torch.testing.assert_close(results(), whole, **TOLERANCE[dtype])
+
+
+def test_the_memory_of_dense_weights_is_shared_until_it_is_released():
+    memory = nf4_product.DenseWeightMemory()
+    with torch.inference_mode():
+        first = memory.empty(torch.Size([4, 6]), torch.float32)
+    second = memory.empty(torch.Size([3, 5]), torch.float32)
+    assert (first.shape, second.shape) == ((4, 6), (3, 5))
+    assert first.data_ptr() == second.data_ptr() and not second.is_inference()
+    assert memory.empty(torch.Size([4, 6]), torch.bfloat16).data_ptr() != first.data_ptr()
+    assert memory.empty(torch.Size([9, 9]), torch.float32).data_ptr() != first.data_ptr()
+    kept = weakref.ref(memory.empty(torch.Size([1]), torch.float32)._base)
+    assert kept() is not None
+    memory.release()
+    assert kept() is None
 
 
 @pytest.mark.gpu
