@@ -19,6 +19,7 @@ from custom_components.datasets.token_cache import TokenCache
 from custom_components.datasets.tokenized_rows import ChatDataset, mixed
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import EncodedDialog, Llama2ChatTransform
+from custom_components.transforms.templates import Turn
 
 _NUM_ROWS_PER_ENCODE = 1024
 
@@ -112,29 +113,24 @@ class _Reader:
 
     def read(self, source: str) -> ChatDataset:
         summary = DatasetSummary(source)
-
         dialogs = DialogReader(self.format, self.column_map, DialogRules(self.on_uneven_turns, self.on_empty_answer))
         token_chunks: list[np.ndarray] = []
         supervised_chunks: list[np.ndarray] = []
         lengths: list[int] = []
         first_text = ""
         try:
-            rows = islice(self.rows(source, summary), self.max_rows)
-            with tqdm(desc=f"tokenizing {source}", unit="row", leave=False, delay=2) as progress:
-                while chunk := list(islice(rows, _NUM_ROWS_PER_ENCODE)):
-                    for location, encoded in self.encode(chunk, dialogs, summary):
-                        first_text = first_text or self.tokenizer.decode(encoded.tokens)[:200]
-                        if self.keeps(location, encoded, summary):
-                            cut = self.tokenizer.max_seq_len
-                            token_chunks.append(np.array(encoded.tokens[:cut], np.int32))
-                            supervised_chunks.append(np.array(encoded.is_supervised[:cut], bool))
-                            lengths.append(len(encoded.tokens[:cut]))
-                    progress.update(len(chunk))
-                    if self.streaming and summary.num_bad and self.on_bad_row == "error":
-                        break  # the rest would be fetched only to find more of them
+            rendered = self.rendered(source, dialogs, summary)
+            while chunk := list(islice(rendered, _NUM_ROWS_PER_ENCODE)):
+                for location, encoded in self.encode(chunk):
+                    first_text = first_text or self.tokenizer.decode(encoded.tokens)[:200]
+                    if self.keeps(location, encoded, summary):
+                        cut = self.tokenizer.max_seq_len
+                        token_chunks.append(np.array(encoded.tokens[:cut], np.int32))
+                        supervised_chunks.append(np.array(encoded.is_supervised[:cut], bool))
+                        lengths.append(len(encoded.tokens[:cut]))
         except UserError as error:
             raise UserError(*summary.bad_row_lines(), *error.messages) from None
-        if summary.num_bad and self.on_bad_row == "error":
+        if self.is_refused(summary):
             raise UserError(*summary.bad_row_lines())
         if not lengths:
             raise self.nothing_to_train_on(summary, first_text)
@@ -160,26 +156,33 @@ class _Reader:
             on_bad_row=count,
         )
 
-    def encode(
-        self, rows: Sequence[Row], dialogs: DialogReader, summary: DatasetSummary
-    ) -> Iterator[tuple[str, EncodedDialog]]:
-        """Tokenize the rows that are dialogs; yields each with its location."""
-        locations, rendered_dialogs = [], []
-        for row in rows:
+    def rendered(self, source: str, dialogs: DialogReader, summary: DatasetSummary) -> Iterator[tuple[str, list[Turn]]]:
+        """Render the rows that are dialogs; yields each with its location.
+
+        After a bad row that is an error, the rows that follow are read only to name every kind of bad row at once.
+        """
+        rows = islice(self.rows(source, summary), self.max_rows)
+        for row in tqdm(rows, desc=f"tokenizing {source}", unit="row", leave=False, delay=2):
             summary.num_rows += 1
             try:
                 dialog, notes = dialogs.dialog(row)
                 turns = self.tokenizer.render(dialog) if dialog else []
             except ValueError as error:
                 summary.count_bad_row(row.location, str(error))
-                continue
-            summary.count_notes(row.location, notes)
-            if turns:
-                locations.append(row.location)
-                rendered_dialogs.append(turns)
-        if summary.num_bad and self.on_bad_row == "error":
-            return  # the rows that follow are read only to name every kind of bad row at once
-        yield from zip(locations, self.tokenizer.encode_turns(rendered_dialogs), strict=True)
+            else:
+                summary.count_notes(row.location, notes)
+                if turns and not self.is_refused(summary):
+                    yield row.location, turns
+            if self.streaming and self.is_refused(summary):
+                return  # the rest would be fetched only to find more bad rows
+
+    def is_refused(self, summary: DatasetSummary) -> bool:
+        return self.on_bad_row == "error" and summary.num_bad > 0
+
+    def encode(self, rendered: Sequence[tuple[str, list[Turn]]]) -> Iterator[tuple[str, EncodedDialog]]:
+        """Tokenize rendered dialogs; yields each with its location."""
+        locations, dialogs = zip(*rendered, strict=True)
+        yield from zip(locations, self.tokenizer.encode_turns(dialogs), strict=True)
 
     def nothing_to_train_on(self, summary: DatasetSummary, first_text: str) -> UserError:
         reasons = f": of {summary.num_rows} rows " + ", ".join(summary.losses())

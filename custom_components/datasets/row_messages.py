@@ -70,7 +70,8 @@ def row_messages(value: Any, column: str, notes: RowNotes) -> list[RowMessage]:
     entries = _parsed(value, column) if isinstance(value, str) else value
     if not isinstance(entries, list):
         raise ValueError(f"{column!r} holds {shown(entries)} where a list is due")
-    return [_row_message(entry, f"message {number}", notes) for number, entry in enumerate(entries, 1)]
+    where = "" if column in ("messages", "conversations") else f" of {column!r}"
+    return [_row_message(entry, f"message {number}{where}", notes) for number, entry in enumerate(entries, 1)]
 
 
 def answer_text(value: Any, notes: RowNotes) -> Any:

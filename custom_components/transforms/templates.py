@@ -61,12 +61,17 @@ class MarkedTemplate:
     Attributes:
         system, user, assistant: text with one `{content}`.
         default_system: the system prompt of dialogs without one; None: they get no system part.
+        user_with_input: for a question that is an instruction and its input, with `{instruction}` and `{input}`; None:
+            both are joined in `user`.
+        default_system_with_input: instead of `default_system` where the first question has an input.
     """
 
     user: str
     assistant: str
     system: str = "{content}\n\n"
     default_system: str | None = None
+    user_with_input: str | None = None
+    default_system_with_input: str | None = None
 
     @property
     def marks(self) -> dict[str, str]:
@@ -81,12 +86,14 @@ class MarkedTemplate:
 
     def __call__(self, messages: Sequence[ChatMessage]) -> list[Turn]:
         system, exchanges = _exchanges(messages)
-        system = self.default_system if system is None else system
+        if system is None:
+            has_input = messages[0].instruction_and_input is not None and self.default_system_with_input is not None
+            system = self.default_system_with_input if has_input else self.default_system
         before_answer, _, after_answer = self.assistant.partition("{content}")
         turns: list[Turn] = []
         for user, answer in exchanges:
             prompt = "" if system is None or turns else self.system.replace("{content}", system)
-            prompt += self.user.replace("{content}", user.content) + before_answer
+            prompt += self._question(user) + before_answer
             # Spaces at the seam go with the answer: SentencePiece joins a space with the word after it.
             stripped = prompt.rstrip(" ")
             seam = prompt[len(stripped) :]
@@ -96,15 +103,30 @@ class MarkedTemplate:
                 turns.append(Turn(stripped, seam + answer.content + after_answer))
         return turns
 
+    def _question(self, user: ChatMessage) -> str:
+        if user.instruction_and_input is None or self.user_with_input is None:
+            return self.user.replace("{content}", user.content)
+        instruction, further = user.instruction_and_input
+        before, _, rest = self.user_with_input.partition("{instruction}")
+        return before + instruction + rest.replace("{input}", further)
 
-# Alpaca: tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT["prompt_no_input"]; an input follows its instruction.
+
+# Alpaca: tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT: "prompt_no_input" and "prompt_input".
 _ALPACA_SYSTEM = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+_ALPACA_SYSTEM_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
 )
 TEMPLATES: dict[str, PromptTemplate] = {
     "llama2": llama2_turns,
     "alpaca": MarkedTemplate(
-        user="### Instruction:\n{content}\n\n", assistant="### Response:\n{content}", default_system=_ALPACA_SYSTEM
+        user="### Instruction:\n{content}\n\n",
+        assistant="### Response:\n{content}",
+        default_system=_ALPACA_SYSTEM,
+        user_with_input="### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n",
+        default_system_with_input=_ALPACA_SYSTEM_WITH_INPUT,
     ),
     "human_response": MarkedTemplate(user="### HUMAN:\n{content}\n\n", assistant="### RESPONSE:\n{content}"),
     "none": MarkedTemplate(user="{content}", assistant="{content}"),

@@ -1,11 +1,16 @@
 """Prompt templates, and what is trained in each."""
 
-import pytest
+import json
 
+import pytest
+from torchtune.data import AlpacaToMessages
+
+from custom_components.datasets.chat import chat_dataset
+from custom_components.datasets.prompt_files import row_dialog
 from custom_components.datasets.row_preview import rendered_row
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.dialogs import chat_messages
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
 from custom_components.transforms.templates import MarkedTemplate, Turn, prompt_template
 from tests.support.paths import TINY_TOKENIZER
 
@@ -100,3 +105,42 @@ def test_templates_that_are_none(template, words):
 def test_system_part_stands_in_the_first_turn_only():
     turns = MarkedTemplate(**OWN)(chat_messages(DIALOG))
     assert [turn.prompt.startswith("S: ") for turn in turns] == [True, False]
+
+
+ALPACA_ROWS = [
+    {"instruction": "Translate.", "input": "Où?", "output": "Where?"},
+    {"instruction": "Say it.", "input": "", "output": "It."},
+    {"instruction": "{input} {instruction}", "input": "{content}\n", "output": "x"},
+]
+
+
+@pytest.mark.parametrize("row", ALPACA_ROWS)
+def test_alpaca_is_stanfords_as_torchtune_writes_it(tmp_path, row):
+    """With an input: the other preamble and `### Input:`. torchtune's own transform spells both."""
+    prompt = AlpacaToMessages()(row)["messages"][0].text_content
+    tokenizer = Llama2ChatTransform(TINY_TOKENIZER, prompt_template="alpaca")
+    source = tmp_path / "rows.json"
+    source.write_text(json.dumps([row]))
+    tokens = chat_dataset(tokenizer, str(source))[0]["tokens"]
+    assert tokens == tokenizer.encode(prompt + row["output"])
+    question = row_dialog({key: row[key] for key in row})
+    assert prompt_tokens(tokenizer, question, 1000) == tokenizer.encode(prompt, add_eos=False)
+
+
+def test_an_input_is_joined_in_other_templates_and_kept_with_a_system_prompt(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps(ALPACA_ROWS[0] | {"system": "Be."}) + "\n")
+    for template, text in {
+        "llama2": "[INST] <<SYS>>\nBe.\n<</SYS>>\n\nTranslate.\n\nOù? [/INST] Where? ",
+        "alpaca": "Be.\n\n### Instruction:\nTranslate.\n\n### Input:\nOù?\n\n### Response:\nWhere?",
+    }.items():
+        tokenizer = Llama2ChatTransform(TINY_TOKENIZER, prompt_template=template)
+        assert tokenizer.decode(chat_dataset(tokenizer, str(source))[0]["tokens"]) == text
+
+
+def test_alpacas_own_text_with_an_input_is_read_back(tmp_path):
+    tokenizer = Llama2ChatTransform(TINY_TOKENIZER, prompt_template="alpaca")
+    text = AlpacaToMessages()(ALPACA_ROWS[0])["messages"][0].text_content + "Where?"
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({"text": text}) + "\n")
+    assert chat_dataset(tokenizer, str(source))[0]["tokens"] == tokenizer.encode(text)
