@@ -64,8 +64,8 @@ def check_columns(values: Mapping[str, Any], known: Collection[str], *, is_dialo
             raise ValueError(f"has {column!r}, which cannot be trained; delete the column, or leave such rows out")
         if is_dialog and name in _GOOD_OR_BAD and str(values[column]).lower() in _TRUTHS:
             raise ValueError(
-                f"{column!r}: {values[column]!r} judges the answer, as in KTO's sets, which a preference recipe "
-                "(recipes/lora_dpo_single_device.py, to come) takes as pairs; to train on the good answers, keep their "
+                f"{column!r} holds {str(values[column])!r}, which judges the answer, as in KTO's sets; a preference recipe "
+                "(recipes/lora_dpo_single_device.py, to come) takes pairs; to train on the good answers, keep their "
                 "rows and delete the column"
             )
     marks = mark_keys(others)
@@ -98,7 +98,7 @@ def suggested_column_map(values: Mapping[str, Any]) -> str:
     texts = [str(column) for column, value in values.items() if isinstance(value, str)]
     if len(texts) == 1:
         return f"'dataset.column_map={{text: {_yaml(texts[0])}}}'"
-    question, answer = texts[:2] or ("question", "answer")
+    question, answer = texts[:2] or ("...", "...")
     return f"'dataset.column_map={_column_map(question, answer)}'"
 
 
@@ -109,13 +109,18 @@ def _column_map(question: str, answer: str, further: str | None = None) -> str:
 
 
 def _yaml(name: str) -> str:
-    is_plain = re.fullmatch(r"[^\W\d][\w ./-]*", name) and name.lower() not in (
-        "yes",
-        "no",
-        "on",
-        "off",
-        "y",
-        "n",
-        "null",
+    is_plain = (
+        name == "..."
+        or re.fullmatch(r"[^\W\d][\w ./-]*", name)
+        and name.lower()
+        not in (
+            "yes",
+            "no",
+            "on",
+            "off",
+            "y",
+            "n",
+            "null",
+        )
     )
     return name if is_plain else json.dumps(name, ensure_ascii=False)
