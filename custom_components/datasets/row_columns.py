@@ -64,9 +64,9 @@ def check_columns(values: Mapping[str, Any], known: Collection[str], *, is_dialo
             raise ValueError(f"has {column!r}, which cannot be trained; delete the column, or leave such rows out")
         if is_dialog and name in _GOOD_OR_BAD and str(values[column]).lower() in _TRUTHS:
             raise ValueError(
-                f"{column!r} holds {str(values[column])!r}, which judges the answer, as in KTO's sets; a preference recipe "
-                "(recipes/lora_dpo_single_device.py, to come) takes pairs; to train on the good answers, keep their "
-                "rows and delete the column"
+                f"{column!r} holds {str(values[column])!r}, which judges the answer, as in KTO's sets; a preference "
+                "recipe (recipes/lora_dpo_single_device.py, to come) takes pairs; to train on the good answers, keep "
+                "their rows and delete the column"
             )
     marks = mark_keys(others)
     is_trained = marked_as_trained(values, marks, "the row") is not False
