@@ -20,8 +20,6 @@ from custom_components.models.hidden_states import final_hidden_states
 from custom_components.models.output_head import log_probability_chunks, of_labels
 from custom_components.runtime.errors import UserError
 
-_CHUNK_POSITIONS = 512  # positions whose logits exist at a time
-
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -75,14 +73,16 @@ def position_scores(model: TransformerDecoder, batch: Batch, device: torch.devic
     return head_scores(hidden_1TD, model.output, batch.labels_1T)
 
 
-def head_scores(hidden_1TD: Tensor, output_head: nn.Module | TiedLinear, labels_1T: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`position_scores`; the logits of a chunk of supervised positions exist at a time, in fp32."""
+def head_scores(
+    hidden_1TD: Tensor, output_head: nn.Module | TiedLinear, labels_1T: Tensor, *, chunk_size: int = 512
+) -> tuple[Tensor, Tensor]:
+    """See :func:`position_scores`; the logits of `chunk_size` supervised positions exist at a time, in fp32."""
     is_supervised_T = labels_1T.flatten() != CROSS_ENTROPY_IGNORE_IDX
     hidden_PD = hidden_1TD.flatten(0, 1)[is_supervised_T]
     labels_P = labels_1T.flatten()[is_supervised_T]
     log_probabilities_P = torch.empty(len(labels_P), dtype=torch.float64)
     is_likeliest_P = torch.empty(len(labels_P), dtype=torch.bool)
-    for chunk, log_probabilities_CV in log_probability_chunks(hidden_PD, output_head, _CHUNK_POSITIONS):
+    for chunk, log_probabilities_CV in log_probability_chunks(hidden_PD, output_head, chunk_size):
         log_probabilities_P[chunk] = of_labels(log_probabilities_CV, labels_P[chunk])
         is_likeliest_P[chunk] = log_probabilities_CV.argmax(dim=1) == labels_P[chunk]
     return log_probabilities_P, is_likeliest_P

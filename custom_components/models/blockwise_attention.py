@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 # Fewer: less work for nothing, as a block attends to no key behind its end. More: fewer, larger operations.
-_NUM_BLOCK_TOKENS = 128
+NUM_BLOCK_TOKENS = 128
 # A row of more tokens would keep too many probabilities for the backward, one for each pair, and makes them again.
-_MAX_KEPT_TOKENS = 256
+MAX_KEPT_TOKENS = 256
 
 
 class _Block(NamedTuple):
@@ -28,18 +28,27 @@ class _Block(NamedTuple):
     keeps_probabilities: bool
 
 
-def attend_blockwise(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, lengths: Sequence[int]) -> Tensor:
+def attend_blockwise(
+    query_1NSH: Tensor,
+    key_1KSH: Tensor,
+    value_1KSH: Tensor,
+    lengths: Sequence[int],
+    *,
+    num_block_tokens: int = NUM_BLOCK_TOKENS,
+    max_kept_tokens: int = MAX_KEPT_TOKENS,
+) -> Tensor:
     """Causal attention inside each row of a sequence of rows of these lengths: (1, N, S, H)."""
     query_KGSH = query_1NSH[0].unflatten(0, (key_1KSH.shape[1], -1))
-    output_KGSH = _BlockwiseAttention.apply(query_KGSH, key_1KSH[0], value_1KSH[0], tuple(_blocks(lengths)))
+    blocks = tuple(_blocks(lengths, num_block_tokens, max_kept_tokens))
+    output_KGSH = _BlockwiseAttention.apply(query_KGSH, key_1KSH[0], value_1KSH[0], blocks)
     return output_KGSH.flatten(0, 1).unsqueeze(0)
 
 
-def _blocks(lengths: Sequence[int]) -> Iterator[_Block]:
+def _blocks(lengths: Sequence[int], num_block_tokens: int, max_kept_tokens: int) -> Iterator[_Block]:
     for row_start, row_stop in pairwise(accumulate(lengths, initial=0)):
-        for start in range(row_start, row_stop, _NUM_BLOCK_TOKENS):
-            stop = min(start + _NUM_BLOCK_TOKENS, row_stop)
-            yield _Block(slice(start, stop), slice(row_start, stop), row_stop - row_start <= _MAX_KEPT_TOKENS)
+        for start in range(row_start, row_stop, num_block_tokens):
+            stop = min(start + num_block_tokens, row_stop)
+            yield _Block(slice(start, stop), slice(row_start, stop), row_stop - row_start <= max_kept_tokens)
 
 
 class _BlockwiseAttention(torch.autograd.Function):

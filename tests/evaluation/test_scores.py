@@ -12,7 +12,6 @@ from torchtune.modules.peft import disable_adapter
 
 from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.tokenized_rows import split_validation
-from custom_components.evaluation import scores as evaluation
 from custom_components.evaluation.answers import exact_match, generated_answers, held_out_questions, rouge_l
 from custom_components.evaluation.report import results_file, results_table
 from custom_components.evaluation.scores import head_scores, scores_by_source, token_scores
@@ -89,9 +88,14 @@ def test_losses_are_summed_in_float64():
     assert -log_probabilities.sum().item() == pytest.approx(2.0**24 + (num_positions - 1) * one, abs=1e-4)
 
 
-def test_scores_do_not_depend_on_how_rows_are_cut(model, dataset, monkeypatch):
+def test_scores_do_not_depend_on_how_positions_are_cut(model):
+    hidden_1TD, labels_1T = torch.randn(1, 20, 64), torch.randint(1024, (1, 20))
+    whole, in_chunks = (head_scores(hidden_1TD, model.output, labels_1T, chunk_size=size) for size in (20, 3))
+    torch.testing.assert_close(in_chunks, whole, atol=1e-6, rtol=1e-6)
+
+
+def test_scores_do_not_depend_on_how_rows_are_cut(model, dataset):
     whole = token_scores(model, dataset, 11, CPU)
-    monkeypatch.setattr(evaluation, "_CHUNK_POSITIONS", 3)
     in_pieces = token_scores(model, dataset, 2, CPU)
     assert in_pieces.loss == pytest.approx(whole.loss, rel=1e-6)
     assert (in_pieces.num_tokens, in_pieces.num_likeliest) == (whole.num_tokens, whole.num_likeliest)

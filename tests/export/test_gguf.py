@@ -1,5 +1,6 @@
 """A GGUF file holds the model's tensors, its sizes and its tokenizer, and is whole or absent."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,14 +116,14 @@ def test_tensors_may_come_in_any_order(tmp_path):
     assert (tmp_path / "forwards.gguf").read_bytes() == (tmp_path / "backwards.gguf").read_bytes()
 
 
-def test_rows_are_converted_in_parts_as_they_would_be_together(tmp_path, monkeypatch):
-    tensors = random_tensors(GROUPED_HEADS)
-    for quantization in ("f16", "q8_0"):
-        written(tmp_path / "together.gguf", GROUPED_HEADS, tensors, quantization=quantization)
-        with monkeypatch.context() as patch:
-            patch.setattr("custom_components.export.gguf._NUM_ROWS_AT_A_TIME", 7)
-            written(tmp_path / "in_parts.gguf", GROUPED_HEADS, tensors, quantization=quantization)
-        assert (tmp_path / "together.gguf").read_bytes() == (tmp_path / "in_parts.gguf").read_bytes()
+@pytest.mark.parametrize(("quantization", "encoding"), [("f16", "F16"), ("q8_0", "Q8_0")])
+def test_rows_are_converted_in_parts_as_they_would_be_together(tmp_path, quantization, encoding):
+    shape = dataclasses.replace(TIED_AND_PADDED, vocab_size=2500)  # 1024 rows are a part
+    tensors = random_tensors(shape)
+    reader = written(tmp_path / "model.gguf", shape, tensors, quantization=quantization)
+    values = tensors["tok_embeddings.weight"].numpy()
+    together = gguf.quants.quantize(values, getattr(gguf.GGMLQuantizationType, encoding))
+    np.testing.assert_array_equal(stored_tensors(reader)["token_embd.weight"].data, together)
 
 
 def test_metadata_is_the_shape(tmp_path):

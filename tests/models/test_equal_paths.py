@@ -1,14 +1,16 @@
 """Every way to compute a step gives the plain one's loss and gradients."""
 
 import weakref
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from custom_components.datasets.batching import BatchPlan, collate
-from custom_components.models import attention, blockwise_attention, nf4, nf4_product
+from custom_components.models import attention, nf4, nf4_product
 from custom_components.models.attention import RowLengths, attend_row_by_row, attend_within_rows
+from custom_components.models.blockwise_attention import attend_blockwise
 from custom_components.training.compiling import compiled_layers
 from custom_components.training.gradients import NOWHERE_ELSE, ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
@@ -44,13 +46,11 @@ def test_packed_chunked_recomputed_compiled_and_fallback_steps_equal_the_plain_o
     assert_equal(step(model, rows, pack_capacity=60))
     assert_equal(step(model, rows, chunk_size=3))
     assert_equal(step(model, rows, num_recomputed_layers=1))
-    monkeypatch.setattr(blockwise_attention, "_NUM_BLOCK_TOKENS", 7)
-    assert_equal(step(model, rows))
-    monkeypatch.setattr(blockwise_attention, "_MAX_KEPT_TOKENS", 0)
-    assert_equal(step(model, rows))
-    monkeypatch.setattr(attention, "_MAX_BLOCKWISE_TOKENS", 0)
-    assert_equal(step(model, rows))
-    monkeypatch.setattr(nf4_product, "_NUM_WEIGHTS_OF_BAND", 1)
+    for max_kept_tokens in (100, 0):
+        in_blocks = partial(attend_blockwise, num_block_tokens=7, max_kept_tokens=max_kept_tokens)
+        monkeypatch.setattr(attention, "attend_blockwise", in_blocks)
+        assert_equal(step(model, rows))
+    monkeypatch.setattr(attention, "attend_within_rows", attend_row_by_row)
     assert_equal(step(model, rows))
     # The table holds the codes to four places, as torchao does, bitsandbytes to eight.
     monkeypatch.setattr(nf4, "bitsandbytes_dequantizes", lambda device_type: False)
@@ -103,10 +103,8 @@ def test_rows_attend_as_with_the_dense_mask():
 
 @pytest.mark.parametrize("max_kept_tokens", [0, 100])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_blocks_attend_as_in_double_precision(monkeypatch, kv_heads, max_kept_tokens):
+def test_blocks_attend_as_in_double_precision(kv_heads, max_kept_tokens):
     """Values and gradients within what bf16 rounds away, and no worse than torch's own kernel."""
-    monkeypatch.setattr(blockwise_attention, "_NUM_BLOCK_TOKENS", 8)
-    monkeypatch.setattr(blockwise_attention, "_MAX_KEPT_TOKENS", max_kept_tokens)
     rows = RowLengths((23, 1, 16))
     inputs = [
         (torch.randn(1, 40, heads, 16) * 3).bfloat16().transpose(1, 2).requires_grad_()
@@ -114,31 +112,34 @@ def test_blocks_attend_as_in_double_precision(monkeypatch, kv_heads, max_kept_to
     ]
     weight_1NSH = torch.randn(1, 4, 40, 16).bfloat16()
 
+    def in_blocks(query_1NSH, key_1KSH, value_1KSH, rows):
+        lengths, sizes = rows.lengths, {"num_block_tokens": 8, "max_kept_tokens": max_kept_tokens}
+        return attend_blockwise(query_1NSH, key_1KSH, value_1KSH, lengths, **sizes)
+
     def results(attend, inputs):
         output = attend(*inputs, rows)
         gradients = torch.autograd.grad((output * weight_1NSH).sum(), inputs)
         return [result.double() for result in (output, *gradients)]
 
     expected = results(attend_row_by_row, [tensor.detach().double().requires_grad_() for tensor in inputs])
-    ours = results(attend_within_rows, inputs)
+    ours = results(in_blocks, inputs)
     torchs = results(attend_row_by_row, inputs)
     for our, theirs, exact in zip(ours, torchs, expected, strict=True):
         assert (our - exact).norm() < max(2 * (theirs - exact).norm(), 2**-8 * exact.norm())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_weight_read_in_bands_multiplies_as_the_whole(monkeypatch, dtype):
-    weight = nf4.quantize(torch.randn(200, 96), dtype)
-    input = torch.randn(2, 5, 96, dtype=dtype, requires_grad=True)
-    grad_output = torch.randn(2, 5, 200, dtype=dtype)
-
-    def results():
-        output = nf4_product.frozen_product(input, weight)
-        return output, *torch.autograd.grad(output, input, grad_output)
-
-    whole = results()
-    monkeypatch.setattr(nf4_product, "_NUM_WEIGHTS_OF_BAND", 70 * 96)
-    torch.testing.assert_close(results(), whole, **TOLERANCE[dtype])
+def test_a_weight_read_in_bands_multiplies_as_the_whole(dtype):
+    """One of more than 2**22 weights is."""
+    weight = nf4.quantize(torch.randn(2200, 2048) / 50, dtype)
+    input = torch.randn(2, 5, 2048, dtype=dtype, requires_grad=True)
+    grad_output = torch.randn(2, 5, 2200, dtype=dtype)
+    dense = nf4.dequantize(weight, dtype)
+    results = [
+        (output, *torch.autograd.grad(output, input, grad_output))
+        for output in (nf4_product.frozen_product(input, weight), F.linear(input, dense))
+    ]
+    torch.testing.assert_close(*results, **TOLERANCE[dtype])
 
 
 def test_the_memory_of_dense_weights_is_shared_until_it_is_released():
