@@ -85,7 +85,9 @@ class ForkedTune:
         (warm or warm_tune()).fork(command, *descriptors, its_report)
         os.close(its_report)
         self.arguments = arguments
-        self.pid = int(self._report.readline())
+        pid = self._report.readline()
+        assert pid, "the warm process has ended; what it said is on stderr"
+        self.pid = int(pid)
         self.returncode: int | None = None
 
     def poll(self, timeout_seconds: float = 0) -> int | None:
