@@ -20,10 +20,9 @@ from custom_components.models import nf4
 from custom_components.models.llama import lora_llama
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules, merged_weight
 from custom_components.models.shapes import LlamaShape
-from custom_components.runtime.errors import UserError
 from custom_components.weights.adapted_model import model_for_adapter
 from custom_components.weights.adapter_files import StoredAdapter
-from custom_components.weights.adapters import load_adapter, modules_not_finite
+from custom_components.weights.adapters import load_adapter
 from custom_components.weights.checkpoint_files import BaseCheckpoint
 from custom_components.weights.checkpoint_loading import check_base_weights
 
@@ -108,10 +107,6 @@ def read_adapter(base: BaseCheckpoint, stored: StoredAdapter, weight: float = 1.
     for module in modules.values():
         module.allocate_adapter(torch.device("cpu"))
     load_adapter(model, stored)
-    if broken := modules_not_finite(modules):
-        raise UserError(
-            f"adapter_dir: {str(stored.directory)!r}: the adapter of {broken[0]} is not finite; train it again"
-        )
     return MergedAdapter(stored.directory, weight, modules)
 
 

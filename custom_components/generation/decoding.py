@@ -10,6 +10,7 @@ from torchtune.modules import TransformerDecoder
 
 from custom_components.generation.incremental import IncrementalLlama, KeyValueCache
 from custom_components.generation.sampling import Sampling, draw
+from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
 from custom_components.transforms.text_stream import TextStream
 
@@ -120,6 +121,7 @@ def decode_steps(
 
     Raises:
         AssertionError: for an empty prompt, or one that leaves no room in the context.
+        UserError: the first logits are not finite.
     """
     device = model.device
     num_prompt_tokens = max(len(prompt) for prompt in prompts)
@@ -150,7 +152,13 @@ def decode_steps(
     tokens_BS = tokens_BP[:, cache.num_tokens :]
     positions_BS = (columns_L[cache.num_tokens : num_prompt_tokens] - num_padding_B1).clamp(min=0)
     for num_tokens in range(num_prompt_tokens, num_prompt_tokens + num_new_tokens):
-        tokens_B = draw(model(tokens_BS, cache, positions_BS, mask_BSL), is_seen_BV, sampling, generators)
+        logits_BV = model(tokens_BS, cache, positions_BS, mask_BSL)
+        if num_tokens == num_prompt_tokens and not logits_BV.isfinite().all():
+            raise UserError(
+                "dtype: the logits are not finite; weights of the checkpoint overflow in this dtype: set dtype=bf16 or "
+                "fp32"
+            )
+        tokens_B = draw(logits_BV, is_seen_BV, sampling, generators)
         yield tokens_B.tolist()
         tokens_BS = tokens_B.unsqueeze(1)
         if is_seen_BV is not None:

@@ -140,4 +140,6 @@ def _read(adapter_dir: Path, path: Path, config: PeftConfig) -> StoredAdapter:
         if name in tensors:
             raise UserError(f"{path}: {tensor.stored_name!r} and {tensors[name].stored_name!r} are the same tensor")
         tensors[name] = tensor
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors; was the adapter saved whole?")
     return StoredAdapter(adapter_dir, path, config, tensors, is_peft)

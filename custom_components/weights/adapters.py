@@ -1,6 +1,7 @@
 """Adapters on disk: written in PEFT's format, read in PEFT's and torchtune's."""
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def check_adapter_fits(model: TransformerDecoder, stored: StoredAdapter) -> dict
         model: may be on the meta device.
 
     Raises:
-        UserError: another rank, scaling or targets; missing, unexpected or misshapen tensors, by name.
+        UserError: another rank, scaling or targets; missing, unexpected, misshapen or not finite tensors, by name.
     """
     problems = _problems_of_settings(model, stored) or _problems_of_tensors(model, stored)
     if problems:
@@ -133,7 +134,12 @@ def check_adapter_fits(model: TransformerDecoder, stored: StoredAdapter) -> dict
         listed = "; ".join(problems[:5]) + more
         raise UserError(f"the adapter {str(stored.directory)!r} does not fit this model: {listed}")
     num_kv_heads = model.layers[0].attn.num_kv_heads
-    return {name: stored.read(name, model.num_heads, num_kv_heads) for name in stored.tensors}
+    tensors = {name: stored.read(name, model.num_heads, num_kv_heads) for name in stored.tensors}
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"the adapter {str(stored.directory)!r}: {stored.key(broken[0])} is not finite; train it again")
+    if not any(tensor.any() for name, tensor in tensors.items() if name.endswith((".lora_b.weight", ".magnitude"))):
+        print(f"warning: the adapter {str(stored.directory)!r} changes nothing: every B is zero", file=sys.stderr)
+    return tensors
 
 
 def check_adapter_was_trained(model: nn.Module) -> None:

@@ -136,6 +136,12 @@ def _weight_files(checkpoint_dir: Path, index_name: str, pattern: str) -> list[P
     if not index_path.exists():
         # note: some repositories hold an adapter beside the model.
         return sorted(path for path in checkpoint_dir.glob(pattern) if not path.name.startswith("adapter_"))
+    whole = checkpoint_dir / index_name.removesuffix(".index.json")
+    if whole.exists():
+        raise UserError(
+            f"checkpoint_dir: {str(checkpoint_dir)!r} holds two models, {whole.name} and the shards of {index_name}; "
+            "transformers reads the first: delete the one that is not meant"
+        )
     try:
         names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
         # Only files of the directory that was named: ../ and absolute paths lead elsewhere.
@@ -216,15 +222,21 @@ def _joined_meta_shards(files: list[Path]) -> list[StoredTensor]:
 
 
 def _by_tune_name(tensors: Iterable[StoredTensor], names: Mapping[str, str | None]) -> dict[str, StoredTensor]:
-    by_name, unexpected = {}, []
+    by_name: dict[str, StoredTensor] = {}
+    unexpected = []
     for tensor in tensors:
         if tensor.stored_name == "rope.freqs" or tensor.stored_name.endswith("rotary_emb.inv_freq"):
             continue  # computed, not trained; old checkpoints store it
         tune_name = translated_name(tensor.stored_name, names)
         if tune_name is None:
             unexpected.append(tensor)
-        else:
-            by_name[tune_name] = tensor
+            continue
+        if tune_name in by_name:
+            raise UserError(
+                f"{tensor.file}: holds {tensor.stored_name!r}, which {by_name[tune_name].file} holds too; delete the "
+                "file that is not of this checkpoint"
+            )
+        by_name[tune_name] = tensor
     if unexpected:
         raise UserError(
             f"{unexpected[0].file}: holds {len(unexpected)} tensors that no Llama model has "

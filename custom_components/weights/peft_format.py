@@ -88,8 +88,12 @@ def read_peft_config(adapter_dir: Path) -> PeftConfig:
     path = adapter_dir / ADAPTER_CONFIG_NAME
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, dict):
+            raise UserError(f"{path}: holds {type(entries).__name__}, not a mapping; save the adapter again")
         if (kind := entries.get("peft_type", "LORA")) != "LORA":
             raise UserError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be loaded")
+        if missing := [key for key in ("r", "lora_alpha") if key not in entries]:
+            raise UserError(f"{path}: has no {' and no '.join(missing)}; is this the config of a LoRA adapter?")
         layers = entries.get("layers_to_transform")
         config = PeftConfig(
             path=path,

@@ -18,7 +18,7 @@ from custom_components.weights.adapters import load_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import load_base_weights
 from tests.support.adapters import WEIGHTS, saved_adapter
-from tests.support.models import CPU, inference_model, loaded_model
+from tests.support.models import CPU, inference_model, loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, TINY_TOKENIZER
 from tests.support.recipe_runs import run_merge
 
@@ -212,7 +212,7 @@ def trained_prompt(**prompt_format):
 def test_L25_generation_asks_as_the_adapter_was_trained(make_checkpoint, tmp_path, asked, capsys, template):
     checkpoint = make_checkpoint()
     prompt_format = PromptFormat(template, "Be kind.", ["</s>"])
-    adapter = saved_adapter(loaded_model(checkpoint), tmp_path / "adapter", prompt_format)
+    adapter = saved_adapter(with_random_adapters(loaded_model(checkpoint)), tmp_path / "adapter", prompt_format)
     assert read_prompt_format(adapter) == prompt_format
     prompt, _ = asked(checkpoint, adapter)
     assert prompt == trained_prompt(prompt_template=template, system_prompt="Be kind.")
@@ -223,7 +223,7 @@ def test_L25_generation_asks_as_the_adapter_was_trained(make_checkpoint, tmp_pat
 def test_L25_a_merged_model_is_asked_as_its_adapter_was_trained(make_checkpoint, tmp_path, asked):
     checkpoint, merged = make_checkpoint(), tmp_path / "merged"
     prompt_format = PromptFormat("alpaca", "Be kind.", ["</s>"])
-    adapter = saved_adapter(loaded_model(checkpoint), tmp_path / "adapter", prompt_format)
+    adapter = saved_adapter(with_random_adapters(loaded_model(checkpoint)), tmp_path / "adapter", prompt_format)
     assert run_merge(checkpoint_dir=checkpoint, adapter_dir=adapter, output_dir=merged, prove="false")[0] == 0
     prompt, answer = asked(checkpoint, adapter)
     assert prompt == trained_prompt(prompt_template="alpaca", system_prompt="Be kind.")
@@ -255,7 +255,8 @@ def test_L25_a_prompt_format_that_is_none_is_one_error_line(tmp_path, text):
 def test_L25_generation_warns_when_told_otherwise(make_checkpoint, tmp_path, asked, capsys, key, told):
     checkpoint = make_checkpoint()
     trained = {"prompt_template": "alpaca", "system_prompt": "Be kind."}
-    adapter = saved_adapter(loaded_model(checkpoint), tmp_path / "adapter", PromptFormat(**trained, stop_tokens=[]))
+    model = with_random_adapters(loaded_model(checkpoint))
+    adapter = saved_adapter(model, tmp_path / "adapter", PromptFormat(**trained, stop_tokens=[]))
     prompt, _ = asked(checkpoint, adapter, f"{key}={told}")
     assert prompt == trained_prompt(**trained | {key: told})
     warning = f"warning: {key} is {told!r}, it was trained with {trained[key]!r}"
