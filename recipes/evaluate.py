@@ -16,6 +16,7 @@ from torchtune.modules.peft import disable_adapter
 from custom_components.config.components import instantiate
 from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import EvaluationSettings
+from custom_components.datasets.summary import account
 from custom_components.datasets.tokenized_rows import ChatDataset, split_validation
 from custom_components.evaluation.answers import (
     Question,
@@ -116,7 +117,7 @@ def rows_to_evaluate(settings: EvaluationSettings, tokenizer: Llama2ChatTransfor
     if settings.dataset is None:
         return None
     dataset = instantiate(settings.dataset, tokenizer=tokenizer)
-    print("\n".join(map(str, dataset.summaries)))
+    print(account(dataset.summaries))
     if settings.val_fraction is None:
         return dataset
     _, dataset = split_validation(dataset, settings.val_fraction, settings.seed)

@@ -12,6 +12,7 @@ from torchtune.modules import TransformerDecoder
 from custom_components.config.components import instantiate
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
+from custom_components.datasets.summary import account
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.datasets.training_data import Data
 from custom_components.generation.sample_answers import answer_sample_prompts, show_answers
@@ -64,7 +65,7 @@ def recipe_main() -> None:
     with torch.device("meta"):
         model = instantiate(settings.model)
     data = open_data(settings, fit_tokenizer(instantiate(settings.tokenizer), model))
-    print("\n".join(map(str, data.train.summaries)))
+    print(account(data.train.summaries))
     lengths, max_seq_len = data.train.lengths, data.tokenizer.max_seq_len
     resumed = open_run_to_resume(settings.resume_from_checkpoint, settings.output_dir)
     asked = settings if resumed is None else resumed.checked_settings(settings)
@@ -180,7 +181,6 @@ def save_result(run: Run, model: TransformerDecoder, data: Data, state: Training
         run.prompt_format,
         run.settings.train_on,
         run.settings.training_hyperparameters(),
-        run.settings.source_weights(),
     )
     card = adapter_card(training, data.train, data.validation, state.progress, run.directory.metrics)
     texts = {**run.beside.adapter_texts, CARD_NAME: card}

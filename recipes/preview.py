@@ -11,6 +11,7 @@ from custom_components.config.components import instantiate
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import PreviewSettings
 from custom_components.datasets.row_preview import label_table, length_histogram, rendered_row
+from custom_components.datasets.summary import account
 from custom_components.datasets.tokenized_rows import ChatDataset, split_validation
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.training.plan import plan_of
@@ -29,7 +30,7 @@ def recipe_main() -> None:
         print(f"{len(dataset_val)} rows are kept for validation")
 
     show_rows(dataset, tokenizer, settings)
-    print("\n".join(map(str, dataset.summaries)))
+    print(account(dataset.summaries))
     print(f"\nrows by tokens\n{length_histogram(dataset.lengths)}\n")
     show_plan(dataset, tokenizer, settings)
 

@@ -133,11 +133,6 @@ class TrainingSettings(Settings):
             "seed": self.seed,
         }
 
-    def source_weights(self) -> dict[str, float]:
-        """Give the weight of each source of a mix; empty for a data set of one source."""
-        source = self.dataset.get("source")
-        return {part["source"]: part.get("weight", 1) for part in source} if isinstance(source, list) else {}
-
     def combination_problems(self) -> Iterator[tuple[str, str]]:
         if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):
             yield (

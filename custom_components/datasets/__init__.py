@@ -1,6 +1,7 @@
 """Files to rows of tokens: the components that a config can name as `dataset`."""
 
-from custom_components.datasets.chat import WeightedSource, chat_dataset
+from custom_components.datasets.chat import chat_dataset
+from custom_components.datasets.source_list import WeightedSource
 
 __all__ = [
     "WeightedSource",

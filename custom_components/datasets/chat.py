@@ -1,19 +1,21 @@
 """A source of dialogs to a data set ready to train on."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import PositiveInt
 from tqdm import tqdm
 
 from custom_components.datasets.dialog_reader import DialogReader
 from custom_components.datasets.dialog_rules import DialogRules, OnEmptyAnswer, OnUnevenTurns
+from custom_components.datasets.file_readers import BadRow, Row
 from custom_components.datasets.row_formats import check_format_name
-from custom_components.datasets.sources import BadRow, Row, read_rows
+from custom_components.datasets.source_list import SourceName, WeightedSource, weighted_sources
+from custom_components.datasets.sources import Source, find_source
 from custom_components.datasets.summary import DatasetSummary
 from custom_components.datasets.token_cache import TokenCache
 from custom_components.datasets.tokenized_rows import ChatDataset, mixed
@@ -24,16 +26,9 @@ from custom_components.transforms.templates import Turn
 _NUM_ROWS_PER_ENCODE = 1024
 
 
-class WeightedSource(TypedDict):
-    """One of several sources; `weight` is how often its rows are seen in an epoch, by default 1; 0.5 takes half."""
-
-    source: str
-    weight: NotRequired[NonNegativeFloat]
-
-
 def chat_dataset(
     tokenizer: Llama2ChatTransform,
-    source: str | list[WeightedSource],
+    source: SourceName | list[SourceName | WeightedSource],
     split: str = "train",
     subset: str | None = None,
     revision: str | None = None,
@@ -52,9 +47,10 @@ def chat_dataset(
 
     Args:
         tokenizer: the transform, with the prompt template and `max_seq_len`.
-        source: a file, a folder or glob of them, or a data set's name on the hub, see :func:`read_rows`; or a list of
-            `{source, weight}`.
-        split, subset, revision: of a data set on the hub.
+        source: a file, a folder or glob of them, or a data set's name on the hub, see :func:`find_source`; or a list of
+            these, or of `{source, weight, ...}`, see :class:`WeightedSource`.
+        split: of a folder or of a data set on the hub.
+        subset, revision: of a data set on the hub.
         streaming: read a data set on the hub without downloading it whole, for those larger than the disk. Tokens are
             held in memory, 5 bytes each, so order, packing and resuming work as without.
         max_rows: read at most so many rows of each source.
@@ -69,57 +65,56 @@ def chat_dataset(
     Raises:
         UserError: a source or row cannot be read, named by file and line; or no row has a token to train on.
     """
-    reader = _Reader(
-        *(tokenizer.with_system_prompt(system_prompt), split, subset, revision, streaming, max_rows),
-        *(format, column_map or {}, on_overlong, on_bad_row, on_uneven_turns, on_empty_answer),
-    )
-    if format is not None:
-        check_format_name(format)
-    sources = [WeightedSource(source=source)] if isinstance(source, str) else source
-    if not sources:
-        raise UserError("dataset.source: is an empty list; name a file or a data set on the hub")
-    parts = [(reader.cached(part["source"], cache_dir), part.get("weight", 1.0)) for part in sources]
-    return mixed(parts)
+    for_all = {
+        **{"split": split, "subset": subset, "revision": revision, "streaming": streaming, "max_rows": max_rows},
+        **{"format": format, "column_map": column_map or {}, "system_prompt": system_prompt},
+        **{"on_overlong": on_overlong, "on_bad_row": on_bad_row},
+        **{"on_uneven_turns": on_uneven_turns, "on_empty_answer": on_empty_answer},
+    }
+    readers = []
+    for key, part in weighted_sources(source, for_all).items():
+        if part.format is not None:
+            check_format_name(part.format)
+        found = find_source(part.source, part.split, part.subset, part.revision, part.streaming, key)
+        readers.append(_Reader(found, part, tokenizer.with_system_prompt(part.system_prompt)))
+    return mixed([(reader.cached(cache_dir), reader.settings.weight) for reader in readers])
 
 
 @dataclass(frozen=True)
 class _Reader:
     """Turns the rows of a source into tokens; see :func:`chat_dataset`."""
 
+    source: Source
+    settings: WeightedSource
     tokenizer: Llama2ChatTransform
-    split: str
-    subset: str | None
-    revision: str | None
-    streaming: bool
-    max_rows: int | None
-    format: str | None
-    column_map: dict[str, str]
-    on_overlong: str
-    on_bad_row: str
-    on_uneven_turns: OnUnevenTurns
-    on_empty_answer: OnEmptyAnswer
 
-    def cached(self, source: str, cache_dir: str | Path | None) -> ChatDataset:
+    def cached(self, cache_dir: str | Path | None) -> ChatDataset:
         """Read the source's rows, from the cache if the same rows were tokenized with the same settings before."""
-        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tokenizer"}
-        cache = TokenCache(cache_dir, source, [settings, self.tokenizer.fingerprint])
+        decisive = [self.settings.model_dump(exclude={"source", "weight"}), self.tokenizer.fingerprint]
+        cache = TokenCache(cache_dir, self.source.files.paths if self.source.files else [], decisive)
         if (stored := cache.load()) is not None:
             arrays, counts = stored
             rows = np.arange(len(arrays["ends"]) - 1)
-            return ChatDataset(**arrays, rows=rows, summaries=[DatasetSummary(**{**counts, "source": source})])
-        dataset = self.read(source)
+            return ChatDataset(**arrays, rows=rows, summaries=[self.summary(counts)])
+        dataset = self.read()
         cache.store(dataset.arrays, vars(dataset.summaries[0]))
         return dataset
 
-    def read(self, source: str) -> ChatDataset:
-        summary = DatasetSummary(source)
-        dialogs = DialogReader(self.format, self.column_map, DialogRules(self.on_uneven_turns, self.on_empty_answer))
+    def summary(self, counts: Mapping[str, Any]) -> DatasetSummary:
+        files = self.source.files.account if self.source.files else ""
+        names = {"source": self.source.name, "split": self.source.split, "files": files}
+        return DatasetSummary(**{**counts, **names})
+
+    def read(self) -> ChatDataset:
+        settings, summary = self.settings, self.summary({})
+        rules = DialogRules(settings.on_uneven_turns, settings.on_empty_answer)
+        dialogs = DialogReader(settings.format, settings.column_map, rules)
         token_chunks: list[np.ndarray] = []
         supervised_chunks: list[np.ndarray] = []
         lengths: list[int] = []
         first_text = ""
         try:
-            rendered = self.rendered(source, dialogs, summary)
+            rendered = self.rendered(dialogs, summary)
             while chunk := list(islice(rendered, _NUM_ROWS_PER_ENCODE)):
                 for location, encoded in self.encode(chunk):
                     first_text = first_text or self.tokenizer.decode(encoded.tokens)[:200]
@@ -141,28 +136,21 @@ class _Reader:
             np.concatenate(token_chunks), np.concatenate(supervised_chunks), ends, np.arange(len(lengths)), [summary]
         )
 
-    def rows(self, source: str, summary: DatasetSummary) -> Iterator[Row]:
+    def rows(self, summary: DatasetSummary) -> Iterator[Row]:
         def count(bad_row: BadRow) -> None:
             location, _, reason = str(bad_row).partition(": ")
             summary.num_rows += 1
             summary.count_bad_row(location, reason)
 
-        return read_rows(
-            source,
-            self.split,
-            subset=self.subset,
-            revision=self.revision,
-            streaming=self.streaming,
-            on_bad_row=count,
-        )
+        return self.source.rows(count)
 
-    def rendered(self, source: str, dialogs: DialogReader, summary: DatasetSummary) -> Iterator[tuple[str, list[Turn]]]:
+    def rendered(self, dialogs: DialogReader, summary: DatasetSummary) -> Iterator[tuple[str, list[Turn]]]:
         """Render the rows that are dialogs; yields each with its location.
 
         After a bad row that is an error, the rows that follow are read only to name every kind of bad row at once.
         """
-        rows = islice(self.rows(source, summary), self.max_rows)
-        for row in tqdm(rows, desc=f"tokenizing {source}", unit="row", leave=False, delay=2):
+        rows = islice(self.rows(summary), self.settings.max_rows)
+        for row in tqdm(rows, desc=f"tokenizing {self.source.name}", unit="row", leave=False, delay=2):
             summary.num_rows += 1
             try:
                 dialog, notes = dialogs.dialog(row)
@@ -173,11 +161,11 @@ class _Reader:
                 summary.count_notes(row.location, notes)
                 if turns and not self.is_refused(summary):
                     yield row.location, turns
-            if self.streaming and self.is_refused(summary):
+            if self.settings.streaming and self.is_refused(summary):
                 return  # the rest would be fetched only to find more bad rows
 
     def is_refused(self, summary: DatasetSummary) -> bool:
-        return self.on_bad_row == "error" and summary.num_bad > 0
+        return self.settings.on_bad_row == "error" and summary.num_bad > 0
 
     def encode(self, rendered: Sequence[tuple[str, list[Turn]]]) -> Iterator[tuple[str, EncodedDialog]]:
         """Tokenize rendered dialogs; yields each with its location."""
@@ -189,7 +177,7 @@ class _Reader:
         limit = f" within max_seq_len {self.tokenizer.max_seq_len}" if summary.num_overlong or first_text else ""
         first = f"; the first is {first_text!r}" if first_text else ""
         return UserError(
-            f"dataset.source: no row of {summary.source!r} has a token to train on{limit}{reasons}{first}",
+            f"{self.source.key}: no row of {summary.source!r} has a token to train on{limit}{reasons}{first}",
             *summary.bad_row_lines(),
         )
 
@@ -197,10 +185,10 @@ class _Reader:
         """Decide whether a row is trained on, and count it."""
         tokens, cut = encoded.tokens, self.tokenizer.max_seq_len
         if cut is not None and len(tokens) > cut:
-            if self.on_overlong == "error":
+            if self.settings.on_overlong == "error":
                 text = self.tokenizer.decode(tokens)[:60]
                 raise UserError(f"{location}: has {len(tokens)} tokens, max_seq_len is {cut}: {text!r}")
-            if self.on_overlong == "drop":
+            if self.settings.on_overlong == "drop":
                 summary.num_overlong += 1
                 return False
         # The first token is never predicted, so it does not count as supervised.

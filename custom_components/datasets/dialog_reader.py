@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from custom_components.datasets.dialog_rules import DialogRules
+from custom_components.datasets.file_readers import Row
 from custom_components.datasets.row_formats import RowFormat, format_by_name, recognised_format, renamed
 from custom_components.datasets.row_messages import RowNotes
-from custom_components.datasets.sources import Row
 from custom_components.transforms.dialogs import ChatMessage
 from custom_components.transforms.training_marks import is_blank
 

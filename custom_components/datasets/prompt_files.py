@@ -7,9 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from custom_components.datasets.file_readers import Row
 from custom_components.datasets.row_formats import recognised_format
 from custom_components.datasets.row_messages import listed
-from custom_components.datasets.sources import Row, read_rows
+from custom_components.datasets.sources import read_rows
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.dialogs import ChatMessage
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens

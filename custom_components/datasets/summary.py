@@ -1,7 +1,7 @@
 """The account of a source: how many rows, what became of them, what was not used."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from custom_components.datasets.row_messages import RowNotes
@@ -17,6 +17,8 @@ class DatasetSummary:
     """Counts of what became of the rows of a source, as JSON values.
 
     Attributes:
+        files: which of a folder's files are read and which are not.
+        num_taken: rows of an epoch, if the source is one of several or has a weight.
         bad_rows: for each kind of bad row, how many there are, and the first with its place.
         notes: things that were left out or read in their own way, and how often.
         unused_columns, unused_keys: columns of rows, and keys of messages, that have no part in training.
@@ -24,6 +26,10 @@ class DatasetSummary:
     """
 
     source: str
+    split: str = "train"
+    files: str = ""
+    weight: float = 1.0
+    num_taken: int | None = None
     format: str = ""
     num_rows: int = 0
     num_kept: int = 0
@@ -76,7 +82,8 @@ class DatasetSummary:
     def __str__(self) -> str:
         counts = ", ".join(
             [
-                f"{self.source} ({self.format}): {self.num_rows} rows, {self.num_kept} kept",
+                f"{self.name} ({self.format}): {self.num_rows} rows, {self.num_kept} kept",
+                *([] if self.num_taken is None else [f"{self.num_taken} taken (weight {self.weight:g})"]),
                 *(["plain text, every token is trained"] if self.format == "text" else []),
                 *self.losses(),
                 f"{self.num_tokens} tokens, {self.num_supervised_tokens} supervised",
@@ -85,7 +92,14 @@ class DatasetSummary:
         )
         return "\n  ".join([counts, *(f"bad: {line}" for line in self.bad_row_lines()), *self._remarks()])
 
+    @property
+    def name(self) -> str:
+        """The source, with its split where that is not `train`."""
+        return self.source if self.split == "train" else f"{self.source}, split {self.split}"
+
     def _remarks(self) -> Iterator[str]:
+        if self.files:
+            yield self.files
         for mark, (count, place) in self.foreign_marks.items():
             yield (
                 f"warning: {mark!r} in {count} text{'s' if count > 1 else ''}, the first {place}: marks of a dialog "
@@ -95,6 +109,15 @@ class DatasetSummary:
             yield f"keys of messages not used: {', '.join(self.unused_keys)}"
         if self.unused_columns:
             yield f"columns not used: {', '.join(self.unused_columns)}"
+
+
+def account(summaries: Sequence[DatasetSummary]) -> str:
+    """Say what became of the rows of each source, and of several how many rows an epoch has."""
+    lines = [str(summary) for summary in summaries]
+    if len(summaries) > 1:
+        num_taken = [summary.num_kept if summary.num_taken is None else summary.num_taken for summary in summaries]
+        lines.append(f"{len(summaries)} sources: {sum(num_taken)} rows")
+    return "\n".join(lines)
 
 
 def _count(counts: dict[str, tuple[int, str]], kind: str, first: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from custom_components.datasets.sources import data_files
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
 
@@ -22,15 +21,14 @@ class TokenCache:
 
     Args:
         cache_dir: the folder of all caches; None: nothing is kept.
-        source: a file, or a folder or glob of them; data sets on the hub are not kept here.
+        files: the source's; a data set on the hub has none here, and is not kept.
         decisive: everything else that determines the tokens, as JSON values.
 
     Raises:
-        UserError: the source has no data, see :func:`data_files`.
+        UserError: a file cannot be read.
     """
 
-    def __init__(self, cache_dir: str | Path | None, source: str, decisive: Sequence[Any]) -> None:
-        files = data_files(source)
+    def __init__(self, cache_dir: str | Path | None, files: Sequence[Path], decisive: Sequence[Any]) -> None:
         self._directory: Path | None = None
         if cache_dir is not None and files:
             digest = hashlib.sha256(json.dumps([_VERSION, *decisive], sort_keys=True).encode())

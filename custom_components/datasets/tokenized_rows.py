@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -9,6 +10,8 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from custom_components.datasets.summary import DatasetSummary
 from custom_components.runtime.errors import UserError
+
+_MOST_ROWS = 2**31
 
 
 class ChatDataset(Dataset):
@@ -50,10 +53,10 @@ class ChatDataset(Dataset):
 
     @property
     def sources(self) -> list[str]:
-        """The source of each row."""
+        """The name of each row's source."""
         # The arrays of a mix have the kept rows of its sources one after the other.
         source_ends = np.cumsum([summary.num_kept for summary in self.summaries])
-        return [self.summaries[source].source for source in np.searchsorted(source_ends, self._rows, side="right")]
+        return [self.summaries[source].name for source in np.searchsorted(source_ends, self._rows, side="right")]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -110,11 +113,17 @@ def mixed(parts: Sequence[tuple[ChatDataset, float]]) -> ChatDataset:
     is_supervised = np.concatenate([part._is_supervised for part, _ in parts])
     lengths = np.concatenate([np.diff(part._ends) for part, _ in parts])
     ends = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
-    rows, num_before = [], 0
+    rows, summaries, num_before = [], [], 0
     for part, weight in parts:
         num_taken = round(len(part) * weight)
-        rows.append(num_before + (np.arange(num_taken) * len(part)) // max(1, num_taken) % len(part))
+        [summary] = part.summaries
+        if not 0 < num_taken <= _MOST_ROWS:
+            raise UserError(
+                f"dataset.source: the weight {weight:g} of {summary.name!r} makes {num_taken} rows of {len(part)}; "
+                f"{'lower it' if num_taken else 'raise it, or delete the source'}"
+            )
+        rows.append(num_before + (np.arange(num_taken) * len(part)) // num_taken % len(part))
         num_before += len(part)
-    if not any(len(part_rows) for part_rows in rows):
-        raise UserError("dataset.source: the weights leave no row to train on")
-    return ChatDataset(tokens, is_supervised, ends, np.concatenate(rows), [part.summaries[0] for part, _ in parts])
+        is_weighted = len(parts) > 1 or weight != 1
+        summaries.append(replace(summary, weight=weight, num_taken=num_taken if is_weighted else None))
+    return ChatDataset(tokens, is_supervised, ends, np.concatenate(rows), summaries)

@@ -121,7 +121,7 @@ def token_scores(model: TransformerDecoder, dataset: ChatDataset, batch_size: in
 
 def rows_by_source(dataset: ChatDataset) -> dict[str, ChatDataset]:
     """The rows of each source of a data set, in the order of the sources; those without a row are left out."""
-    indices: dict[str, list[int]] = {summary.source: [] for summary in dataset.summaries}
+    indices: dict[str, list[int]] = {summary.name: [] for summary in dataset.summaries}
     for index, source in enumerate(dataset.sources):
         indices[source].append(index)
     return {source: dataset.rows(rows) for source, rows in indices.items() if rows}

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from custom_components.datasets.sources import data_files
+from custom_components.datasets.source_files import is_on_hub
 from custom_components.datasets.tokenized_rows import ChatDataset
 from custom_components.runs.metrics import read_metrics
-from custom_components.runtime.errors import UserError
 from custom_components.training.state import Progress
 from custom_components.transforms.dialogs import chat_messages
 from custom_components.transforms.prompt_format import PromptFormat
@@ -37,7 +36,6 @@ class TrainingFacts:
         is_base_quantized: it was trained over NF4 weights.
         train_on: what was supervised, a value of the config's key.
         hyperparameters: by their names in the config; None: without effect, and not named.
-        source_weights: of the sources of a mix.
     """
 
     base: BaseCheckpoint
@@ -46,7 +44,6 @@ class TrainingFacts:
     prompt_format: PromptFormat
     train_on: str
     hyperparameters: Mapping[str, object]
-    source_weights: Mapping[str, float]
 
 
 def adapter_card(
@@ -64,7 +61,7 @@ def adapter_card(
         relation="adapter",
         library_name="peft",
         tags=["lora", *(["qlora"] if training.is_base_quantized else []), TAG],
-        datasets=[summary.source for summary in dataset.summaries if _is_on_hub(summary.source)],
+        datasets=[summary.source for summary in dataset.summaries if is_on_hub(summary.source)],
     )
     kind = "QLoRA" if training.is_base_quantized else "LoRA"
     return "".join(
@@ -86,13 +83,6 @@ def adapter_card(
     )
 
 
-def _is_on_hub(source: str) -> bool:
-    try:
-        return not data_files(source)
-    except UserError:  # a file that has gone since it was read
-        return False
-
-
 def _which_step(progress: Progress) -> str:
     if progress.best_step is not None:
         return f"It is the state after step {progress.best_step} of {progress.num_steps}, the best by validation loss."
@@ -100,13 +90,13 @@ def _which_step(progress: Progress) -> str:
 
 
 def _data_lines(training: TrainingFacts, dataset: ChatDataset, dataset_val: ChatDataset | None) -> Iterator[str]:
-    weights = training.source_weights
     for summary in dataset.summaries:
-        name = markdown_link(summary.source, "datasets/") if _is_on_hub(summary.source) else local_path(summary.source)
-        weight = f", weight {weights[summary.source]:g}" if summary.source in weights else ""
+        name = markdown_link(summary.source, "datasets/") if is_on_hub(summary.source) else local_path(summary.source)
+        split = f", split {summary.split}" if summary.split != "train" else ""
+        weight = f", weight {summary.weight:g}" if summary.num_taken is not None else ""
         dropped = f" of {summary.num_rows}" if summary.num_kept < summary.num_rows else ""
         truncated = f", {summary.num_truncated} of them cut to the longest length" if summary.num_truncated else ""
-        yield f"{name}{weight}: {summary.num_kept}{dropped} rows{truncated}"
+        yield f"{name}{split}{weight}: {summary.num_kept}{dropped} rows{truncated}"
     yield f"rows trained on: {len(dataset)}"
     if dataset_val is not None:
         yield f"rows validated on: {len(dataset_val)}"

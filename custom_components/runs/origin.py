@@ -9,7 +9,7 @@ import yaml
 
 from custom_components import datasets
 from custom_components.datasets.chat import chat_dataset
-from custom_components.datasets.sources import data_files
+from custom_components.datasets.source_files import is_on_hub
 from custom_components.runs.run_directory import RUN_CONFIG_NAME
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
@@ -110,9 +110,9 @@ def _training_rows(node: Any, tokenizer: Llama2ChatTransform) -> list[list[int]]
     if not isinstance(node, dict) or node.get("_component_") != _CHAT_DATASET:
         return []
     try:
-        if not all(data_files(source) for source in _sources(node)):
+        if any(is_on_hub(source) for source in _sources(node)):
             return []
-        keys = ("source", "format", "column_map", "system_prompt")
+        keys = ("source", "split", "format", "column_map", "system_prompt")
         settings = {key: node[key] for key in keys if node.get(key) is not None}
         dataset = chat_dataset(tokenizer, max_rows=_NUM_ROWS, on_bad_row="skip", **settings)
     except (UserError, KeyError, TypeError, AttributeError):
@@ -122,4 +122,5 @@ def _training_rows(node: Any, tokenizer: Llama2ChatTransform) -> list[list[int]]
 
 def _sources(node: dict[str, Any]) -> Sequence[str]:
     source = node["source"]
-    return [source] if isinstance(source, str) else [part["source"] for part in source]
+    parts = [source] if isinstance(source, str) else source
+    return [part if isinstance(part, str) else part["source"] for part in parts]

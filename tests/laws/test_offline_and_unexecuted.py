@@ -191,7 +191,7 @@ def test_L29_a_run_s_checkpoint_is_not_executed(tmp_path, poison):
 
 
 def test_L29_cached_tokens_are_not_executed(rows, tmp_path, poison):
-    cache = TokenCache(tmp_path / "cache", str(rows), [])
+    cache = TokenCache(tmp_path / "cache", [rows], [])
     cache.store({"tokens": np.arange(5)}, {"rows": 1})
     [file] = (tmp_path / "cache").rglob("tokens.npy")
     assert cache.load() is not None

@@ -325,13 +325,13 @@ def test_a_refused_download_fails_with_the_reason_and_leaves_no_checkpoint(
 READ_ROWS = """
 import json, sys
 import datasets
-from custom_components.datasets.sources import read_rows
+from custom_components.datasets.sources import find_source
 from custom_components.runtime.errors import UserError
 
 datasets.config.USE_PARQUET_EXPORT = False
 for name, split in json.loads(sys.argv[1]):
     try:
-        print(json.dumps([[row.location, row.values] for row in read_rows(name, split)]))
+        print(json.dumps([[row.location, row.values] for row in find_source(name, split).rows()]))
     except UserError as error:
         print(json.dumps(str(error)))
 """
