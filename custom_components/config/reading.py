@@ -5,15 +5,19 @@ How a value is read: YAML file -> overrides (:mod:`overrides`) -> interpolation 
 override as typed), so that a problem can name it.
 """
 
+import itertools
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from custom_components.config.checks import checked_settings
 from custom_components.config.overrides import RawConfig, apply_override, interpolate
+from custom_components.config.recipe_files import HELP_FLAGS, config_named_in
+from custom_components.config.recipe_help import recipe_help
 from custom_components.config.renamed import rename_components
 from custom_components.config.settings import Settings
 from custom_components.runtime.errors import UserError
@@ -54,7 +58,10 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
 
     Raises:
         UserError: with one message for every problem found.
+        SystemExit: after `--help`.
     """
+    if any(flag in arguments for flag in HELP_FLAGS):
+        _show_help(settings_type, arguments)
     config_path, overrides = _split_arguments(arguments)
     raw = read_yaml(config_path)
     renamed = rename_components(raw.values)
@@ -106,6 +113,15 @@ def _record_lines(node: yaml.Node | None, key: str, raw: RawConfig) -> None:
     for item_key, first, value in items:
         raw.origins[item_key] = f"{raw.path}:{first.start_mark.line + 1}"
         _record_lines(value, item_key, raw)
+
+
+def _show_help(settings_type: type[Settings], arguments: Sequence[str]) -> NoReturn:
+    """Print what the running recipe takes, as `tune run RECIPE --help` does without running it."""
+    description = getattr(sys.modules["__main__"], "__doc__", None) or settings_type.__doc__ or ""
+    given = [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
+    paths = [Path(name) for name in (*given, config_named_in(description)) if name is not None]
+    print(recipe_help(description, settings_type, next((path for path in paths if path.is_file()), None)))
+    sys.exit()
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[Path, list[str]]:

@@ -18,6 +18,13 @@ AttentionModule = Literal["q_proj", "k_proj", "v_proj", "output_proj", "o_proj"]
 
 
 @dataclass(frozen=True)
+class Words:
+    """Says in `--help` what a key takes, where its annotation cannot."""
+
+    words: str
+
+
+@dataclass(frozen=True)
 class ComponentNode:
     """Marks a field as a node with a `_component_`, and says what the recipe needs of it.
 

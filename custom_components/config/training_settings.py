@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from custom_components.config.settings import (
@@ -18,6 +17,9 @@ from custom_components.config.settings import (
     Settings,
 )
 from custom_components.runtime.errors import UserError
+
+if TYPE_CHECKING:  # note: it takes seconds, and `--help` is to come at once
+    import torch
 
 _OPTIMIZER_KEYS = ("lr", "weight_decay", "betas", "eps")
 
@@ -161,11 +163,13 @@ class TrainingSettings(Settings):
 class PreviewSettings(TrainingSettings):
     """What recipes/preview.py reads: a training config, and which rows to show."""
 
-    row: NonNegativeInt | None = None
-    num_rows: PositiveInt = 3
+    row: NonNegativeInt | None = Field(
+        None, description="this row alone, with its table of ids and labels; null: the first"
+    )
+    num_rows: PositiveInt = Field(3, description="so many of the first rows")
 
 
-def refuse_cuda_only_settings(settings: TrainingSettings, device: torch.device) -> None:
+def refuse_cuda_only_settings(settings: TrainingSettings, device: "torch.device") -> None:
     """What does nothing on the CPU is refused there.
 
     bitsandbytes' paged optimizers page between CUDA and host memory, and on the CPU would warn and not page;

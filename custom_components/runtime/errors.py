@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-import torch
+from custom_components.runtime.starting import STOPPED_LINE, leave_at_once, take_interrupts
 
 EXIT_CODE_USER_ERROR = 2
 
@@ -27,20 +27,29 @@ def run_recipe(recipe_main: Callable[[], None]) -> None:
     0 when done, 2 after a :class:`UserError` (its lines on stderr, no traceback), 130 and 143 after SIGINT and SIGTERM.
     Anything else is a bug and keeps its traceback.
     """
+    import torch  # note: not at the top of a file that `--help` and the first error lines need at once
+
+    take_interrupts()
     signal.signal(signal.SIGTERM, _raise_system_exit)
     try:
         recipe_main()
     except UserError as error:
-        for message in error.messages:
-            print(f"error: {message}", file=sys.stderr)
+        print_errors(error)
         sys.exit(EXIT_CODE_USER_ERROR)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         print(f"error: {reason} Lower batch_size or max_seq_len, or set quantize_base=true", file=sys.stderr)
         sys.exit(EXIT_CODE_USER_ERROR)
     except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr)
+        signal.signal(signal.SIGINT, leave_at_once)  # threads may still have to end
+        print(STOPPED_LINE, file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def print_errors(error: UserError) -> None:
+    """Print one `error:` line for each problem."""
+    for message in error.messages:
+        print(f"error: {message}", file=sys.stderr)
 
 
 def _raise_system_exit(signal_number: int, _frame: object) -> None:

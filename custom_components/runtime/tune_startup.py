@@ -1,4 +1,4 @@
-"""Runs at the start of the `tune` command, inside a checkout of this project only: see llama_lora_recipes.pth.
+"""Runs at the start of the `tune` command: see llama_lora_recipes.pth and config/tune_command.py.
 
 A .pth file in site-packages is the only code that runs before torchtune's own imports. It checks the program's name,
 because the changes made here would affect every other Python program of the environment.
@@ -10,7 +10,8 @@ from pathlib import Path
 
 # torchtune's wheel installs a package `recipes` whose import raises, and `tune run recipes/x.py` imports `recipes.x`
 # with the working directory at the end of the path only. At its start, this project's `recipes` is found.
-sys.path.insert(0, str(Path.cwd()))
+if Path("recipes/__init__.py").is_file():
+    sys.path.insert(0, str(Path.cwd()))
 
 # OpenMP threads wait for each other by spinning, by default for milliseconds. If another program takes a core, an
 # operation can then last as long as the scheduler's time slice. This short spin costs an idle machine almost nothing; a
