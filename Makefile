@@ -4,18 +4,22 @@ PYTHON ?= python3
 PIP_INSTALL_ARGS ?=
 TEST_PROCESSES ?= 2
 BIN := .venv/bin
+# Twice: once leaves pip's warnings, such as that of an extra that torchtune asks of huggingface_hub and that is gone.
+QUIET := --quiet --quiet
 
 .PHONY: setup demo test test-long lint clean
 
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt llama_lora_recipes.pth
+	@echo "installing into .venv: about 2 GB, a few minutes"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_ARGS) -c constraints.txt -e .
+	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check $(PIP_INSTALL_ARGS) -c constraints.txt -e .
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_ARGS) -c constraints.txt -e '.[dev]'
+	@echo "installing the packages for tests into .venv: about 0.3 GB, a minute"
+	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check $(PIP_INSTALL_ARGS) -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: setup

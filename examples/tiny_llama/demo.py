@@ -1,8 +1,10 @@
 """`make demo`: train the tiny Llama with the main recipe, then ask it what it was never asked in training."""
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from custom_components.datasets.sources import read_rows
 from custom_components.generation.decoding import Sampling, answer_messages
 from custom_components.runs.metrics import read_metrics
 from custom_components.runs.run_directory import RunDirectory
+from custom_components.runtime.errors import run_recipe
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.weights.adapted_model import load_model_for_inference
 from custom_components.weights.adapter_files import open_adapter
@@ -28,7 +31,7 @@ def main() -> None:
     tune = Path(sys.executable).with_name("tune")
     command = [str(tune), "run", "recipes/lora_single_device.py", "--config", CONFIG, *sys.argv[1:]]
     print(f"$ tune {' '.join(command[1:])}", flush=True)
-    if returncode := subprocess.run(command).returncode:
+    if returncode := returncode_of(command):
         sys.exit(returncode)
 
     settings = load_settings(TrainingSettings, ["--config", CONFIG, *sys.argv[1:]])
@@ -71,10 +74,19 @@ def main() -> None:
     )
 
 
+def returncode_of(command: Sequence[str]) -> int:
+    """Run a command to its end. Ctrl-C is for the command: it saves and says so, and this process waits for it."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return subprocess.run(command).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def exact_match(answers: list[str], right_answers: list[str]) -> float:
     """The share of answers that are the right one, character for character."""
     return sum(answer == right for answer, right in zip(answers, right_answers, strict=True)) / len(right_answers)
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(main)

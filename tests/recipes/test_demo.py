@@ -17,6 +17,7 @@ def test_the_demo_teaches_the_tiny_llama_to_answer(tmp_path, overrides):
     command = [sys.executable, "-m", "examples.tiny_llama.demo", *arguments]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
+    assert [line for line in result.stderr.splitlines() if not line.startswith("step ")] == []  # no library's words
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert set(report) == {"exact_match_base", "exact_match_tuned", "num_questions", "train_seconds"}
     assert report["num_questions"] >= 300
