@@ -57,7 +57,7 @@ def measured_step(
 ) -> tuple[float, float]:
     """The median seconds of a forward and backward over rows of these lengths, and the memory they add, in GiB."""
     batch = random_batch(lengths, vocab_size)
-    standing_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    bytes_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     return_freed_memory()
     memory = PeakMemory(device)
     step_seconds = []
@@ -70,7 +70,7 @@ def measured_step(
         step_seconds.append(time.perf_counter() - start_seconds)
     peak_gib = memory.gib()
     assert peak_gib is not None
-    return statistics.median(step_seconds), peak_gib - standing_bytes / 2**30
+    return statistics.median(step_seconds), peak_gib - bytes_before / 2**30
 
 
 if __name__ == "__main__":

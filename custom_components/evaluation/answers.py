@@ -1,4 +1,4 @@
-"""The answers a model generates to the questions of a data set, held against the answers that the set gives."""
+"""Answers that a model generates to the questions of a data set, compared with the answers in the set."""
 
 import re
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from custom_components.transforms.llama2_chat import Llama2ChatTransform
 
 @dataclass(frozen=True)
 class Question:
-    """A row's last question, with all that stands before it, and the answer the row gives.
+    """A row's last question, with everything before it, and the answer in the row.
 
     Attributes:
         prompt: ids, up to where the answer begins.
@@ -33,8 +33,8 @@ class Question:
 class _Words:
     """rouge-score's tokenizer protocol: lower-case words of any script.
 
-    For ASCII the words are those of its own tokenizer, which drops every other letter: an answer in Greek would have
-    none.
+    For ASCII the words are those of its own tokenizer, which drops all other letters: an answer in Greek would have no
+    words.
     """
 
     def tokenize(self, text: str) -> list[str]:
@@ -42,9 +42,9 @@ class _Words:
 
 
 def held_out_questions(dataset: ChatDataset, tokenizer: Llama2ChatTransform, num_rows: int) -> list[Question]:
-    """The last question and answer of the first `num_rows` rows that have one.
+    """Collect the last question and answer of the first `num_rows` rows that have one.
 
-    Rows of plain text have no question, and an answer that was cut to `max_seq_len` is none to compare with.
+    Rows of plain text have no question, and answers cut to `max_seq_len` are left out.
 
     Raises:
         UserError: no row has a question with a whole answer.
@@ -73,7 +73,7 @@ def generated_answers(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """The model's greedy answers, stripped as the references are."""
+    """Generate the model's greedy answers, stripped as the references are."""
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index].prompt))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers = [""] * len(questions)
@@ -91,7 +91,7 @@ def generated_answers(
 
 
 def answer_measures(answers: Sequence[str], questions: Sequence[Question]) -> dict[str, float | int]:
-    """How near answers come to those of the rows."""
+    """Measure how close answers are to those of the rows."""
     references = [question.reference for question in questions]
     return {
         "questions": len(questions),
@@ -101,12 +101,12 @@ def answer_measures(answers: Sequence[str], questions: Sequence[Question]) -> di
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The share of answers that are the reference, character for character."""
+    """Compute the share of answers that equal the reference, character for character."""
     return sum(answer == reference for answer, reference in zip(answers, references, strict=True)) / len(references)
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The mean F-measure of ROUGE-L over the answers, 0 to 1: Lin 2004, section 3, by Google's `rouge-score`."""
+    """Compute the answers' mean F-measure of ROUGE-L, 0 to 1: Lin 2004, section 3, by Google's `rouge-score`."""
     scorer = rouge_scorer().RougeScorer(["rougeL"], tokenizer=_Words())
     f_measures = [
         scorer.score(reference, answer)["rougeL"].fmeasure
@@ -116,7 +116,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def rouge_scorer() -> Any:
-    """The module of the `rouge-score` package.
+    """Import the module of the `rouge-score` package.
 
     Raises:
         UserError: it is not installed.

@@ -1,15 +1,15 @@
-"""The tasks of EleutherAI's lm-eval on a model of ours, through its own model interface.
+"""The tasks of EleutherAI's lm-eval on our models, through its own model interface.
 
-Scores compare with published ones: what is asked, what is cut from the left of a prompt that is too long, and how an
-answer is read is as in `lm_eval/models/huggingface.py` (lm-eval 0.4.13), with one exception: a text scored as a whole
+Scores are comparable with published ones: prompts, cutting a prompt that is too long from the left, and reading an
+answer are as in `lm_eval/models/huggingface.py` (lm-eval 0.4.13), with one exception: a text scored as a whole
 (`loglikelihood_rolling`) has one BOS before it, where that file puts two before a Llama's.
 
-Needs the extra `eval`: import it where tasks are asked for only.
+Needs the extra `eval`: import it only where tasks are run.
 """
 
 import os
 
-# note: before lm_eval is imported. For a metric it does not know it would fetch a script from the hub and run it.
+# note: set before lm_eval is imported, which would fetch a script from the hub and run it for an unknown metric.
 os.environ["HF_EVALUATE_OFFLINE"] = "1"
 os.environ["DISABLE_MULTIPROC"] = "1"  # its standard errors would fork a process that holds a model and its threads
 
@@ -37,7 +37,7 @@ from custom_components.models.hidden_states import final_hidden_states
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 
-_MAX_ANSWER_TOKENS = 256  # where a task says nothing, as in huggingface.py, `max_gen_toks`
+_MAX_ANSWER_TOKENS = 256  # where a task sets no limit, as in huggingface.py, `max_gen_toks`
 _NUM_BOOTSTRAPS = 1000  # resamplings for the standard error of metrics that have no formula for it
 
 
@@ -80,7 +80,7 @@ class LlamaLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """For each (name, context, continuation): the continuation's log-probability, and whether it is greedy's."""
+        """Score each (name, context, continuation): the last's log-probability, and whether it is the greedy one."""
         rows = [self._scored_row(context, continuation) for _, context, continuation in requests]
         scores: list[tuple[float, bool]] = []
         for batch_rows in self._batches(rows, "scoring", disable_tqdm):
@@ -94,7 +94,7 @@ class LlamaLM(TemplateLM):
 
     @torch.no_grad()
     def _position_scores(self, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-        """For rows of ids to feed and ids that their last positions have to predict: see :func:`head_scores`."""
+        """Score rows of ids, given those that their last positions have to predict: see :func:`head_scores`."""
         tokens = [token for inputs, _ in rows for token in inputs]
         positions = [position for inputs, _ in rows for position in range(len(inputs))]
         labels = []
@@ -108,7 +108,7 @@ class LlamaLM(TemplateLM):
         return torch.tensor([values], device=self._device)
 
     def _scored_row(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """The ids to feed, and those that the last positions have to predict."""
+        """Return the ids to feed, and those that the last positions have to predict."""
         if not 0 < len(continuation) <= self.max_length:
             raise UserError(
                 f"tasks: an answer of {len(continuation)} tokens cannot be scored in a context of {self.max_length}"
@@ -137,7 +137,7 @@ class LlamaLM(TemplateLM):
             stop_texts = handle_stop_sequences(settings["until"], eos=None)
             if settings["do_sample"]:
                 task = requests[indices[0]].task_name
-                raise UserError(f"tasks: {task!r} asks for answers drawn at random; only greedy ones are made")
+                raise UserError(f"tasks: {task!r} samples its answers; only greedy answers are supported")
 
             def has_stop_text(ids: list[int], stop_texts: Sequence[str] = stop_texts) -> bool:
                 text = self._tokenizer.decode(ids)
@@ -170,7 +170,7 @@ class LlamaLM(TemplateLM):
 
 
 class LoadedTasks(TaskManager):
-    """lm-eval's tasks by name, or by the path of a YAML file, with their data: loaded once for several models.
+    """lm-eval's tasks, named or as YAML files, with their data: loaded once for several models.
 
     Raises:
         UserError: an unknown task, or one whose data cannot be fetched.
@@ -183,7 +183,7 @@ class LoadedTasks(TaskManager):
         for name in self.names:
             if name not in self.task_index and not Path(name).is_file():
                 raise UserError(
-                    f"tasks: {name!r} is no task of lm-eval and no YAML file; `lm-eval ls tasks` prints their names"
+                    f"tasks: {name!r} is not a task of lm-eval or a YAML file; `lm-eval ls tasks` prints their names"
                 )
         try:
             self._loaded = super().load(self.names)
@@ -199,10 +199,10 @@ class LoadedTasks(TaskManager):
 def task_measures(
     tasks: LoadedTasks, model: LlamaLM, *, num_fewshot: int | None, max_rows: int | None
 ) -> dict[str, dict[str, float]]:
-    """Every metric of every task, and its standard error where there is one, by the task's name.
+    """Run every task; return its metrics, and their standard errors where there are any, by the task's name.
 
     Args:
-        num_fewshot: solved questions before each; None: as the task says.
+        num_fewshot: solved questions before each; None: the task's own number.
         max_rows: questions of each task; None: all.
     """
     results = simple_evaluate(
@@ -225,6 +225,6 @@ def task_measures(
 
 
 def _measure_name(key: str) -> str:
-    """`acc` of lm-eval's `acc,none`, and `exact_match (strict-match)` of `exact_match,strict-match`."""
+    """Shorten lm-eval's `acc,none` to `acc`, and write `exact_match,strict-match` as `exact_match (strict-match)`."""
     metric, _, filter_name = key.partition(",")
     return metric if filter_name == "none" else f"{metric} ({filter_name})"

@@ -16,7 +16,7 @@ Measures = Mapping[str, float | int]
 
 
 def results_table(subjects: Mapping[str, Mapping[str, Measures]]) -> str:
-    """Every measure of every subject in a line, the models' values side by side, in at most 80 columns.
+    """Tabulate every measure of every subject, the models' values side by side, in at most 80 columns.
 
     Args:
         subjects: the measures of each model, by the subject's name and the model's; the same measures for each model.
@@ -35,7 +35,7 @@ def results_table(subjects: Mapping[str, Mapping[str, Measures]]) -> str:
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     subject, measure, *values = cells
-    # The beginning gives way: the ends of paths tell them apart.
+    # Cut at the start, because paths differ at their ends.
     subject = subject if len(subject) <= widths[0] else f"…{subject[len(subject) - widths[0] + 1 :]}"
     columns = [subject.ljust(widths[0]), measure.ljust(widths[1])]
     return "  ".join([*columns, *map(str.rjust, values, widths[2:])]).rstrip()
@@ -49,10 +49,10 @@ def _written(value: float | int) -> str:
 
 @contextlib.contextmanager
 def results_file(path: Path | None) -> Iterator[dict[str, Any]]:
-    """A dict that is written to `path` as JSON when the block ends well; None: it is not written.
+    """Yield a dict that is written to `path` as JSON when the block succeeds; None: it is not written.
 
     Raises:
-        UserError: nothing can be written there, found before the block begins.
+        UserError: nothing can be written there; this is checked before the block begins.
     """
     results: dict[str, Any] = {}
     if path is None:

@@ -1,4 +1,4 @@
-"""How well a model predicts the rows of a data set, and how near its own answers come to those of the rows.
+"""How well a model predicts the rows of a data set.
 
 Dimensions: `T` tokens of all rows of a forward, `P` supervised positions, `C` positions of a chunk, `D` embed_dim,
 `V` vocab_size.
@@ -23,7 +23,7 @@ from custom_components.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Sums over supervised tokens, in float64: of their losses in nats, and of how many were the likeliest token."""
+    """Sums over supervised tokens: their losses in nats, in float64, and how many were the likeliest token."""
 
     num_tokens: int = 0
     loss_sum: float = 0.0
@@ -61,10 +61,10 @@ class TokenScores:
 
 @torch.no_grad()
 def position_scores(model: TransformerDecoder, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each supervised position of a batch, in order: its label's log-probability, and whether no token is likelier.
+    """Score each supervised position of a batch: its label's log-probability, and whether no token is likelier.
 
     Returns:
-        (P,) float64 in nats, and (P,) bool, on the CPU.
+        (P,) float64 in nats, and (P,) bool, on the CPU, in the order of the positions.
     """
     batch = batch.to(device)
     hidden_1TD = final_hidden_states(
@@ -76,7 +76,7 @@ def position_scores(model: TransformerDecoder, batch: Batch, device: torch.devic
 def head_scores(
     hidden_1TD: Tensor, output_head: nn.Module | TiedLinear, labels_1T: Tensor, *, chunk_size: int = 512
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`position_scores`; the logits of `chunk_size` supervised positions exist at a time, in fp32."""
+    """Score positions as :func:`position_scores` does; the logits of `chunk_size` of them exist at a time."""
     is_supervised_T = labels_1T.flatten() != CROSS_ENTROPY_IGNORE_IDX
     hidden_PD = hidden_1TD.flatten(0, 1)[is_supervised_T]
     labels_P = labels_1T.flatten()[is_supervised_T]
@@ -91,7 +91,7 @@ def head_scores(
 def scores_by_source(
     model: TransformerDecoder, dataset: ChatDataset, batch_size: int, device: torch.device
 ) -> dict[str, TokenScores]:
-    """The scores of all supervised tokens of each source, and of all of them together as "all rows" where several.
+    """Score all supervised tokens of each source, and if there are several, of all together as "all rows".
 
     Args:
         batch_size: rows of one forward.
@@ -104,7 +104,7 @@ def scores_by_source(
 
 
 def token_scores(model: TransformerDecoder, dataset: ChatDataset, batch_size: int, device: torch.device) -> TokenScores:
-    """See :func:`scores_by_source`."""
+    """Score all supervised tokens of a data set, see :func:`scores_by_source`."""
     assert not model.training
     plan = BatchPlan(batch_size, 1, shuffle=False, seed=0)
     total = TokenScores()
@@ -120,7 +120,7 @@ def token_scores(model: TransformerDecoder, dataset: ChatDataset, batch_size: in
 
 
 def rows_by_source(dataset: ChatDataset) -> dict[str, ChatDataset]:
-    """The rows of each source of a data set, in the order of the sources; those without a row are left out."""
+    """Split a data set by source, in the order of the sources; those without a row are left out."""
     indices: dict[str, list[int]] = {summary.name: [] for summary in dataset.summaries}
     for index, source in enumerate(dataset.sources):
         indices[source].append(index)

@@ -1,4 +1,4 @@
-"""What a training run will need, by kind of memory, before anything is loaded."""
+"""Estimate of the memory that a training run needs, by kind, before anything is loaded."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,32 +15,32 @@ from custom_components.models import nf4
 from custom_components.models.lora import FrozenLinear
 from custom_components.runtime.devices import NUM_LOADING_THREADS
 
-# What is no tensor of ours, measured above the imports: on the CPU machine code that oneDNN makes, bitsandbytes
-# where weights are NF4, the plot; on CUDA the libraries' workspaces (its context is not counted by torch).
+# Memory besides our tensors, measured after imports: on the CPU machine code from oneDNN, bitsandbytes where weights
+# are NF4, and the plot; on CUDA the libraries' workspaces (torch does not count its context).
 _OVERHEAD_BYTES = {"cpu": 42 * 2**20, "cuda": 64 * 2**20}
 _BITSANDBYTES_BYTES = 50 * 2**20
-# What the heap holds for a byte of a step's tensors. glibc 2.36 does not use a freed aligned block again for one of the
-# same size, and torch aligns all: measured 1.15 to 1.25. torch's allocator on CUDA is exact in the bytes it reports.
+# Heap bytes per byte of step tensors. glibc 2.36 does not reuse a freed aligned block for one of the same size, and
+# torch aligns all blocks: measured 1.15 to 1.25. On CUDA torch's allocator reports exact bytes.
 _HEAP_SHARE = {"cpu": 1.22, "cuda": 1.0}
-# AdamW8bit and its like leave small tensors in 32 bits; this many parameters are enough to see the ratio.
+# AdamW8bit and similar optimizers keep small tensors in 32 bits; this many parameters are enough to see the ratio.
 _OPTIMIZER_PROBE_SIZE = 2**16
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by kind, and the peak they come to.
+    """Bytes by kind, and the peak that they add up to.
 
     Attributes:
         num_parameters: of the base in NF4, of the base otherwise, and trained.
         base_bytes: the frozen weights.
         adapter_bytes: the trained parameters, in fp32.
-        gradient_bytes: theirs.
+        gradient_bytes: the gradients of the trained parameters.
         optimizer_bytes: the optimizer's state.
-        loading_bytes: what the weights that are being read take while the base is loaded.
-        step: what a forward and backward take.
+        loading_bytes: the weights that are being read while the base is loaded.
+        step: the memory of a forward and backward.
         num_layers: of the model.
-        overhead_bytes: what is no tensor.
-        heap_share: bytes that the allocator holds for a byte of a step's tensors.
+        overhead_bytes: memory besides tensors.
+        heap_share: heap bytes per byte of a step's tensors.
     """
 
     num_parameters: dict[str, int]
@@ -55,14 +55,14 @@ class MemoryEstimate:
     heap_share: float
 
     def peak_bytes(self, num_recomputed_layers: int) -> int:
-        """The most that is needed at one time, with so many layers recomputed."""
-        standing = self.base_bytes + self.adapter_bytes + self.overhead_bytes
+        """Compute the most bytes needed at one time, with so many layers recomputed."""
+        constant_bytes = self.base_bytes + self.adapter_bytes + self.overhead_bytes
         step = round(self.heap_share * self.step.peak_bytes(self.num_layers, num_recomputed_layers))
-        # From a step's second forward on the gradients of all adapters stand beside what the forward takes.
-        return standing + max(self.loading_bytes, self.optimizer_bytes + self.gradient_bytes + step)
+        # From a step's second forward on, the gradients of all adapters add to what the forward needs.
+        return constant_bytes + max(self.loading_bytes, self.optimizer_bytes + self.gradient_bytes + step)
 
     def num_recomputed_layers(self, available_bytes: int) -> int | None:
-        """The fewest layers to recompute so that the peak fits; None if it does not with all of them."""
+        """Find the fewest layers to recompute so that the peak fits; None if it does not fit even with all of them."""
         fitting = (k for k in range(self.num_layers + 1) if self.peak_bytes(k) <= available_bytes)
         return next(fitting, None)
 
@@ -74,7 +74,7 @@ def estimate_memory(
     device_type: str,
     row_lengths: Sequence[int],
 ) -> MemoryEstimate:
-    """The memory of a run whose largest forward has rows of these lengths.
+    """Estimate the memory of a run whose largest forward has rows of these lengths.
 
     Args:
         model: on the meta device.
@@ -82,7 +82,7 @@ def estimate_memory(
         device_type: "cpu" or "cuda".
         row_lengths: in tokens.
     """
-    # Shared parameters, as those of tied embeddings, are named once.
+    # Shared parameters, such as tied embeddings, are listed once.
     frozen = [
         (model.get_submodule(name.rpartition(".")[0]), parameter)
         for name, parameter in model.named_parameters()
@@ -118,7 +118,7 @@ def estimate_memory(
 
 
 def optimizer_bytes_per_parameter(settings: TrainingSettings) -> float:
-    """What the config's optimizer keeps for every parameter, found by letting it take a step."""
+    """Measure what the config's optimizer keeps for every parameter, by letting it take a step."""
     parameter = nn.Parameter(torch.zeros(_OPTIMIZER_PROBE_SIZE))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # paged optimizers say that they do not page on the CPU

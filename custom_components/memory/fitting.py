@@ -1,4 +1,4 @@
-"""Choosing rows of a forward and recomputed layers so that a run fits its device: `auto` in the config."""
+"""Choice of the rows of a forward and of recomputed layers, so that a run fits its device: `auto` in the config."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -16,19 +16,19 @@ from custom_components.memory.estimate import estimate_memory, optimizer_bytes_p
 from custom_components.runtime.process_memory import usable_bytes
 from custom_components.training.gradients import NOWHERE_ELSE, ForwardOptions, accumulate_gradients, supervised_loss
 
-# A weight is dequantized once a forward; beyond this many tokens that is too little of it for a fuller one to pay.
+# A weight is dequantized once per forward; beyond this many tokens a fuller forward saves too little of that.
 _ENOUGH_FORWARD_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a step is cut and what of it is recomputed.
+    """How a step is divided into forwards, and what is recomputed.
 
     Attributes:
         batch_size: rows of a forward; with packs, packs.
         gradient_accumulation_steps: forwards of an optimizer step.
-        num_recomputed_layers: of the first so many layers only the input is kept.
-        words: what was chosen and why; empty if the config left nothing to choose.
+        num_recomputed_layers: the first so many layers keep only their input for the backward.
+        words: the reason for the choice; empty if the config left nothing to choose.
     """
 
     batch_size: int
@@ -45,16 +45,16 @@ def fit_to_device(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Fit:
-    """What the config's `batch_size` and `enable_activation_checkpointing` come to on this device.
+    """Choose what the config's `batch_size` and `enable_activation_checkpointing` leave open on this device.
 
-    With `batch_size: auto`, `gradient_accumulation_steps` are the rows of an optimizer step, whatever the forwards. The
-    largest forward that fits without recomputing a layer is taken; if no forward does, one row's, with as few layers
-    recomputed as it needs.
+    With `batch_size: auto`, `gradient_accumulation_steps` is the number of rows of an optimizer step, however it is
+    divided into forwards. The largest forward that fits without recomputing a layer is chosen; if none fits, a forward
+    of one row, with as few layers recomputed as it needs.
 
     Args:
         model: on the meta device.
         lengths: of the rows, in tokens.
-        max_seq_len: what a pack holds.
+        max_seq_len: the tokens of a pack.
     """
     num_layers = len(model.layers)
     checkpointing = settings.enable_activation_checkpointing
@@ -87,7 +87,7 @@ def fit_to_device(
 
 
 def possible_fits(settings: TrainingSettings, lengths: Sequence[int], max_seq_len: int | None) -> list[Fit]:
-    """The cuts of a step that the config allows, from the fullest forwards to the smallest; nothing is recomputed."""
+    """List the divisions of a step that the config allows, from full forwards to small; nothing is recomputed."""
     if settings.batch_size != "auto":
         return [Fit(settings.batch_size, settings.gradient_accumulation_steps, 0)]
     num_step_rows = settings.gradient_accumulation_steps
@@ -103,7 +103,7 @@ def possible_fits(settings: TrainingSettings, lengths: Sequence[int], max_seq_le
 def largest_forward(
     lengths: Sequence[int], max_seq_len: int | None, batch_size: int, *, is_packed: bool
 ) -> tuple[int, ...]:
-    """The lengths of the rows in the largest forward that may come; a pack is as one row."""
+    """Return the lengths of the rows in the largest possible forward; a pack counts as one row."""
     if is_packed:
         assert max_seq_len is not None
         return (max_seq_len,) * batch_size
@@ -118,13 +118,13 @@ def tried_fit(
     max_seq_len: int | None,
     device: torch.device,
 ) -> Fit:
-    """On CUDA, what `auto` came to is tried with the largest step that may come, and made smaller until it fits.
+    """On CUDA, try what `auto` has chosen with the largest possible step, and make it smaller until it fits.
 
     Args:
         model: with its weights, on the device.
 
     Raises:
-        torch.OutOfMemoryError: the smallest does not fit either.
+        torch.OutOfMemoryError: even the smallest does not fit.
     """
     if device.type != "cuda" or not fit.words:
         return fit
@@ -135,7 +135,7 @@ def tried_fit(
     def try_step(fit: Fit) -> None:
         row_lengths = largest_forward(lengths, max_seq_len, fit.batch_size, is_packed=settings.packed)
         batch = collate([{"tokens": [0] * length, "labels": [0] * length} for length in row_lengths])
-        # In the second forward the gradients stand, and what the optimizer will keep.
+        # The second forward has the gradients in memory too, and the optimizer's state to come.
         optimizer_state = torch.empty(num_optimizer_bytes, dtype=torch.uint8, device=device)
         try:
             loss_of = supervised_loss(model.train(), loss_function, forward_options(settings, fit))
@@ -151,21 +151,21 @@ def tried_fit(
         may_shrink=settings.batch_size == "auto",
         try_step=try_step,
     )
-    torch.cuda.reset_peak_memory_stats(device)  # what did not fit is not to count as the run's peak
+    torch.cuda.reset_peak_memory_stats(device)  # a try that did not fit must not count as the run's peak
     return fit
 
 
 def first_fitting(
     fit: Fit, num_layers: int, *, may_recompute: bool, may_shrink: bool, try_step: Callable[[Fit], None]
 ) -> Fit:
-    """The first cut, from `fit` on to smaller ones, whose largest step the device does not refuse.
+    """Return the first choice, from `fit` on to smaller ones, whose largest step fits the device.
 
     Args:
         may_recompute, may_shrink: whether the config leaves recomputing and the rows of a forward open.
         try_step: runs the largest step; raises `torch.OutOfMemoryError` where it does not fit.
 
     Raises:
-        torch.OutOfMemoryError: the smallest does not fit either.
+        torch.OutOfMemoryError: even the smallest does not fit.
     """
     while True:
         try:
@@ -200,7 +200,7 @@ def fitted_settings(settings: TrainingSettings, fit: Fit) -> TrainingSettings:
 
 
 def describe_fit(fit: Fit, settings: TrainingSettings, num_layers: int) -> None:
-    """What `auto` came to, where the config left something to choose."""
+    """Print what `auto` has chosen, where the config left something to choose."""
     if not fit.words:
         return
     chosen = []

@@ -8,7 +8,7 @@ from custom_components.memory.estimate import MemoryEstimate
 from custom_components.memory.simulated_step import StepMemory
 
 _GIB = 2**30
-# What the driver reports as the memory of each card, in GiB, less the CUDA context.
+# The memory of each card as its driver reports it, in GiB, less the CUDA context.
 _CARDS_GIB = {
     "T4 16 GB": 14.2,
     "RTX 4090 24 GB": 23.1,
@@ -17,15 +17,15 @@ _CARDS_GIB = {
     "H100 80 GB": 78.6,
     "H200 141 GB": 139.3,
 }
-# What the allocator cannot use, because free pieces lie between used ones.
+# Usable share of a card; fragmentation takes the rest.
 _USABLE_CARD_SHARE = 0.95
 _MAX_ROW_TOKENS = 2**20
-# What a forward has to have for memory to be a straight line in its tokens.
+# Tokens per forward above which memory grows linearly.
 MANY_TOKENS = 8192
 
 
 def memory_table(estimate: MemoryEstimate, device_type: str, checkpointing: bool | Literal["auto"]) -> str:
-    """Parameters and bytes by kind, and the peak without and with all layers recomputed."""
+    """Tabulate parameters and bytes by kind, and the peak with no layer and with all layers recomputed."""
     counts = ", ".join(f"{number:,} {kind}" for kind, number in estimate.num_parameters.items() if number)
     kinds = {
         "base": estimate.base_bytes,
@@ -52,9 +52,9 @@ def memory_table(estimate: MemoryEstimate, device_type: str, checkpointing: bool
 
 @dataclass(frozen=True)
 class MemoryLine:
-    """Memory as a straight line in the tokens of a forward, through an estimate and one of twice the tokens.
+    """Memory as a linear function of a forward's tokens, through an estimate and one for twice the tokens.
 
-    Smaller forwards are off the line: the loss has not filled a chunk, and adapters' gradients outweigh activations.
+    Smaller forwards are off the line: the loss does not fill a chunk, and adapters' gradients outweigh activations.
     """
 
     num_tokens: int
@@ -73,7 +73,7 @@ class MemoryLine:
         return replace(self.estimate, step=StepMemory(**values))
 
     def largest_forward_tokens(self, usable_bytes: int) -> int:
-        """The most tokens of a forward that fit with all layers recomputed; 0 if none do."""
+        """Find the most tokens of a forward that fit with all layers recomputed; 0 if none do."""
 
         def is_too_large(num_tokens: int) -> bool:
             estimate = self.at(num_tokens)
@@ -85,7 +85,7 @@ class MemoryLine:
 def card_table(
     this_config: MemoryEstimate, line: MemoryLine, row_tokens: int, checkpointing: bool | Literal["auto"]
 ) -> str:
-    """Which cards the run fits, and the largest forward that they hold.
+    """Tabulate which cards the run fits, and the largest forward that fits them.
 
     Args:
         this_config: the estimate for CUDA of the config's own forward.

@@ -1,7 +1,7 @@
 """The memory of a training step, found by running the step's own code on tensors that have shapes but no values.
 
-What autograd keeps, and what exists only for a moment, is so what the code does and not a second description of it. A
-model's layers are alike: two or three of them say what all take.
+What autograd saves and what is temporary are measured on the real step, not modelled a second time. Layers are alike,
+so two or three are enough to extrapolate.
 """
 
 import copy
@@ -24,7 +24,7 @@ from custom_components.training.loss import LinearCrossEntropy
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made while it is entered, as long as they live; those it is given are not."""
+    """Counts the bytes of tensors created while it is entered, as long as they live; earlier ones are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,20 +56,20 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
-    # note: an NF4 tensor claims the bytes of the weight it stands for; the tensors in it count for themselves.
+    # note: an NF4 tensor reports the bytes of its dequantized weight; the tensors inside it are counted instead.
     tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor) and not nf4.is_quantized(value)]
     return [tensor.untyped_storage() for tensor in tensors]
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a step needs beside the weights and the optimizer's state, in bytes, by layers.
+    """Bytes that a step needs besides the weights and the optimizer's state, by layers.
 
     Attributes:
-        fixed_bytes: the embeddings of the tokens, the loss, what exists for a moment.
-        kept_layer_bytes: what one layer keeps for the backward, its adapters' gradients included.
-        recomputed_layer_bytes: the same of a layer that is computed again.
-        recomputing_bytes: what exists for a moment when one layer is computed again.
+        fixed_bytes: the tokens' embeddings, the loss, temporary tensors.
+        kept_layer_bytes: tensors that one layer keeps for the backward, and its adapters' gradients.
+        recomputed_layer_bytes: the same for a layer that is recomputed.
+        recomputing_bytes: temporary tensors while one layer is recomputed.
     """
 
     fixed_bytes: int
@@ -78,12 +78,12 @@ class StepMemory:
     recomputing_bytes: int
 
     def peak_bytes(self, num_layers: int, num_recomputed_layers: int) -> int:
-        """The peak for a model of `num_layers` of which the first `num_recomputed_layers` are computed again."""
+        """Compute the peak for a model of `num_layers` of which the first `num_recomputed_layers` are recomputed."""
         kept = (num_layers - num_recomputed_layers) * self.kept_layer_bytes
         peak = self.fixed_bytes + kept + num_recomputed_layers * self.recomputed_layer_bytes
         if num_recomputed_layers == 0:
             return peak
-        # The layers that were kept have left their gradients by then, the smaller part.
+        # By then only the gradients of the kept layers remain, the smaller part.
         return max(peak, self.recomputing_bytes + num_layers * self.recomputed_layer_bytes)
 
 
@@ -95,12 +95,12 @@ def simulated_step(
     loss_function: LinearCrossEntropy,
     neftune_noise_alpha: float | None = None,
 ) -> StepMemory:
-    """The memory of one forward and backward over rows of these lengths, every token supervised.
+    """Measure the memory of one forward and backward over rows of these lengths, every token supervised.
 
     Args:
         model: on the meta device, with two layers or more; it is not changed.
         dtype: of the computation.
-        device_type: "cpu" or "cuda", which attend in other ways.
+        device_type: "cpu" or "cuda", which compute attention differently.
     """
 
     def peak_bytes(num_layers: int, num_recomputed_layers: int) -> int:
@@ -129,7 +129,7 @@ def simulated_step(
 
 
 def _with_layers(model: TransformerDecoder, num_layers: int) -> TransformerDecoder:
-    """A copy of the model with so many of its layers."""
+    """Copy the model with so many of its layers."""
     short_model = copy.copy(model)
     short_model._modules = {name: copy.deepcopy(module) for name, module in model._modules.items() if name != "layers"}
     short_model.layers = nn.ModuleList(copy.deepcopy(model.layers[0]) for _ in range(num_layers))
@@ -137,7 +137,7 @@ def _with_layers(model: TransformerDecoder, num_layers: int) -> TransformerDecod
 
 
 def _give_shapes(module: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters and buffers of one module as tensors without values, of the dtypes that loading gives them."""
+    """Replace one module's parameters and buffers by tensors without values, of the dtypes that loading gives."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.requires_grad or isinstance(module, RMSNorm):
             value = torch.empty(parameter.shape, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Llama models with LoRA adapters: what a config may name as `model`."""
+"""Llama models with LoRA adapters: the builders that a config may name as `model`."""
 
 from custom_components.models.builders import (
     lora_llama2_7b,

@@ -20,20 +20,20 @@ from custom_components.models.blockwise_attention import attend_blockwise
 from custom_components.models.lora import lora_linears
 from custom_components.models.shapes import LlamaShape
 
-# Behind them, the scores of a block leave the processor's caches, and torch's own kernel is as fast.
+# Beyond this length a block's scores no longer fit in cache, and torch's own kernel is as fast.
 _MAX_BLOCKWISE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Stands for the mask of rows laid end to end in one sequence: attention is causal and never leaves a row.
+    """The lengths of rows laid end to end in one sequence, used as a mask: attention is causal and stays in its row.
 
     The mask itself, (S, S), is never built.
 
     Attributes:
         lengths: in tokens.
-        boundaries: where rows begin and end, (num_rows + 1,), int32, for the kernels that take all rows at once, which
-            are CUDA's.
+        boundaries: where rows begin and end, (num_rows + 1,), int32, for CUDA's kernels, which take all rows at
+            once.
     """
 
     lengths: tuple[int, ...]
@@ -49,8 +49,8 @@ class RowLengths:
 class SelfAttention(nn.Module):
     """Grouped-query self-attention with rotary positions, for torchtune's TransformerSelfAttentionLayer.
 
-    Parameter names are those of torchtune's MultiHeadAttention. It is ours for three things that one cannot do: rows
-    laid end to end without a dense mask, one product for the adapters of q, k and v, and a cache that is read only as
+    Parameter names are those of torchtune's MultiHeadAttention. It replaces that class for three things: rows laid
+    end to end without a dense mask, one product for the adapters of q, k and v, and a cache that is read only as
     far as it is filled.
     """
 
@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
         self.cache_enabled = False
 
     def setup_cache(self, batch_size: int, dtype: torch.dtype, max_seq_len: int) -> None:
-        """Make the key/value cache; torchtune's protocol."""
+        """Allocate the key/value cache; torchtune's protocol."""
         self.kv_cache = KVCache(batch_size, max_seq_len, self.num_kv_heads, self.head_dim, dtype)
         self.cache_enabled = True
 
@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
         mask: Tensor | RowLengths | None = None,
         input_pos: Tensor | None = None,
     ) -> Tensor:
-        """Attend.
+        """Attend to earlier positions.
 
         Args:
             input_BSD: the normalized hidden states.
@@ -133,10 +133,10 @@ class SelfAttention(nn.Module):
         return self.output_proj(output_BSD)
 
 
-# note: the lengths differ from step to step, and the compiler would compile every layer again for each of them.
+# note: the lengths differ from step to step, and the compiler would recompile every layer for each of them.
 @torch.compiler.disable
 def attend_within_rows(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, rows: RowLengths) -> Tensor:
-    """Causal attention inside each row of a sequence of rows: (1, N, S, H)."""
+    """Attend causally inside each row of a sequence of rows: (1, N, S, H)."""
     is_on_cpu = rows.boundaries is None
     if is_on_cpu and query_1NSH.element_size() == 2 and max(rows.lengths) <= _MAX_BLOCKWISE_TOKENS:
         return attend_blockwise(query_1NSH, key_1KSH, value_1KSH, rows.lengths)
@@ -148,7 +148,7 @@ def attend_within_rows(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor,
 
 
 def attend_row_by_row(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, rows: RowLengths) -> Tensor:
-    """`attend_within_rows` as one call a row, on any device."""
+    """Compute `attend_within_rows` with one call for each row, on any device."""
     inputs_of_rows = zip(
         query_1NSH.split(rows.lengths, dim=2),
         key_1KSH.split(rows.lengths, dim=2),
@@ -161,13 +161,13 @@ def attend_row_by_row(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, 
 
 def _causal_attention(query_1NTH: Tensor, key_1KTH: Tensor, value_1KTH: Tensor) -> Tensor:
     if query_1NTH.is_meta:
-        # For tensors without values torch would take the computation that keeps all probabilities, as no device does.
+        # For meta tensors torch would choose the computation that keeps all probabilities, which no device does.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query_1NTH, key_1KTH, value_1KTH, is_causal=True
         )[0]
     num_sharing = query_1NTH.shape[1] // key_1KTH.shape[1]
     if query_1NTH.is_cuda and num_sharing > 1:
-        # Cards without flash attention share key/value heads only in the computation that keeps all probabilities.
+        # Without flash attention, CUDA shares key/value heads only in the computation that keeps all probabilities.
         key_1KTH, value_1KTH = (tensor.repeat_interleave(num_sharing, dim=1) for tensor in (key_1KTH, value_1KTH))
     return F.scaled_dot_product_attention(
         query_1NTH, key_1KTH, value_1KTH, is_causal=True, enable_gqa=query_1NTH.shape[1] != key_1KTH.shape[1]
@@ -175,10 +175,10 @@ def _causal_attention(query_1NTH: Tensor, key_1KTH: Tensor, value_1KTH: Tensor) 
 
 
 def attend_within_rows_at_once(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, rows: RowLengths) -> Tensor:
-    """`attend_within_rows` in one call of torch's variable-length flash attention (CUDA, 16 bits)."""
+    """Compute `attend_within_rows` in one call of torch's variable-length flash attention (CUDA, 16 bits)."""
     assert rows.boundaries is not None
     longest = max(rows.lengths)
-    # note: not in every torch of the supported range.
+    # note: not every supported torch has it.
     attend: Callable[..., Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     output_SNH = attend(
         query_1NSH[0].transpose(0, 1),
@@ -198,9 +198,9 @@ def attend_within_rows_at_once(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH:
 def _variable_length_kernel_works(
     device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> bool:
-    """Whether this torch and this card have the kernel for these heads, found by trying it against the row loop."""
+    """Check whether torch and the card have the kernel for these heads, by comparing it with the row loop."""
     lengths = (5, 3)
-    # note: a generator of its own, or the step's first dropout would be another one where it is recomputed.
+    # note: it has its own generator, or the step's first dropout would differ when it is recomputed.
     random = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
     query_1NSH = random(1, num_heads, sum(lengths), head_dim).to(dtype)
     key_1KSH, value_1KSH = random(2, 1, num_kv_heads, sum(lengths), head_dim).to(dtype)

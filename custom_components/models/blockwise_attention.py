@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Fewer: less work for nothing, as a block attends to no key behind its end. More: fewer, larger operations.
+# Fewer: less wasted work, as a block attends to no key after its end. More: fewer, larger operations.
 NUM_BLOCK_TOKENS = 128
-# A row of more tokens would keep too many probabilities for the backward, one for each pair, and makes them again.
+# A longer row would keep too many probabilities, one for each pair of tokens; its backward computes them again.
 MAX_KEPT_TOKENS = 256
 
 
 class _Block(NamedTuple):
-    """The places of a block's queries and of the keys they attend to, among the tokens of all rows."""
+    """The positions of a block's queries and of the keys they attend to, among the tokens of all rows."""
 
     queries: slice
     keys: slice
@@ -37,7 +37,7 @@ def attend_blockwise(
     num_block_tokens: int = NUM_BLOCK_TOKENS,
     max_kept_tokens: int = MAX_KEPT_TOKENS,
 ) -> Tensor:
-    """Causal attention inside each row of a sequence of rows of these lengths: (1, N, S, H)."""
+    """Attend causally inside each row of a sequence of rows of these lengths: (1, N, S, H)."""
     query_KGSH = query_1NSH[0].unflatten(0, (key_1KSH.shape[1], -1))
     blocks = tuple(_blocks(lengths, num_block_tokens, max_kept_tokens))
     output_KGSH = _BlockwiseAttention.apply(query_KGSH, key_1KSH[0], value_1KSH[0], blocks)
@@ -97,7 +97,7 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 
 def _probabilities(query_KQH: Tensor, key_KEH: Tensor, num_sharing: int) -> Tensor:
-    """What each query, one of the last tokens up to E, attends to, in 16 bits."""
+    """Compute how much each query, one of the last tokens up to E, attends to each key, in 16 bits."""
     scores_KQE = torch.bmm(query_KQH.float().mul_(_scale(query_KQH)), key_KEH.float().transpose(1, 2))
     scores_KGBE = scores_KQE.unflatten(1, (num_sharing, -1))
     num_block_tokens = scores_KGBE.shape[2]
@@ -111,6 +111,6 @@ def _scale(query: Tensor) -> float:
 
 
 def _empty_like(heads_KGSH: Tensor) -> Tensor:
-    """Laid out token after token, as the products before and behind the attention want it."""
+    """Allocate a tensor laid out token after token, as the products before and after the attention need it."""
     num_kv_heads, num_sharing, num_tokens, head_dim = heads_KGSH.shape
     return heads_KGSH.new_empty(num_tokens, num_kv_heads, num_sharing, head_dim).permute(1, 2, 0, 3)

@@ -30,7 +30,7 @@ def lora_llama_from_config(
     adapter_dtype: str = "fp32",
     use_rslora: bool = False,
 ) -> TransformerDecoder:
-    """`lora_llama` with the shape that the checkpoint's own config.json or params.json states.
+    """Build `lora_llama` with the shape that the checkpoint's own config.json or params.json states.
 
     Raises:
         UserError: the directory or its config does not exist, or the model is not a plain Llama.

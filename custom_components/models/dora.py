@@ -38,8 +38,8 @@ class DoRALinear(LoRALinear):
     def initialize_dora_magnitude(self) -> None:
         """Set the magnitude to the lengths of the frozen weight's rows, so that the first output is the base's.
 
-        torchtune's protocol. To be called whenever the frozen weight gets other values, before an optimizer takes
-        the parameters.
+        torchtune's protocol. Call it whenever the frozen weight gets other values, before an optimizer takes the
+        parameters.
         """
         self.base_changed()
         # As `row_norms` takes the root, so that the first ratio of the two is exactly 1.

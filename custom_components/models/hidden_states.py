@@ -19,15 +19,15 @@ def final_hidden_states(
     num_recomputed_layers: int = 0,
     neftune_noise_alpha: float | None = None,
 ) -> Tensor:
-    """What `model` gives its output head: normalized hidden states, (B, S, embed_dim), for (B, S) tokens.
+    """Compute what `model` gives its output head: normalized hidden states, (B, S, embed_dim), for (B, S) tokens.
 
     `model(...)` itself projects every position on the vocabulary and refuses more tokens than the context, which rows
     laid end to end have.
 
     Args:
         mask, positions: see :class:`SelfAttention`.
-        num_recomputed_layers: of so many layers, the first, keep only the input for the backward and compute the rest
-            again there.
+        num_recomputed_layers: the first so many layers keep only their input for the backward, which computes the
+            rest again.
         neftune_noise_alpha: noise on the embeddings while the model trains, see :func:`neftune_noise`.
     """
     hidden = model.tok_embeddings(tokens)
@@ -42,13 +42,13 @@ def final_hidden_states(
 
 
 def neftune_noise(embeddings: Tensor, mask: Tensor | RowLengths | None, alpha: float) -> Tensor:
-    """NEFTune's noise: uniform in [-1, 1] times alpha / sqrt(L * embed_dim), L the length of the token's row.
+    """Draw NEFTune's noise: uniform in [-1, 1] times alpha / sqrt(L * embed_dim), L the length of the token's row.
 
     Jain et al. 2023, arXiv 2310.05914, algorithm 1.
 
     Args:
         embeddings: (B, S, embed_dim).
-        mask: rows laid end to end say their lengths; otherwise every row is S long.
+        mask: the lengths of rows laid end to end; with any other mask every row has length S.
     """
     lengths = mask.lengths if isinstance(mask, RowLengths) else (embeddings.shape[1],)
     scales = [embeddings.new_full((length, 1), alpha / math.sqrt(length * embeddings.shape[2])) for length in lengths]

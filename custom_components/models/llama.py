@@ -1,4 +1,4 @@
-"""The parts of a Llama, put together as torchtune's TransformerDecoder: plain functions, under its parameter names."""
+"""Functions that put a Llama together from its parts, as torchtune's TransformerDecoder with its parameter names."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ HUGGING_FACE_SPELLINGS = {"o_proj": "output_proj"}
 
 @dataclass(frozen=True)
 class LinearPlace:
-    """One linear layer of a Llama: its place and its size.
+    """The place and the size of one linear layer of a Llama.
 
     Attributes:
         name: torchtune's name of the module, layers.0.attn.q_proj for example.
@@ -41,12 +41,12 @@ class LinearPlace:
     tied_to: nn.Embedding | None = None
 
 
-# Makes the layer of a place: a module from (..., in_dim) to (..., out_dim), or for a tied head torchtune's TiedLinear.
+# Makes the layer for a place: a module from (..., in_dim) to (..., out_dim), or for a tied head torchtune's TiedLinear.
 LinearMaker = Callable[[LinearPlace], nn.Module]
 
 
 def llama(shape: LlamaShape, linear: LinearMaker) -> TransformerDecoder:
-    """A Llama-architecture model, in torchtune's parameter names.
+    """Build a Llama-architecture model.
 
     Args:
         shape: the model's sizes.
@@ -122,7 +122,7 @@ def lora_llama(
     adapter_dtype: str = "fp32",
     use_rslora: bool = False,
 ) -> TransformerDecoder:
-    """A Llama-architecture model with frozen weights and LoRA adapters, in torchtune's parameter names.
+    """Build a Llama-architecture model with frozen weights and LoRA adapters.
 
     Args:
         shape: the model's sizes.
@@ -167,7 +167,7 @@ def lora_llama(
     model = llama(shape, linear)
     set_trainable_params(model, get_adapter_params(model))
     if quantize_base:
-        # For torchtune's own recipes, which save the state dict: NF4 tensors leave it in the compute dtype.
+        # For torchtune's own recipes, which save the state dict: it has NF4 weights in the compute dtype.
         model._register_state_dict_hook(
             partial(reparametrize_as_dtype_state_dict_post_hook, dtype=model.tok_embeddings.weight.dtype)
         )

@@ -95,7 +95,7 @@ class LoRALinear(FrozenLinear):
         self.alpha = alpha
         self.dropout = dropout
         self.use_rslora = use_rslora
-        self.disabled = False  # set for a while by torchtune's `disable_adapter`
+        self.disabled = False  # set inside torchtune's `disable_adapter`
         dtype = PRECISION_STR_TO_DTYPE[adapter_dtype]
         self.lora_a = nn.Linear(in_dim, rank, bias=False, dtype=dtype)
         self.lora_b = nn.Linear(rank, out_dim, bias=False, dtype=dtype)
@@ -111,7 +111,7 @@ class LoRALinear(FrozenLinear):
 
     @property
     def peft_flags(self) -> dict[str, bool]:
-        """The entries of PEFT's config, and the builders' arguments, that name the variant; plain LoRA has none."""
+        """Name the variant as PEFT's config and the builders' arguments do; plain LoRA has no flag."""
         return {"use_rslora": True} if self.use_rslora else {}
 
     def initialize_parameters(self) -> None:
@@ -150,7 +150,7 @@ class LoRALinear(FrozenLinear):
 
     def update(self, low_rank: Tensor) -> Tensor:
         """Multiply by B: (..., rank) -> (..., out_dim)."""
-        # B is laid out as (rank, out_dim) by the cast: its gradient is then a product in half the time on the CPU.
+        # The cast lays B out as (rank, out_dim): on the CPU the product for its gradient then takes half the time.
         b_RO = self.lora_b.weight.T.to(low_rank.dtype, memory_format=torch.contiguous_format)
         return low_rank @ b_RO
 

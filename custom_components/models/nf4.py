@@ -1,8 +1,8 @@
-"""The NF4 format: quantizing a weight, dequantizing it, multiplying by it. Nothing else knows the format.
+"""The NF4 format: how a weight is quantized, stored and dequantized.
 
 NF4 is QLoRA's 4-bit NormalFloat with double quantization (Dettmers et al. 2023, arXiv 2305.14314, sections 3 and
-appendix E): blocks of 64 weights share an absmax scaler, the scalers less their mean are stored as int8 in blocks of
-256. The storage is torchao's NF4Tensor, which bitsandbytes' operator reads as well (the same codebook, high nibble
+appendix E): blocks of 64 weights share an absmax scaler; the scalers, less their mean, are stored as int8 in blocks
+of 256. The storage is torchao's NF4Tensor, which bitsandbytes' operator reads as well (the same codebook, high nibble
 first), so that there is one format and several ways to read it.
 """
 
@@ -28,7 +28,7 @@ _CODEBOOK = (
 
 
 def can_quantize(shape: torch.Size | tuple[int, ...]) -> bool:
-    """Whether a weight of this shape divides into NF4 blocks."""
+    """Check whether a weight of this shape divides into NF4 blocks."""
     return len(shape) == 2 and torch.Size(shape).numel() % BLOCK_SIZE == 0
 
 
@@ -37,11 +37,11 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
-    """A weight in NF4, on the weight's device.
+    """Quantize a weight to NF4, on its device.
 
     Args:
         weight: (out_dim, in_dim), any floating dtype, `can_quantize`.
-        dtype: what torchao dequantizes to; default: the weight's.
+        dtype: the dtype that torchao dequantizes to; default: the weight's.
 
     The nearest code is found by bucketizing over the midpoints between codes, and the scalers stay in fp32: both
     are faster and closer to the original than torchao's own `to_nf4`, and the storage is the same.
@@ -54,7 +54,7 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
     scalers = torch.empty(num_blocks, device=weight.device)
     packed_codes = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=weight.device)
     all_blocks = weight.detach().reshape(num_blocks, BLOCK_SIZE)
-    # Some at a time: on the CPU the intermediates stay in its cache, on a card they stay small.
+    # A few blocks at a time: on the CPU the intermediates stay in its cache, on a card they stay small.
     num_at_a_time = _NUM_BLOCKS_AT_A_TIME[weight.device.type]
     for start in range(0, num_blocks, num_at_a_time):
         blocks = all_blocks[start : start + num_at_a_time].float()
@@ -68,12 +68,12 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
 
 
 def _scaler_block_size(num_blocks: int) -> int:
-    """The largest that divides the blocks."""
+    """Return the size of the largest scaler blocks that divide the scalers."""
     return math.gcd(num_blocks, MAX_SCALER_BLOCK_SIZE)
 
 
 def _quantized_scalers(scalers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantization: int8 scalers, a factor per scaler block, the mean."""
+    """Quantize the scalers: to int8 scalers, a factor per scaler block, and their mean."""
     scaler_block_size = _scaler_block_size(scalers.numel())
     mean = scalers.mean()
     centred = (scalers - mean).view(-1, scaler_block_size)
@@ -84,14 +84,14 @@ def _quantized_scalers(scalers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stored_tensors(weight: Tensor) -> list[Tensor]:
-    """The tensors that hold a weight: an ordinary one itself, or the codes and scalers of an NF4 one."""
+    """List the tensors that hold a weight: an ordinary one itself, or the codes and scalers of an NF4 one."""
     if not isinstance(weight, NF4Tensor):
         return [weight]
     return [weight.quantized_data, weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean]
 
 
 def from_stored_tensors(tensors: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> NF4Tensor:
-    """The weight of this shape that :func:`stored_tensors` were taken from; torchao dequantizes it to `dtype`."""
+    """Rebuild a weight of this shape from its :func:`stored_tensors`; torchao dequantizes it to `dtype`."""
     packed_codes, quantized_scalers, quantization_factor, scaler_mean = tensors
     device = packed_codes.device
     return NF4Tensor(
@@ -108,7 +108,7 @@ def from_stored_tensors(tensors: Sequence[Tensor], shape: torch.Size, dtype: tor
 
 
 def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None) -> NF4Tensor:
-    """A weight of this shape without values, as `torch.empty`."""
+    """Allocate a weight of this shape without values, as `torch.empty` does."""
     num_blocks = shape.numel() // BLOCK_SIZE
     tensors = [
         torch.empty(shape.numel() // 2, dtype=torch.uint8, device=device),
@@ -120,13 +120,13 @@ def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device | None = N
 
 
 def block_scalers(weight: NF4Tensor) -> Tensor:
-    """The dequantized fp32 scaler of every block of 64, (num_blocks,)."""
+    """Dequantize the scaler of every block of 64: (num_blocks,) in fp32."""
     scaler_blocks = weight.quantized_scalers.view(-1, weight.scaler_block_size)
     return (scaler_blocks / weight.quantization_factor.float().unsqueeze(1)).flatten() + weight.scaler_mean.float()
 
 
 def dequantize(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as an ordinary tensor of `dtype`, through bitsandbytes where it is, else through a table."""
+    """Dequantize a weight to an ordinary tensor of `dtype`, with bitsandbytes where it works, else with a table."""
     if bitsandbytes_dequantizes(weight.device.type):
         return dequantize_with_bitsandbytes(weight.quantized_data, block_scalers(weight), weight.shape, dtype)
     return dequantize_with_table(weight, dtype)
@@ -135,21 +135,21 @@ def dequantize(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
 def dequantize_with_bitsandbytes(
     packed_codes: Tensor, scalers: Tensor, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    # note: told of rows, the CPU's kernel takes each to begin a block, and of 96 columns makes nonsense.
+    # note: given the real shape, the CPU's kernel assumes that each row begins a block, and is wrong for 96 columns.
     one_row = [1, 2 * packed_codes.numel()]
     codes = packed_codes.view(-1, 1)
     return torch.ops.bitsandbytes.dequantize_4bit(codes, scalers, BLOCK_SIZE, "nf4", one_row, dtype).view(shape)
 
 
 def dequantize_with_table(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight through a table of the 256 pairs of codes that a byte can hold. Runs on any device."""
+    """Dequantize a weight with a table of the 256 pairs of codes that a byte can hold, on any device."""
     pairs = _pair_table(weight.device)[weight.quantized_data.int()]
     blocks = pairs.view(-1, weight.block_size) * block_scalers(weight).unsqueeze(1)
     return blocks.to(dtype).view(weight.shape)
 
 
 def codebook(device: torch.device) -> Tensor:
-    """The fp32 value of each of the 16 codes."""
+    """Return the fp32 value of each of the 16 codes."""
     return torch.tensor(_CODEBOOK, device=device)
 
 
@@ -161,7 +161,7 @@ def _pair_table(device: torch.device) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def bitsandbytes_dequantizes(device_type: str) -> bool:
-    """Whether bitsandbytes' operator is there and works on this kind of device."""
+    """Check whether bitsandbytes' operator exists and works on this kind of device."""
     return _bitsandbytes_works(device_type)
 
 

@@ -20,9 +20,9 @@ from custom_components.models.nf4 import (
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """`input @ weight.T` that keeps the 4-bit weight for the backward, never a dequantized copy.
+    """Computes `input @ weight.T` and keeps the 4-bit weight for the backward, never a dequantized copy.
 
-    The weight is kept beside autograd: it is no reason to make the product again where a layer is recomputed.
+    The weight is kept outside autograd, so that a recomputed layer does not repeat its last product.
     """
 
     @staticmethod
@@ -35,7 +35,7 @@ class _FrozenProduct(torch.autograd.Function):
         return _product(grad_output, ctx.weight, transposed=True), None
 
 
-# On the CPU, weights of a band, which are dequantized and multiplied while the processor's caches hold them.
+# Weights of a band. The CPU dequantizes and multiplies one band at a time, so that it stays in cache.
 _NUM_WEIGHTS_OF_BAND = 2**22
 
 
@@ -67,7 +67,7 @@ DENSE_WEIGHT_MEMORY = DenseWeightMemory()
 
 
 def _product(input: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
-    """`input @ weight.T`, or transposed `input @ weight`; never a view."""
+    """Compute `input @ weight.T`, or with `transposed` `input @ weight`; never a view."""
     if isinstance(weight, NF4Tensor) and torch.compiler.is_compiling():
         return _opaque_product(input, stored_tensors(weight), list(weight.shape), transposed)
     if not isinstance(weight, NF4Tensor) or not _is_read_in_bands(weight):
@@ -87,7 +87,7 @@ def _is_read_in_bands(weight: NF4Tensor) -> bool:
 
 
 def _dequantized_bands(weight: NF4Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of each band and their dequantized weights, one band after the other."""
+    """Yield the rows of each band and their dequantized weights."""
     num_rows, num_columns = weight.shape
     num_rows_of_band = max(_NUM_WEIGHTS_OF_BAND // num_columns // BLOCK_SIZE, 1) * BLOCK_SIZE  # whole blocks
     scalers = block_scalers(weight)
@@ -107,8 +107,8 @@ def _dense_of_bands(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
     return dense
 
 
-# note: seen as two operations, forward and backward dequantize the same weight, and the compiler keeps it from one to
-# the other: 16 bits a weight for all layers.
+# note: hidden from the compiler, which would keep the dequantized weight from the forward to the backward: 16 bits a
+# weight for all layers.
 @torch.library.custom_op("llama_lora_recipes::nf4_product", mutates_args=())
 def _opaque_product(input: Tensor, stored: Sequence[Tensor], shape: Sequence[int], transposed: bool) -> Tensor:
     weight = from_stored_tensors(stored, torch.Size(shape), input.dtype)
@@ -121,7 +121,7 @@ def _(input: Tensor, stored: Sequence[Tensor], shape: Sequence[int], transposed:
 
 
 def frozen_product(input: Tensor, weight: Tensor) -> Tensor:
-    """`input @ weight.T` for an ordinary or an NF4 weight; a new tensor that no one else holds.
+    """Compute `input @ weight.T` for an ordinary or an NF4 weight, as a new tensor that may be changed in place.
 
     Args:
         input: (..., in_dim).

@@ -1,4 +1,4 @@
-"""Root-mean-square normalization that keeps its input for the backward in the input's own dtype.
+"""Root-mean-square normalization that keeps its input for the backward in the input's dtype.
 
 Zhang & Sennrich 2019, arXiv 1910.07467, equation 4: y = x / rms(x) * scale, rms(x) = sqrt(mean(x^2) + eps).
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class RMSNorm(torchtune.modules.RMSNorm):
-    """torchtune's RMSNorm, in fp32 as that one is, without its fp32 copy of every input waiting for the backward."""
+    """torchtune's RMSNorm, computed in fp32 too, but without an fp32 copy of every input kept for the backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim), in the input's dtype."""
@@ -34,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_scale = None
         if ctx.needs_input_grad[1]:
             grad_scale = (grad_output * (x * inverse_rms)).flatten(0, -2).sum(0)
-        # In place, because on the CPU it is the passes over fp32 copies that take the time.
+        # In place, because on the CPU most of the time goes into passes over fp32 copies.
         wide_x, grad = x.to(_at_least_fp32(x)), grad_output.to(_at_least_fp32(x)) * scale
         mean_product = torch.linalg.vecdot(grad, wide_x).unsqueeze(-1) / x.shape[-1]
         grad_x = grad.mul_(inverse_rms).addcmul_(wide_x, mean_product * inverse_rms.pow(3), value=-1)

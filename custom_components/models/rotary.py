@@ -11,11 +11,11 @@ from torchtune.modules import RotaryPositionalEmbeddings
 
 
 class RotaryPositions(RotaryPositionalEmbeddings):
-    """torchtune's rotary embedding, to the bit, in a quarter of its time on the CPU: each pair is a complex number."""
+    """torchtune's rotary embedding, bit for bit, in a quarter of its time on the CPU: each pair is a complex number."""
 
     @property
     def rotations_SP(self) -> Tensor:
-        """What turns each pair at each position, complex, (max_seq_len, P)."""
+        """The rotation of each pair at each position, a complex number: (max_seq_len, P)."""
         return torch.view_as_complex(self.cache.float())  # a model may be cast to 16 bits, buffers included
 
     def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
@@ -27,7 +27,7 @@ class RotaryPositions(RotaryPositionalEmbeddings):
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient is turned back by the same angles."""
+    """Rotates pairs; the gradient is rotated back by the same angles."""
 
     @staticmethod
     def forward(ctx: Any, heads_BSNH: Tensor, rotations_BS1P: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(heads_BSNH: Tensor, rotations_BS1P: Tensor) -> Tensor:
-    """Neighbouring pairs turned by complex numbers of length 1, in the input's dtype."""
+    """Rotate neighbouring pairs by complex numbers of length 1, in the input's dtype."""
     rotated_BSNH = heads_BSNH.to(torch.float32, copy=True)
     torch.view_as_complex(rotated_BSNH.unflatten(-1, (-1, 2))).mul_(rotations_BS1P)
     return rotated_BSNH.to(heads_BSNH.dtype)

@@ -10,7 +10,7 @@ from custom_components.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Everything that tells one Llama-architecture model from another.
+    """The sizes and constants in which Llama-architecture models differ.
 
     Attributes:
         vocab_size: rows of the embedding.
@@ -55,7 +55,7 @@ def shape_and_config(checkpoint_dir: Path) -> tuple[LlamaShape, dict[str, Any]]:
     """Read the shape that a checkpoint states, and all of its config.json; Meta's params.json gives the shape only.
 
     Raises:
-        UserError: no such directory, no config in it, or a model that is no plain Llama, by the name of what differs.
+        UserError: there is no such directory or no config in it, or it is not a plain Llama; it names what differs.
     """
     if not checkpoint_dir.is_dir():
         raise UserError(
@@ -125,13 +125,13 @@ def _shape_from_hugging_face(config: dict[str, Any], path: Path) -> LlamaShape:
 
 
 def _shape_from_meta(params: dict[str, Any], path: Path) -> LlamaShape:
-    """Meta's params.json; the feed-forward's width follows meta-llama/llama @689c7f2, model.py, class FeedForward."""
+    """Read Meta's params.json; for the feed-forward's width see meta-llama/llama @689c7f2, model.py, FeedForward."""
     try:
         embed_dim, num_heads = params["dim"], params["n_heads"]
         multiple_of = params.get("multiple_of", 256)
         intermediate_dim = int(params.get("ffn_dim_multiplier", 1.0) * int(2 * (4 * embed_dim) / 3))
         return LlamaShape(
-            # Llama 2's params.json says -1: the tokenizer knows, and it has 32,000 pieces.
+            # Llama 2's params.json has -1, because its tokenizer states the size: 32,000 pieces.
             vocab_size=params["vocab_size"] if params.get("vocab_size", -1) > 0 else LLAMA2_7B.vocab_size,
             num_layers=params["n_layers"],
             num_heads=num_heads,

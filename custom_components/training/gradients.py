@@ -21,13 +21,13 @@ from custom_components.training.loss import LinearCrossEntropy
 
 NOWHERE_ELSE: AbstractContextManager = nullcontext()
 
-# The summed loss of a batch, a scalar: what the training recipes differ in. The mean is taken over `Batch.num_units`.
+# Sums the loss of a batch to a scalar; training recipes differ in it. The mean is taken over `Batch.num_units`.
 LossOf = Callable[[Batch], Tensor]
 
 
 @dataclass(frozen=True)
 class ForwardOptions:
-    """How the forward of a training step is computed.
+    """Options of a training step's forward.
 
     Attributes:
         num_recomputed_layers, neftune_noise_alpha: see :func:`final_hidden_states`.
@@ -41,7 +41,7 @@ class ForwardOptions:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a recipe trains by and validates by."""
+    """The loss that a recipe trains with, and the one that it validates with."""
 
     training: LossOf
     validation: LossOf

@@ -14,10 +14,10 @@ from custom_components.runtime.errors import UserError
 
 
 def adapter_parameter_groups(model: nn.Module, lr: float, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
-    """A model's trained parameters as an optimizer's parameter groups, each with its rate.
+    """Sort a model's trained parameters into an optimizer's groups, each with its rate.
 
     Args:
-        lr: the rate of A, and of all but B.
+        lr: the rate of all parameters but B, or of all.
         lora_plus_ratio: LoRA+'s lambda: B's rate is `lr` times this, in a second group. None: one group of all.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -36,7 +36,7 @@ def set_rates(optimizer: Optimizer, peak_rates: Sequence[float], rate_factor: fl
 
 
 def clip_gradients(optimizer: Optimizer, scaler: GradScaler, clip_grad_norm: float | None) -> Tensor:
-    """Undo the scaler's scale and shorten the gradient of all parameters to `clip_grad_norm`; returns its norm."""
+    """Undo the scaler's scale and clip the gradient of all parameters to `clip_grad_norm`; return its norm before."""
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_grad_norm is None else clip_grad_norm)
@@ -45,12 +45,12 @@ def clip_gradients(optimizer: Optimizer, scaler: GradScaler, clip_grad_norm: flo
 def update_adapters(
     optimizer: Optimizer, scaler: GradScaler, loss: float, grad_norm: float, step: int, forwards: list[list[int]]
 ) -> bool:
-    """Take the optimizer's step; returns whether the scaler left it out because fp16 gradients overflowed.
+    """Take the optimizer's step; return whether the scaler skipped it because fp16 gradients overflowed.
 
     Raises:
-        UserError: loss or gradient are not finite, and no scaler can help.
+        UserError: loss or gradient is not finite, and a smaller scale cannot help.
     """
-    # Gradients may overflow where the loss does not, and a scale below 1 is too small for overflow to be the reason.
+    # Gradients may overflow where the loss does not; at a scale below 1, overflow is not the reason.
     may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1 and math.isfinite(loss)
     is_skipped = may_overflow and not math.isfinite(grad_norm)
     if not is_skipped:
@@ -62,7 +62,7 @@ def update_adapters(
 
 
 def stop_if_not_finite(loss: float, grad_norm: float, step: int, forwards: list[list[int]]) -> None:
-    """Refuse to go on from a step whose loss or gradient is NaN or infinite.
+    """Refuse to continue from a step whose loss or gradient is NaN or infinite.
 
     Raises:
         UserError: with the step and its rows.

@@ -71,7 +71,7 @@ def batch_plan(settings: TrainingSettings, max_seq_len: int | None) -> BatchPlan
 def plan_of(
     settings: TrainingSettings, lengths: Sequence[int], max_seq_len: int | None, *, has_validation: bool
 ) -> Plan:
-    """The plan of a training config, a pure function of it and of the rows' lengths.
+    """Plan the steps of a training config, a pure function of it and of the rows' lengths.
 
     This is where the settings become a plan: nothing else in this room takes them as a whole.
 

@@ -8,28 +8,28 @@ import math
 
 
 def constant(step: int, num_steps: int, num_warmup_steps: int = 0) -> float:
-    """The full rate after warm-up."""
+    """Keep the full rate after warm-up."""
     return min(1.0, step / num_warmup_steps) if num_warmup_steps else 1.0
 
 
 def linear(step: int, num_steps: int, num_warmup_steps: int = 0, final_ratio: float = 0.0) -> float:
-    """A straight line down to `final_ratio` of the peak, reached one step after the last."""
+    """Fall in a straight line to `final_ratio` of the peak, reached one step after the last."""
     return _decayed(1.0 - _progress(step, num_steps, num_warmup_steps), step, num_warmup_steps, final_ratio)
 
 
 def cosine(step: int, num_steps: int, num_warmup_steps: int = 0, final_ratio: float = 0.0) -> float:
-    """Half a cosine down to `final_ratio` of the peak (Loshchilov and Hutter 2017, arXiv 1608.03983, section 3)."""
+    """Fall along half a cosine to `final_ratio` of the peak (Loshchilov & Hutter 2017, arXiv 1608.03983, section 3)."""
     remaining = 0.5 * (1.0 + math.cos(math.pi * _progress(step, num_steps, num_warmup_steps)))
     return _decayed(remaining, step, num_warmup_steps, final_ratio)
 
 
 def num_warmup_steps(warmup_steps: int | None, warmup_ratio: float, num_steps: int) -> int:
-    """Optimizer steps of warm-up: `warmup_steps` where given, else that share of all steps, rounded up."""
+    """Count the optimizer steps of warm-up: `warmup_steps` where given, else that share of all steps, rounded up."""
     return warmup_steps if warmup_steps is not None else math.ceil(warmup_ratio * num_steps)
 
 
 def _progress(step: int, num_steps: int, num_warmup_steps: int) -> float:
-    """0 at the first step after warm-up, 1 one step after the last."""
+    """Return 0 at the first step after warm-up and 1 one step after the last."""
     return (step - num_warmup_steps - 1) / max(1, num_steps - num_warmup_steps)
 
 

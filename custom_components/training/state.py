@@ -1,4 +1,4 @@
-"""The state of a run: all that changes while it trains."""
+"""State of a run: everything that changes while it trains."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from torchtune.modules import TransformerDecoder
 
 @dataclass
 class Progress:
-    """How far a run is, and how well it stands.
+    """How far a run is, and its best validation so far.
 
     Attributes:
-        num_skipped_steps: optimizer steps that the gradient scaler left out, because fp16 gradients overflowed.
+        num_skipped_steps: optimizer steps that the gradient scaler skipped because fp16 gradients overflowed.
         best_step: the step of the lowest validation loss so far; None before the first validation.
         num_validations_since_best: for early stopping.
     """
@@ -34,11 +34,11 @@ class Progress:
         self.seconds += seconds
 
     def stops_early(self, patience: int | None) -> bool:
-        """Whether so many validations in a row were no better than the best; None: never."""
+        """Check whether `patience` validations in a row were no better than the best; None: never."""
         return patience is not None and self.num_validations_since_best >= patience
 
     def add_validation(self, val_loss: float) -> bool:
-        """Count a validation after the last step; returns whether it is the best so far."""
+        """Count a validation after the last step; return whether it is the best so far."""
         if val_loss >= self.best_val_loss:
             self.num_validations_since_best += 1
             return False
@@ -48,10 +48,10 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """All that changes while training, beside the adapter in the model.
+    """Everything that changes while training, except the adapter in the model.
 
     Attributes:
-        data_digest: of the rows trained on; another data set cannot go on from here.
+        data_digest: of the rows trained on; a run resumes with the same rows only.
         best_adapter: the adapter's parameters at the best validation, by name; empty before the first.
     """
 

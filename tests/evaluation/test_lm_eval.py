@@ -118,7 +118,7 @@ def test_answers_are_greedy_and_end_at_their_stop_texts(lm, theirs, tiny_tokeniz
     monkeypatch.setattr(IncrementalLlama, "forward", lambda *a: num_forwards.append(1) or forward(*a))
     lm.generate_until(requests("generate_until", (prompts[0], {"until": [answers[0][:1]], "max_gen_toks": 8})), True)
     assert len(num_forwards) < 8, "decoded on behind the stop text"
-    with pytest.raises(UserError, match="asks for answers drawn at random"):
+    with pytest.raises(UserError, match="samples its answers"):
         lm.generate_until(requests("generate_until", ("Who?", {"until": [], "do_sample": True, "temperature": 1})))
 
 
@@ -207,5 +207,5 @@ def test_the_recipe_prints_tasks_beside_the_rows(checkpoint, choice_task, tmp_pa
 @pytest.mark.slow
 def test_an_unknown_task_is_named():
     """Slow: lm-eval's index of its own tasks takes ten seconds to build."""
-    with pytest.raises(UserError, match="tasks: 'no_such_task' is no task of lm-eval and no YAML file"):
+    with pytest.raises(UserError, match="tasks: 'no_such_task' is not a task of lm-eval or a YAML file"):
         LoadedTasks(["no_such_task"])
