@@ -12,7 +12,6 @@ from torchtune.modules import TransformerDecoder
 from custom_components.config.components import instantiate
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
-from custom_components.datasets.summary import account
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.datasets.training_data import Data
 from custom_components.generation.sample_answers import answer_sample_prompts, show_answers
@@ -65,7 +64,7 @@ def recipe_main() -> None:
     with torch.device("meta"):
         model = instantiate(settings.model)
     data = open_data(settings, fit_tokenizer(instantiate(settings.tokenizer), model))
-    print(account(data.train.summaries))
+    print(data.account)
     lengths, max_seq_len = data.train.lengths, data.tokenizer.max_seq_len
     resumed = open_run_to_resume(settings.resume_from_checkpoint, settings.output_dir)
     asked = settings if resumed is None else resumed.checked_settings(settings)

@@ -75,7 +75,10 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
             default = field.get_default()
             raw.values.setdefault(name, str(default) if isinstance(default, Path) else default)
     values, unresolved = interpolate(raw)
-    return checked_settings(settings_type, values, unresolved, raw.values, raw.origin)
+    settings = checked_settings(settings_type, values, unresolved, raw.values, raw.origin)
+    for note in settings.notes():
+        print(f"note: {note}")
+    return settings
 
 
 def read_yaml(path: Path) -> RawConfig:

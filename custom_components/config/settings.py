@@ -50,7 +50,7 @@ TOKENIZER = ComponentNode(
 DATASET = ComponentNode(
     "custom_components.datasets.chat_dataset",
     supplied=("tokenizer",),
-    methods={"__len__": 0, "__getitem__": 1},
+    methods={"__len__": 0, "__getitem__": 1, "rows": 1, "content_digest": 1, "prompt_digest": 1},
     attributes=("lengths", "digest", "summaries"),
 )
 
@@ -62,4 +62,8 @@ class Settings(BaseModel):
 
     def combination_problems(self) -> Iterator[tuple[str, str]]:
         """Keys whose values are right apart and wrong together, each with a message."""
+        return iter(())
+
+    def notes(self) -> Iterator[str]:
+        """Settings that another one overrides, and what else is right but may not be meant."""
         return iter(())

@@ -135,6 +135,17 @@ class TrainingSettings(Settings):
             "seed": self.seed,
         }
 
+    def notes(self) -> Iterator[str]:
+        of_tokenizer, of_dataset = self.tokenizer.get("system_prompt"), self.dataset.get("system_prompt")
+        if None not in (of_tokenizer, of_dataset) and of_tokenizer != of_dataset:
+            yield (
+                "dataset.system_prompt is used for rows without one of their own, tokenizer.system_prompt "
+                f"{of_tokenizer!r} is not"
+            )
+        trained, validated = of_dataset or of_tokenizer, (self.dataset_val or {}).get("system_prompt")
+        if validated is not None and validated != trained:
+            yield f"dataset_val.system_prompt {validated!r} is not the one that is trained with, {trained!r}"
+
     def combination_problems(self) -> Iterator[tuple[str, str]]:
         if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):
             yield (

@@ -78,6 +78,12 @@ class ChatDataset(Dataset):
             contents.update(self.content_digest(index))
         return contents.hexdigest()
 
+    def prompt_digest(self, index: int) -> bytes | None:
+        """Hash what comes before a row's first supervised token; None if that is nothing but BOS."""
+        row = slice(*self._ends[self._rows[index] : self._rows[index] + 2])
+        num_tokens = int(self._is_supervised[row].argmax())
+        return hashlib.sha256(self._tokens[row][:num_tokens].tobytes()).digest() if num_tokens > 1 else None
+
     def content_digest(self, index: int) -> bytes:
         """Hash a row's tokens and which of them are supervised; equal rows have equal hashes."""
         row = slice(*self._ends[self._rows[index] : self._rows[index] + 2])

@@ -1,9 +1,10 @@
 """The rows of a training run, and the batches that they become."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from custom_components.datasets.batching import Batch, BatchPlan, collate
+from custom_components.datasets.summary import account
 from custom_components.datasets.tokenized_rows import ChatDataset
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 
@@ -21,6 +22,14 @@ class Data:
     validation: ChatDataset | None
     tokenizer: Llama2ChatTransform
 
+    @property
+    def account(self) -> str:
+        """What became of the rows of each source, and whether those to validate on are new to the run."""
+        lines = [account(self.train.summaries)]
+        if self.validation is not None:
+            lines += _validation_lines(self.train, self.validation)
+        return "\n".join(lines)
+
     def batches(self, forwards: Sequence[Sequence[int]]) -> list[Batch]:
         """Make the batch of each forward from the rows to train on."""
         return [collate([self.train[row] for row in rows]) for rows in forwards]
@@ -31,3 +40,19 @@ class Data:
             return []
         [*steps] = BatchPlan(batch_size, 1, shuffle=False, seed=0).steps(self.validation.lengths, epoch=0)
         return [collate([self.validation[row] for row in rows]) for [rows] in steps]
+
+
+def _validation_lines(train: ChatDataset, validation: ChatDataset) -> Iterator[str]:
+    num_rows = len(validation)
+    if validation.arrays["tokens"] is train.arrays["tokens"]:
+        yield f"{num_rows} rows are kept for validation"
+    else:
+        yield f"validation: {account(validation.summaries)}"
+    trained_rows = {train.content_digest(index) for index in range(len(train))}
+    trained_prompts = {train.prompt_digest(index) for index in range(len(train))} - {None}
+    new_rows = [index for index in range(num_rows) if validation.content_digest(index) not in trained_rows]
+    num_asked = sum(validation.prompt_digest(index) in trained_prompts for index in new_rows)
+    if num_known := num_rows - len(new_rows):
+        yield f"{num_known} of the {num_rows} validation rows are also trained on: their loss is not that of new rows"
+    if num_asked:
+        yield f"{num_asked} of the {num_rows} validation rows have a prompt that is trained on with another answer"

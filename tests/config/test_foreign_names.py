@@ -281,6 +281,9 @@ def test_a_component_of_the_users_own_is_held_against_its_signature(tmp_path, mo
         "        self.lengths, self.digest, self.summaries = [], '', []\n"
         "    def __len__(self): return 0\n"
         "    def __getitem__(self, index): return {}\n"
+        "    def rows(self, indices): return self\n"
+        "    def content_digest(self, index): return b''\n"
+        "    def prompt_digest(self, index): return b''\n"
         "class Loss:\n"
         "    def __call__(self, hidden_PD, output_head, labels_P): return 0\n"
         "class TwoLoss(torch.nn.Module):\n"
@@ -329,3 +332,14 @@ def test_a_node_given_as_text_is_told_what_a_node_is():
 
 def test_a_key_in_a_node_of_no_name_is_placed_at_the_override_that_made_it():
     assert problems("profiler.enabled=false")[0].endswith("(override 'profiler.enabled=false')")
+
+
+def test_the_place_of_a_problem_in_a_list_is_its_line(tmp_path):
+    text = (PROJECT / CONFIGS[TrainingSettings]).read_text()
+    begin = text.index("  source: examples/")
+    entries = "  source:\n    - source: a.jsonl\n    - source: b.jsonl\n      wieght: 2\n"
+    (tmp_path / "config.yaml").write_text(text[:begin] + entries + text[text.index("  split: train") :])
+    line = text[:begin].count("\n") + 4
+    [message] = problems(config=tmp_path / "config.yaml")
+    assert message.startswith("dataset.source[1].wieght: unknown key; did you mean 'dataset.source[1].weight'?")
+    assert message.endswith(f"({tmp_path / 'config.yaml'}:{line})")
