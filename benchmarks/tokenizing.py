@@ -29,7 +29,7 @@ def main() -> None:
 
     rows = [row.values for row in read_rows(arguments.source)]
     convert = recognised_format(rows[0].keys(), rows[0]).convert
-    dialogs = [convert(row) for row in rows]
+    dialogs = [dialog for row in rows if (dialog := convert(row))]
     repeated = [
         [*dialog[:-1], type(dialog[-1])("assistant", f"{dialog[-1].content} {number}")]
         for number, dialog in zip(

@@ -23,6 +23,7 @@ _PAIRS = [
     *[("input", "response"), ("query", "response"), ("query", "answer"), ("user", "assistant"), ("source", "target")],
     *[("prompt", "completion"), ("input", "target"), ("q", "a"), ("human", "assistant"), ("problem", "solution")],
 ]
+_METADATA = {"id", "_id", "uuid", "title", "url", "source", "language", "category", "date", "timestamp"}
 _MESSAGES = ("conversation", "dialogue", "dialog", "chat", "turns", "history")
 
 
@@ -95,10 +96,11 @@ def suggested_column_map(values: Mapping[str, Any]) -> str:
         if question in lower and answer in lower:
             further = next((lower[name] for name in ("context", "passage") if name in lower), None)
             return f"'dataset.column_map={_column_map(lower[question], lower[answer], further)}'"
-    texts = [str(column) for column, value in values.items() if isinstance(value, str)]
-    if len(texts) == 1:
+    texts = [column for column, value in values.items() if isinstance(value, str) and column.lower() not in _METADATA]
+    if len(texts) == 1 and texts[0].lower() not in {question for question, _ in _PAIRS}:
         return f"'dataset.column_map={{text: {_yaml(texts[0])}}}'"
-    question, answer = texts[:2] or ("...", "...")
+    questions = [column for column in texts if column.lower() in {question for question, _ in _PAIRS}]
+    question, answer, *_ = [*dict.fromkeys([*questions[:1], *texts]), "...", "..."]
     return f"'dataset.column_map={_column_map(question, answer)}'"
 
 

@@ -150,6 +150,7 @@ def test_weights_of_answers_are_kept():
         ({"frage": "a", "antwort": "b"}, "{prompt: frage, completion: antwort}"),
         ({"dialog": [QA]}, "{messages: dialog}"),
         ({"content": "Once."}, "{text: content}"),
+        ({"id": "7", "title": "t", "reply": "b", "question": "a"}, "{prompt: question, completion: reply}"),
         ({"my: question": "a", "2": "b"}, '{prompt: "my: question", completion: "2"}'),
     ],
 )
