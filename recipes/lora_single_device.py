@@ -24,7 +24,7 @@ from custom_components.runs.metrics import keep_metrics_until, plot_losses
 from custom_components.runs.report import closing_summary, describe_model
 from custom_components.runs.resuming import ResumedRun, open_run_to_resume
 from custom_components.runs.run import Run
-from custom_components.runs.run_directory import RunDirectory, run_directory
+from custom_components.runs.run_directory import RunDirectory, begin_in, run_directory
 from custom_components.runs.training_log import StepResult, TrainingLog
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import run_recipe
@@ -93,8 +93,9 @@ def recipe_main() -> None:
         state = new_state(run, model, data)
         if resumed is not None:
             resumed.restore(model, state)
+        begin_in(directory, run.beside.config, overwrites=settings.overwrite_output_dir and not resumes_here)
+        if resumed is not None:
             go_on_in(directory, resumed, state.progress.num_steps)
-        directory.config.write_text(run.beside.config, encoding="utf-8")
         loss_function = instantiate(settings.loss)
         losses = Losses(
             training=supervised_loss(model, loss_function, forward_options(settings, fit)),

@@ -56,9 +56,8 @@ def recipe_main() -> None:
     settings = load_settings(MergeSettings, sys.argv[1:])
     memory = PeakMemory(torch.device("cpu"))
     adapter_dirs = [adapter.dir for adapter in settings.weighted_adapters]
-    inputs = [settings.checkpoint_dir, *adapter_dirs]
     restore_replaced(settings.output_dir)
-    check_output_dir(settings.output_dir, inputs, overwrite=settings.overwrite_output_dir)
+    check_output_dir(settings.output_dir, overwrite=settings.overwrite_output_dir)
 
     checkpoint = open_checkpoint(settings.checkpoint_dir)
     base = BaseWeights(checkpoint, dequantized=settings.base == "dequantized")

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from custom_components.config.component_checks import component_nodes, component_problems, known_annotations
 from custom_components.config.key_hints import key_hint
+from custom_components.config.path_checks import output_problems, path_text_problems
 from custom_components.config.settings import Settings
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.validation import value_problems
@@ -60,8 +61,11 @@ def checked_settings(
                     # The value of a key that only passes a top-level one on is the top-level key's problem.
                     passed_on = _referenced_key(raw_values, problem.key) if problem.is_of_value else None
                     problems.setdefault(passed_on or problem.key, problem.message)
+            for key, message in path_text_problems(name, values[name]):
+                if key not in unresolved:
+                    problems.setdefault(_referenced_key(raw_values, key) or key, message)
     if settings is not None and not problems:
-        problems = dict(settings.combination_problems())
+        problems = dict(output_problems(settings)) | dict(settings.combination_problems())
     if problems:
         raise UserError(*(f"{key}: {message} ({origin(key)})" for key, message in problems.items()))
     assert settings is not None

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from custom_components.config.checks import union_members
 from custom_components.config.component_checks import known_annotations
 from custom_components.config.key_hints import nearest_key
+from custom_components.config.path_checks import is_path_name
 from custom_components.config.settings import Settings
 from custom_components.runtime.errors import UserError
 
@@ -66,8 +67,13 @@ def apply_override(
     raw.origins[key] = f"override {override!r}"
     if deletes:
         del parent[name]
+        return
+    annotation = known_annotations(settings_type, raw.values).get(key)
+    if not text.strip() and (Path in union_members(annotation) or is_path_name(name)):
+        # Not null, or `adapter_dir=$ADAPTER` would be no adapter where the variable is not set.
+        parent[name] = Verbatim(text)
     else:
-        parent[name] = _parsed(text, known_annotations(settings_type, raw.values).get(key), override, yaml_loader)
+        parent[name] = _parsed(text, annotation, override, yaml_loader)
 
 
 def _parsed(text: str, annotation: Any, override: str, yaml_loader: type[yaml.SafeLoader]) -> Any:

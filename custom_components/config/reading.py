@@ -140,4 +140,6 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[Path, list[str]]:
             overrides.append(argument)
     if config_path is None:
         raise UserError("--config is missing: name a file, as in --config configs/tiny_qlora.yaml")
+    if not config_path.strip():
+        raise UserError(f"--config: {config_path!r} is empty: a shell variable may be unset")
     return Path(config_path), overrides

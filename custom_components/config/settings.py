@@ -3,14 +3,41 @@
 configs/*.yaml name every key and say its effect; tests hold the two together.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-PathText = Annotated[Path, AfterValidator(Path.expanduser)]
+
+def path_text(value: Any) -> Any:
+    """Refuse a text that cannot be meant as a path.
+
+    Raises:
+        ValueError: it is empty, and would be taken as the working directory; or no file can have the name.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("a path; this is empty: a shell variable may be unset")
+        try:
+            os.lstat(value)  # noqa: PTH116
+        except OSError:
+            pass
+        except ValueError as error:
+            raise ValueError(f"a path ({error})") from None
+    return value
+
+
+def _in_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"a path ({error})") from None
+
+
+PathText = Annotated[Path, BeforeValidator(path_text), AfterValidator(_in_home)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
 # Hugging Face's names of the attention projections are taken as well as torchtune's.

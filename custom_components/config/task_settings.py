@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
-from custom_components.config.settings import DATASET, Device, DtypeName, PathText, Settings
+from custom_components.config.settings import DATASET, Device, DtypeName, PathText, Settings, path_text
 
 
 class GenerationSettings(Settings):
@@ -86,7 +86,7 @@ class EvaluationSettings(Settings):
     generate_answers: NonNegativeInt = 0
     max_new_tokens: PositiveInt = 200
 
-    tasks: list[str] = []
+    tasks: list[Annotated[str, AfterValidator(path_text)]] = []
     num_fewshot: NonNegativeInt | None = None
     max_task_rows: PositiveInt | None = None
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
 from custom_components.config.settings import (
     DATASET,
@@ -15,6 +15,7 @@ from custom_components.config.settings import (
     DtypeName,
     PathText,
     Settings,
+    path_text,
 )
 from custom_components.runtime.errors import UserError
 
@@ -51,7 +52,7 @@ class TrainingSettings(Settings):
     checkpoint_dir: PathText
     output_dir: PathText
     overwrite_output_dir: bool = False
-    resume_from_checkpoint: bool | str = False
+    resume_from_checkpoint: bool | Annotated[str, AfterValidator(path_text)] = False
     init_adapter_from: PathText | None = None
 
     lora_rank: PositiveInt

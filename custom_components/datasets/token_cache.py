@@ -63,5 +63,6 @@ class TokenCache:
                 for name, values in arrays.items():
                     np.save(directory / f"{name}.npy", values)
                 (directory / "summary.json").write_text(json.dumps(counts), encoding="utf-8")
-        except OSError as error:
-            print(f"cache_dir: the tokens are not kept, {str(self._directory)!r} cannot be written ({error.strerror})")
+        except (OSError, UserError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            print(f"cache_dir: the tokens are not kept, {str(self._directory)!r} cannot be written ({reason})")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,21 +48,25 @@ def _written(value: float | int) -> str:
     return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
+# By these an earlier results file is known, which may be replaced.
+_RESULTS_KEYS = {"checkpoint_dir", "adapter_dir", "results", "answers"}
+
+
 @contextlib.contextmanager
 def results_file(path: Path | None) -> Iterator[dict[str, Any]]:
     """Yield a dict that is written to `path` as JSON when the block succeeds; None: it is not written.
 
     Raises:
-        UserError: nothing can be written there; this is checked before the block begins.
+        UserError: nothing can be written there, or something else than an earlier evaluation's results is there; this
+            is checked before the block begins.
     """
     results: dict[str, Any] = {}
     if path is None:
         yield results
         return
+    _check_no_other_file(path)
     with contextlib.ExitStack() as stack:
         try:
-            if path.is_dir():
-                raise IsADirectoryError(0, "it is a directory")
             aside = stack.enter_context(whole_file(path))
             aside.touch()
         except OSError as error:
@@ -70,3 +75,22 @@ def results_file(path: Path | None) -> Iterator[dict[str, Any]]:
             ) from None
         yield results
         aside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _check_no_other_file(path)
+
+
+def _check_no_other_file(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"output_file: {str(path)!r} cannot be written (it is a directory); name a file")
+    if os.path.lexists(path) and (path.is_symlink() or not _is_results(path)):
+        raise UserError(
+            f"output_file: {str(path)!r} exists and is not the results of an evaluation, which could be replaced; "
+            "delete it or name another file"
+        )
+
+
+def _is_results(path: Path) -> bool:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(results, dict) and results.keys() >= _RESULTS_KEYS

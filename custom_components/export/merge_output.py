@@ -2,53 +2,74 @@
 
 import contextlib
 import errno
-import glob
+import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from custom_components.export.merge_record import is_merge
-from custom_components.runtime.atomic_files import whole_directory
+from custom_components.export.merge_record import RECORD_NAME, merge_in
+from custom_components.runtime.atomic_files import sweep_unfinished, whole_directory
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.ownership import OwnDirectory
 
 # What tokenizer, configs and index may take beside the weights.
 _NUM_BYTES_BESIDE_WEIGHTS = 64 * 2**20
+# A full, read-only or protected disk, a file where a directory is needed, a directory that is a mount point.
+_USERS_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EBUSY, errno.EXDEV),
+)
 
 
-def check_output_dir(output_dir: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse a directory whose writing would destroy something.
+# What a merge writes, by names: of one that was killed before it had written its record.
+_FILES = OwnDirectory(
+    dict.fromkeys(
+        (
+            r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
+            r".+-(f16|q8_0|lora)\.gguf|\..+\.gguf\.writing",
+            r"(generation_|tokenizer_)?config\.json|tokenizer\.(model|json)|added_tokens\.json",
+            r"prompt_format\.yaml|README\.md|Modelfile",
+            re.escape(RECORD_NAME),
+        ),
+        lambda path: True,
+    )
+)
+
+
+def check_output_dir(output_dir: Path, *, overwrite: bool) -> None:
+    """Refuse a directory whose writing would destroy something; that it is none that is read is checked before.
 
     Args:
-        inputs: the directories that are read.
-        overwrite: a merged model that lies there may be replaced.
+        overwrite: a merged model that is there may be replaced.
 
     Raises:
-        UserError: it is, holds or lies in an input, or it is not empty and no merge that may be replaced.
+        UserError: it is a link, or it is not empty and not a merge that may be replaced, or not nothing but that.
     """
-    resolved = output_dir.resolve()
-    for path in map(Path.resolve, inputs):
-        if resolved == path or resolved in path.parents or path in resolved.parents:
-            raise UserError(
-                f"output_dir: {str(output_dir)!r} is, holds or lies in {str(path)!r}, which is read; name another"
-            )
+    if output_dir.is_symlink():
+        raise UserError(
+            f"output_dir: {str(output_dir)!r} is a link, and nothing is written in place of one; name "
+            f"{os.path.realpath(output_dir)!r}"
+        )
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir: {str(output_dir)!r} is a file; name a directory")
     if output_dir.exists() and any(output_dir.iterdir()):
-        if not is_merge(output_dir):
+        merge = merge_in(output_dir)
+        if merge is None:
             raise UserError(f"output_dir: {str(output_dir)!r} is not empty, and is no merged model; name another")
         if not overwrite:
             raise UserError(
                 f"output_dir: {str(output_dir)!r} holds a merged model; name another, or set overwrite_output_dir=true"
             )
+        if (foreign := merge.first_foreign(output_dir)) is not None:
+            raise UserError(
+                f"output_dir: {str(foreign)!r} is not, as it is, what the merge wrote, and would be deleted; move it, "
+                "or name another directory"
+            )
 
 
 def restore_replaced(output_dir: Path) -> None:
-    """Put back what a merge was killed while replacing, and delete what it had replaced already."""
-    for replaced in output_dir.parent.glob(f".{glob.escape(output_dir.name)}.replaced-*"):
-        if output_dir.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            replaced.rename(output_dir)
+    """Restore the model that a killed merge was replacing; delete it if the replacement is complete."""
+    sweep_unfinished(output_dir.parent, {re.escape(output_dir.name): _FILES})
 
 
 def check_space(output_dir: Path, num_weight_bytes: int) -> None:
@@ -74,13 +95,10 @@ def merge_directory(output_dir: Path) -> Iterator[Path]:
         UserError: it cannot be written, or not any more.
     """
     try:
-        # What a killed merge to the same directory left is as large as a model.
-        for leftover in output_dir.parent.glob(f".{glob.escape(output_dir.name)}.writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with whole_directory(output_dir) as directory:
+        with whole_directory(output_dir, replaces=merge_in(output_dir) or OwnDirectory({})) as directory:
             yield directory
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        if error.errno not in _USERS_ERRORS:
             raise
         raise UserError(
             f"output_dir: {str(output_dir)!r} cannot be written ({error.strerror}); free space, or name another"

@@ -1,6 +1,7 @@
 """The record of what a merged model is made of, so that no adapter is merged twice or into the wrong model."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,20 @@ import yaml
 
 from custom_components.export.merged_weights import MergedAdapter
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.ownership import OwnDirectory
 from custom_components.weights.checkpoint_files import BaseCheckpoint
 
 RECORD_NAME = "merge.yaml"
 
 
 def write_record(directory: Path, base: BaseCheckpoint, merged_onto: str, adapters: Sequence[MergedAdapter]) -> None:
-    """Write merge.yaml: the base, and the adapters in it, those of a merged base included.
+    """Write merge.yaml: the base, the adapters in it, those of a merged base included, and the files, all written.
 
     Args:
+        directory: with all other files in it.
         merged_onto: which of the base's weights, "original" or "dequantized".
     """
+    files = sorted(path for path in directory.iterdir() if path.name != RECORD_NAME)
     record = {
         "base_model": base.hub_name or _last_parts(base.directory),
         "base": merged_onto,
@@ -26,6 +30,7 @@ def write_record(directory: Path, base: BaseCheckpoint, merged_onto: str, adapte
             *_adapters_in(base.directory),
             *({"dir": _last_parts(a.directory), "weight": a.weight, "digest": a.digest} for a in adapters),
         ],
+        "files": {path.name: path.stat().st_size for path in files},
     }
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
     (directory / RECORD_NAME).write_text(text, encoding="utf-8")
@@ -49,6 +54,20 @@ def check_not_merged_yet(checkpoint_dir: Path, adapters: Sequence[MergedAdapter]
             f"checkpoint_dir: {str(checkpoint_dir)!r} is a merge with {', '.join(merged.values())}; name the "
             "checkpoint that the adapter was trained on, or, if that is the merge, set allow_merged_base=true"
         )
+
+
+def merge_in(directory: Path) -> OwnDirectory | None:
+    """Describe the merge in a directory by the names and sizes, in bytes, of its files; None: none is recorded."""
+    try:
+        files = yaml.safe_load((directory / RECORD_NAME).read_text(encoding="utf-8"))["files"]
+        entries = {re.escape(name): _has_size(int(num_bytes)) for name, num_bytes in files.items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError):
+        return None
+    return OwnDirectory({**entries, re.escape(RECORD_NAME): lambda path: True})
+
+
+def _has_size(num_bytes: int) -> Callable[[Path], bool]:
+    return lambda path: path.stat().st_size == num_bytes
 
 
 def is_merge(directory: Path) -> bool:

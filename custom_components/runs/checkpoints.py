@@ -6,7 +6,6 @@ Everything else, rates, row order, dropout, is a function of the step.
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,11 @@ from pathlib import Path
 import torch
 from torchtune.modules import TransformerDecoder
 
-from custom_components.runs.run_directory import RUN_CONFIG_NAME
+from custom_components.runs.recognition import CHECKPOINT, RUN_CONFIG_NAME, STATE_NAME, STEP_DIRECTORY
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
 from custom_components.training.state import TrainingState
 from custom_components.weights.adapters import save_adapter
-
-STATE_NAME = "state.pt"
-_STEP_DIRECTORY = re.compile(r"step_(\d{6,})")
 
 
 @dataclass(frozen=True)
@@ -45,13 +41,17 @@ def run_checkpoint_path(run_path: Path, step: int) -> Path:
 
 def is_run_checkpoint(path: Path) -> bool:
     """Tell by its name whether a path is one of a run's checkpoints."""
-    return _STEP_DIRECTORY.fullmatch(path.name) is not None
+    return re.fullmatch(STEP_DIRECTORY, path.name) is not None
 
 
 def run_checkpoints(run_path: Path) -> list[Path]:
     """List a run's checkpoints, oldest first."""
     paths = [path for path in (run_path / "checkpoints").glob("step_*") if is_run_checkpoint(path)]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(paths, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def save_run_checkpoint(
@@ -89,11 +89,11 @@ def save_run_checkpoint(
 def delete_checkpoints_after(run_path: Path, step: int) -> None:
     """Delete the checkpoints of steps that a resumed run takes anew, with other settings perhaps."""
     for path in run_checkpoints(run_path):
-        if path.name > run_checkpoint_path(run_path, step).name:
-            shutil.rmtree(path)
+        if _step_of(path) > step:
+            CHECKPOINT.remove(path)
 
 
 def _delete_old_checkpoints(run_path: Path, num_kept: int, best_step: int | None) -> None:
     for path in run_checkpoints(run_path)[:-num_kept]:
         if best_step is None or path != run_checkpoint_path(run_path, best_step):
-            shutil.rmtree(path)
+            CHECKPOINT.remove(path)

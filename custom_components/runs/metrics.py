@@ -10,6 +10,9 @@ from typing import Any
 
 from custom_components.runtime.atomic_files import whole_file
 
+# By this in its file a later run knows that the plot is not a person's own.
+PLOT_AUTHOR = "llama-lora-recipes"
+
 
 class MetricsFile:
     """Appends records to a file, flushed one by one, so that a killed run has every step it finished."""
@@ -68,7 +71,8 @@ def plot_losses(metrics_path: Path, plot_path: Path) -> None:
     axes.set_ylabel("loss per supervised token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(plot_path, dpi=120)
+    with whole_file(plot_path) as aside:
+        figure.savefig(aside, dpi=120, format="png", metadata={"Author": PLOT_AUTHOR})
 
 
 def write_samples(path: Path, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:

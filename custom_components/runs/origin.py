@@ -10,7 +10,7 @@ import yaml
 from custom_components import datasets
 from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.source_files import is_on_hub
-from custom_components.runs.run_directory import RUN_CONFIG_NAME
+from custom_components.runs.recognition import RUN_CONFIG_NAME
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat

@@ -12,8 +12,9 @@ from torchtune.modules import TransformerDecoder
 
 from custom_components.config.renamed import rename_components
 from custom_components.config.training_settings import TrainingSettings
-from custom_components.runs.checkpoints import STATE_NAME, is_run_checkpoint, run_checkpoints
-from custom_components.runs.run_directory import RUN_CONFIG_NAME, RunDirectory
+from custom_components.runs.checkpoints import is_run_checkpoint, run_checkpoints
+from custom_components.runs.recognition import RUN_CONFIG_NAME, STATE_NAME
+from custom_components.runs.run_directory import RunDirectory
 from custom_components.runtime.errors import UserError
 from custom_components.training.state import Progress, TrainingState
 from custom_components.weights.adapter_files import open_adapter

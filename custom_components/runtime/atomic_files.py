@@ -1,28 +1,42 @@
 """Files and directories that are whole or absent, whatever stops the program."""
 
 import contextlib
+import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from custom_components.runtime.errors import UserError
+from custom_components.runtime.ownership import OwnDirectory, with_names_of
 
 
 @contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """Write a directory aside and rename it to `path` when the block succeeds, replacing what was there.
+def whole_directory(path: Path, replaces: OwnDirectory | None = None) -> Iterator[Path]:
+    """Write a directory aside and rename it to `path` when the block succeeds.
 
     Yields the directory to write into. If the block raises, nothing of it is left and `path` is as before.
+
+    Args:
+        replaces: what may be at `path`; None: files of the names that are written.
+
+    Raises:
+        UserError: something else is there.
     """
     aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
     replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    own = replaces
     try:
         yield aside
         for file in aside.rglob("*"):
             if file.is_file():
                 _flush_to_disk(file)
-        if path.exists():
+        own = own or with_names_of(aside)
+        if os.path.lexists(path):
+            check_replaceable(path, own)
             path.rename(replaced)
         aside.rename(path)
         _flush_to_disk(path.parent)
@@ -30,7 +44,19 @@ def whole_directory(path: Path) -> Iterator[Path]:
         if replaced.exists() and not path.exists():
             replaced.rename(path)  # stopped between the two renames
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if own is not None and replaced.exists():
+            with contextlib.suppress(OSError):
+                own.remove(replaced, by_name=True)
+
+
+def check_replaceable(path: Path, own: OwnDirectory) -> None:
+    """Refuse to replace a directory that holds something else.
+
+    Raises:
+        UserError: it does.
+    """
+    if (foreign := own.first_foreign(path)) is not None:
+        raise UserError(f"{str(foreign)!r} is in the way of what is written, and was written by others; move it away")
 
 
 @contextlib.contextmanager
@@ -38,10 +64,16 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Write a file aside and rename it to `path` when the block succeeds, replacing what was there.
 
     Yields the path to write to. If the block raises, nothing of it is left and `path` is as before.
+
+    Raises:
+        FileExistsError: there is a link.
     """
+    if path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "it is a link", str(path))
     # note: without the process id in its name, what a killed process left is overwritten by the next.
     aside = path.with_name(f".{path.name}.writing")
     path.parent.mkdir(parents=True, exist_ok=True)
+    aside.unlink(missing_ok=True)  # it may be a link
     try:
         yield aside
         _flush_to_disk(aside)
@@ -51,10 +83,23 @@ def whole_file(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def sweep_unfinished(folder: Path) -> None:
-    """Delete what killed processes left; call it only if no other process is writing there."""
-    for leftover in (*folder.glob(".*.writing-*"), *folder.glob(".*.replaced-*")):
-        shutil.rmtree(leftover, ignore_errors=True)
+def sweep_unfinished(folder: Path, names: Mapping[str, OwnDirectory]) -> None:
+    """Delete what killed processes left aside, and put back what they had not replaced yet.
+
+    Only where no other process is writing.
+
+    Args:
+        names: what each of our directories holds, by a regular expression for its name.
+    """
+    for name, own in names.items():
+        for entry in list(folder.iterdir()) if folder.is_dir() else []:
+            match = re.fullmatch(rf"\.(?P<name>{name})\.(?P<state>writing|replaced)-\d+", entry.name)
+            if match is None or entry.is_symlink() or not entry.is_dir():
+                continue
+            if match["state"] == "replaced" and not os.path.lexists(folder / match["name"]):
+                entry.rename(folder / match["name"])
+            else:
+                own.remove(entry, by_name=True)
 
 
 def _flush_to_disk(path: Path) -> None:

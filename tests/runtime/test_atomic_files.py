@@ -3,6 +3,7 @@
 import pytest
 
 from custom_components.runtime.atomic_files import sweep_unfinished, whole_directory
+from custom_components.runtime.ownership import OwnDirectory
 
 
 def contents(path):
@@ -46,9 +47,12 @@ def test_a_stop_between_the_two_renames_leaves_what_was_there(tmp_path, monkeypa
     assert contents(tmp_path / "a") == {"file": "old"}
 
 
-def test_what_killed_processes_left_is_swept(tmp_path):
-    (tmp_path / ".a.writing-1").mkdir()
-    (tmp_path / ".a.replaced-1").mkdir()
-    (tmp_path / "a").mkdir()
-    sweep_unfinished(tmp_path)
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_what_killed_processes_left_is_swept(tmp_path, is_replaced):
+    """What was being replaced comes back unless the replacement is there."""
+    for name in (".a.writing-1", ".a.replaced-1", *(["a"] if is_replaced else [])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    sweep_unfinished(tmp_path, {"a": OwnDirectory({"file": lambda path: True})})
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert contents(tmp_path / "a") == {"file": "a" if is_replaced else ".a.replaced-1"}

@@ -1,7 +1,9 @@
 """Recipes as a user runs them: `tune run`, forked from a process that has the imports done, or started."""
 
+import importlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -9,7 +11,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 from custom_components.runtime.errors import run_recipe
-from recipes import merge
 from tests.support.forked_tune import LIMIT_SECONDS, ForkedTune
 from tests.support.paths import PROJECT
 
@@ -42,18 +43,24 @@ def arguments(checkpoint: Path, rows: Path, output_dir: Path, *overrides: str) -
     ]
 
 
-def run_merge(**overrides: object) -> tuple[int, str, str]:
-    """Run merge.py in this process, with overrides of configs/merge.yaml: exit code, stdout and stderr."""
-    arguments = [
-        "--config",
-        str(PROJECT / "configs/merge.yaml"),
-        *(f"{key}={value}" for key, value in overrides.items()),
-    ]
+def run_here(recipe: str, *arguments: str) -> tuple[int, str, str]:
+    """Run a recipe in this process: exit code, stdout and stderr."""
+    recipe_main = importlib.import_module(f"recipes.{recipe}").recipe_main
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", ["merge.py", *arguments]):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", [f"{recipe}.py", *arguments]):
         try:
-            run_recipe(merge.recipe_main)
+            run_recipe(recipe_main)
         except SystemExit as exit:
             assert isinstance(exit.code, int)
             code = exit.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return code, out.getvalue(), err.getvalue()
+
+
+def run_merge(**overrides: object) -> tuple[int, str, str]:
+    """Run merge.py in this process, with overrides of configs/merge.yaml: exit code, stdout and stderr."""
+    config = str(PROJECT / "configs/merge.yaml")
+    return run_here("merge", "--config", config, *(f"{key}={value}" for key, value in overrides.items()))

@@ -1,0 +1,138 @@
+"""What a training run wrote, told by names and content: nothing else is replaced or deleted by a later one."""
+
+import json
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from custom_components.runs.metrics import PLOT_AUTHOR
+from custom_components.runtime.ownership import OwnDirectory, Recognises
+from custom_components.transforms.prompt_format import PROMPT_FORMAT_NAME, read_prompt_format
+from custom_components.weights.adapter_files import WEIGHTS_NAME
+from custom_components.weights.card import CARD_NAME, TAG, card_metadata
+from custom_components.weights.peft_format import ADAPTER_CONFIG_NAME
+
+RUN_CONFIG_NAME = "config.yaml"
+STATE_NAME = "state.pt"
+STEP_DIRECTORY = r"step_\d{6,}"
+
+# Of every training config, whatever the recipe and its version.
+_CONFIG_KEYS = {
+    "checkpoint_dir",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "dataset",
+    "optimizer",
+}
+# And the flags of a variant, such as use_dora. PEFT itself writes many more.
+_ADAPTER_CONFIG_KEYS = {
+    *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules"),
+    *("bias", "fan_in_fan_out", "inference_mode"),
+}
+_RECORD_HEAD = b'{"step": '
+# The format's own limit: huggingface/safetensors, README.md, section "Format".
+_MAX_HEADER_BYTES = 100 * 10**6
+
+
+def _or_no(recognises: Callable[[Path], bool]) -> Callable[[Path], bool]:
+    """What cannot be read as what it should be is not ours."""
+
+    def recognises_or_not(path: Path) -> bool:
+        try:
+            return recognises(path)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, struct.error, yaml.YAMLError):
+            return False
+
+    return recognises_or_not
+
+
+@_or_no
+def is_run_config(path: Path) -> bool:
+    """A config as a run writes it, every key resolved; not one that a person wrote, which has comments or spaces."""
+    text = path.read_text(encoding="utf-8")
+    values = yaml.safe_load(text)
+    return values.keys() >= _CONFIG_KEYS and yaml.safe_dump(values, sort_keys=False, allow_unicode=True) == text
+
+
+def _has_records(path: Path, is_record: Callable[[dict[str, Any]], bool]) -> bool:
+    """Say whether every line is a record; a kill may have torn the last one."""
+    *lines, torn = path.read_bytes().split(b"\n")
+    return torn[: len(_RECORD_HEAD)] == _RECORD_HEAD[: len(torn)] and all(is_record(json.loads(line)) for line in lines)
+
+
+@_or_no
+def is_metrics(path: Path) -> bool:
+    return _has_records(path, lambda record: "step" in record and bool(record.keys() & {"loss", "val_loss"}))
+
+
+@_or_no
+def is_samples(path: Path) -> bool:
+    return _has_records(path, lambda record: record.keys() >= {"step", "prompt", "answer"})
+
+
+@_or_no
+def is_plot(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(4096)
+    return head.startswith(b"\x89PNG") and PLOT_AUTHOR.encode() in head
+
+
+@_or_no
+def _is_adapter_config(path: Path) -> bool:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    flags = config.keys() - _ADAPTER_CONFIG_KEYS
+    return config["peft_type"] == "LORA" and all(name.startswith("use_") for name in flags)
+
+
+@_or_no
+def _is_adapter_weights(path: Path) -> bool:
+    """Look at the header only: of a damaged file, too."""
+    with path.open("rb") as file:
+        (num_bytes,) = struct.unpack("<Q", file.read(8))
+        names = json.loads(file.read(num_bytes)).keys() if num_bytes <= _MAX_HEADER_BYTES else set()
+    return bool(names) and all(name == "__metadata__" or name.startswith("base_model.model.") for name in names)
+
+
+@_or_no
+def _is_prompt_format(path: Path) -> bool:
+    return read_prompt_format(path.parent) is not None
+
+
+@_or_no
+def _is_card(path: Path) -> bool:
+    return TAG in card_metadata(path)["tags"]
+
+
+@_or_no
+def _is_state(path: Path) -> bool:
+    """torch.save writes a zip archive whose entries begin with the file's name; of a damaged file, too."""
+    with path.open("rb") as file:
+        head = file.read(100)
+    return head.startswith(b"PK") and f"{path.stem}/data.pkl".encode() in head
+
+
+def _or_blank(recognises: Recognises) -> Recognises:
+    """A power cut may leave a file of the right length and zero bytes: nothing is lost with it."""
+    return lambda path: recognises(path) or not path.read_bytes().strip(b"\0")
+
+
+_ADAPTER_FILES = {
+    re.escape(WEIGHTS_NAME): _is_adapter_weights,
+    re.escape(ADAPTER_CONFIG_NAME): _is_adapter_config,
+    re.escape(PROMPT_FORMAT_NAME): _is_prompt_format,
+    re.escape(CARD_NAME): _is_card,
+}
+ADAPTER = OwnDirectory(_ADAPTER_FILES)
+# The state goes first: a checkpoint that is half deleted is not resumed from.
+CHECKPOINT = OwnDirectory(
+    {
+        re.escape(STATE_NAME): _or_blank(_is_state),
+        re.escape(RUN_CONFIG_NAME): _or_blank(is_run_config),
+        "adapter": OwnDirectory({name: _or_blank(recognises) for name, recognises in _ADAPTER_FILES.items()}),
+    }
+)
