@@ -13,7 +13,8 @@ from custom_components.runtime.validation import nearest_name, value_problems
 def _is_named(source: str) -> str:
     if not source.strip():
         raise ValueError(
-            "the name of a file, a folder, a glob or a data set on the hub; this is empty: a shell variable may be unset"
+            "the name of a file, a folder, a glob or a data set on the hub; this is empty: "
+            "a shell variable may be unset"
         )
     return source
 

@@ -185,7 +185,7 @@ def test_an_output_file_may_be_beside_what_is_read(adapted, tmp_path):
 
 def test_L33_a_damaged_cache_is_replaced_but_nothing_of_others_in_it(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("{}")
-    cache = TokenCache(tmp_path / "cache", str(tmp_path / "rows.jsonl"), [])
+    cache = TokenCache(tmp_path / "cache", [tmp_path / "rows.jsonl"], [])
     cache.store({"tokens": np.arange(5)}, {"rows": 1})
     [directory] = (tmp_path / "cache/tokens").iterdir()
     (directory / "tokens.npy").write_bytes(b"damaged")
