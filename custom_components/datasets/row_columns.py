@@ -23,7 +23,21 @@ _PAIRS = [
     *[("input", "response"), ("query", "response"), ("query", "answer"), ("user", "assistant"), ("source", "target")],
     *[("prompt", "completion"), ("input", "target"), ("q", "a"), ("human", "assistant"), ("problem", "solution")],
 ]
-_METADATA = {"id", "_id", "uuid", "title", "url", "source", "language", "category", "date", "timestamp"}
+# Not a question, an answer or a text to train on by itself.
+_METADATA = {
+    "context",
+    "passage",
+    "id",
+    "_id",
+    "uuid",
+    "title",
+    "url",
+    "source",
+    "language",
+    "category",
+    "date",
+    "timestamp",
+}
 _MESSAGES = ("conversation", "dialogue", "dialog", "chat", "turns", "history")
 
 
