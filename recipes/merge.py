@@ -71,7 +71,9 @@ def recipe_main() -> None:
     prompt_format = formats[0] or read_prompt_format(settings.checkpoint_dir)
     transform = fit_tokenizer(tokenizer_with_format(settings.checkpoint_dir, prompt_format), base.model)
     template = template_of(formats, adapter_dirs[0], checkpoint, transform)
-    tokenizer = ExportedTokenizer(checkpoint.tokenizer_model, transform.tokenizer, transform.stop_tokens, template)
+    tokenizer = ExportedTokenizer(
+        checkpoint.tokenizer_model, transform.tokenizer, transform.stop_tokens or (transform.eos_id,), template
+    )
     storage = storage_of(settings, base)
     num_bytes = round(merged.num_values * BYTES_PER_VALUE[storage])
     check_space(settings.output_dir, num_bytes)

@@ -168,7 +168,7 @@ def _add_tokenizer(writer: Any, tokenizer: ExportedTokenizer, num_embeddings: in
         add_id(token)
     if left_out := [tokenizer.tokenizer.piece(token) for token in others[2:]]:
         print(f"note: a GGUF file has room for three tokens that end an answer; left out: {left_out}")
-    if tokenizer.pad_id is not None:
+    if tokenizer.pad_id is not None and tokenizer.pad_id < num_embeddings:
         writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)

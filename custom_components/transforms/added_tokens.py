@@ -1,7 +1,7 @@
-"""Tokens that a checkpoint has beside its SentencePiece model, such as `<pad>` or `<|im_start|>`.
+"""Tokens that a checkpoint has in addition to its SentencePiece model, such as `<pad>` or `<|im_start|>`.
 
-They are in the files that transformers writes: `added_tokens` of tokenizer.json, `added_tokens_decoder` of
-tokenizer_config.json, added_tokens.json; what they are for is in tokenizer_config.json and special_tokens_map.json.
+They are listed in files that transformers writes: `added_tokens` of tokenizer.json, `added_tokens_decoder` of
+tokenizer_config.json, added_tokens.json. What they are for is in tokenizer_config.json and special_tokens_map.json.
 """
 
 import json
@@ -14,16 +14,16 @@ from custom_components.runtime.errors import UserError
 
 # What transformers has names for (PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES).
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# How a text around the token is treated, of the class AddedToken in the package tokenizers.
+# How the text around a token is treated: fields of AddedToken in the package tokenizers.
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """One of them.
+    """A token in addition to the SentencePiece model.
 
     Attributes:
-        is_special: left out when ids become text.
+        is_special: left out when ids are decoded to text.
         flags: of `tokenizers.AddedToken`, as far as the checkpoint states them.
     """
 
@@ -35,7 +35,7 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """All of a checkpoint's.
+    """The added tokens of a checkpoint, and its names for tokens.
 
     Attributes:
         tokens: those that the SentencePiece model does not have, in the order of their ids.
@@ -52,7 +52,7 @@ class AddedTokens:
         return {token.text: token.index for token in self.tokens}
 
     def split_at(self, num_ids: int) -> tuple["AddedTokens", "AddedTokens"]:
-        """Those with smaller ids, which keep the names, and the others."""
+        """Split into the tokens with smaller ids, which keep the names, and the others."""
         below = tuple(token for token in self.tokens if token.index < num_ids)
         others = self.tokens[len(below) :]
         gone = {token.text for token in others}
@@ -66,7 +66,7 @@ class AddedTokens:
 
 
 def read_added_tokens(directory: Path, num_pieces: int) -> AddedTokens:
-    """Read what a directory says of tokens beyond its tokenizer.model.
+    """Read a directory's tokens in addition to its tokenizer.model.
 
     Args:
         num_pieces: of the SentencePiece model. Tokens with smaller ids are its own.

@@ -14,7 +14,7 @@ from custom_components.transforms.tokenizer_json import equals_but_for_additions
 
 @dataclass(frozen=True)
 class ExportedTokenizer:
-    """A checkpoint's tokenizer as it goes out with a model made from it.
+    """A checkpoint's tokenizer, as it is written beside a model made from the checkpoint.
 
     Attributes:
         model: the checkpoint's tokenizer.model.
@@ -30,7 +30,7 @@ class ExportedTokenizer:
 
     @property
     def names(self) -> dict[str, str]:
-        """The texts of tokens by what transformers calls them.
+        """The texts of tokens, by transformers' names for them.
 
         BOS and the unknown token are the SentencePiece model's, EOS is one of the stop tokens, preferably the one that
         the checkpoint calls so, and the others are the checkpoint's.
@@ -45,7 +45,7 @@ class ExportedTokenizer:
 
     @property
     def pad_id(self) -> int | None:
-        """The id that fills rows up, of the token that is named so or else of the checkpoint's configs; None: none."""
+        """The id for padding: the token named so, else that of the checkpoint's configs; None: there is none."""
         if "pad_token" in self.names:
             return self.tokenizer.id_of(self.names["pad_token"])
         stated = stated_ids(self.model.parent, "pad_token_id")

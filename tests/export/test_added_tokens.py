@@ -136,6 +136,15 @@ def test_L23_the_checkpoints_own_template_and_stop_tokens_are_kept(base, way):
     assert tokenizer_with_format(checkpoint, read_prompt_format(adapter)).stop_tokens == (1025, 2)
 
 
+@pytest.mark.parametrize("format", ["hugging_face", "gguf"])
+def test_an_adapter_without_stop_tokens_ends_with_eos_elsewhere(base, format):
+    pytest.importorskip("gguf")
+    checkpoint, adapter = base(in_tokenizer_json, CHATML_TOKENS, PromptFormat("llama2", None, []))
+    output, _ = merged(checkpoint, adapter, format=format)
+    if format == "hugging_face":
+        assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
 def test_L25_stop_tokens_are_the_adapters_where_it_states_them(base):
     checkpoint, adapter = base(in_tokenizer_json, CHATML_TOKENS, PromptFormat("llama2", None, ["</s>"]))
     write(checkpoint / "generation_config.json", {"eos_token_id": 1025})

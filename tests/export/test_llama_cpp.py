@@ -1,9 +1,11 @@
 """llama.cpp itself on our GGUF files: the same tokens, logits and answers. Needs `pip install llama-cpp-python`."""
 
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,10 @@ from custom_components.generation.incremental import IncrementalLlama
 from custom_components.generation.sampling import Sampling
 from custom_components.transforms.jinja_template import chat_template, control_pieces_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.tokenizer_files import ExportedTokenizer
 from custom_components.weights.checkpoint_files import open_checkpoint
+from tests.support.go_template import has_go, rendered_by_go, rendered_in_python
+from tests.support.modelfile import ollama_messages, read_modelfile
 from tests.support.models import inference_model, loaded_model
 from tests.support.paths import PROJECT, TINY_LLAMA
 from tests.support.tokenizers import exported_tokenizer
@@ -151,9 +156,35 @@ def test_stories_are_told_alike_but_where_two_words_are_as_likely(test_data, tmp
             assert margin <= F16_TOLERANCE * logits_V.abs().max(), tokenizer.decode(prompt + answer[: num_same + 1])
 
 
-def test_the_demo_merged_and_exported_answers_every_held_out_question_alike(tmp_path):
-    """Greedy, by llama.cpp's own chat with the template in the file, against generate on the merged directory."""
-    run_dir, merged_dir, gguf_dir = tmp_path / "run", tmp_path / "merged", tmp_path / "gguf"
+@dataclass(frozen=True)
+class Demo:
+    """The demo's adapter merged and exported, and what generate answers to the held-out questions."""
+
+    merged_dir: Path
+    gguf_dir: Path
+    lora: Path
+    tokenizer: Llama2ChatTransform
+    questions: list[list[dict[str, str]]]
+    answers: list[str]
+
+    @property
+    def gguf(self) -> Path:
+        [path] = self.gguf_dir.glob("*.gguf")
+        return path
+
+    def assert_same_answers(self, theirs: Iterable[str]) -> None:
+        different = [
+            (question[0]["content"], ours, their)
+            for question, ours, their in zip(self.questions, self.answers, theirs, strict=True)
+            if their.strip() != ours
+        ]
+        assert not different, f"{len(different)} of {len(self.questions)} answers differ: {different[:5]}"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Demo:
+    directory = tmp_path_factory.mktemp("demo")
+    run_dir, merged_dir, gguf_dir, lora_dir = (directory / name for name in ("run", "merged", "gguf", "lora"))
     merge = [
         *("recipes/merge.py", "--config", "configs/merge.yaml", f"checkpoint_dir={TINY_LLAMA / 'checkpoint'}"),
         f"adapter_dir={run_dir / 'adapter'}",
@@ -162,23 +193,81 @@ def test_the_demo_merged_and_exported_answers_every_held_out_question_alike(tmp_
         ["recipes/lora_single_device.py", "--config", "configs/tiny_qlora.yaml", f"output_dir={run_dir}"],
         [*merge, f"output_dir={merged_dir}"],
         [*merge, f"output_dir={gguf_dir}", "format=gguf", "quantization=f16"],
+        [*merge, f"output_dir={lora_dir}", "format=gguf_lora"],
     ):
         tune = Path(sys.executable).with_name("tune")
-        subprocess.run([tune, "run", *command], cwd=PROJECT, check=True, timeout=300)
-
+        subprocess.run([tune, "run", *command], cwd=PROJECT, check=True, timeout=600)
     tokenizer = Llama2ChatTransform(merged_dir / "tokenizer.model")
     questions = [row.values["messages"][:1] for row in read_rows(str(TINY_LLAMA / "data/held_out.jsonl"))]
     prompts = [tokenizer({"messages": question}, inference=True)["tokens"] for question in questions]
     model = IncrementalLlama(inference_model(merged_dir))
     answers = generate(model, prompts, max_new_tokens=16, stop_tokens=[tokenizer.eos_id], sampling=Sampling())
-    different = []
-    [path] = gguf_dir.glob("*.gguf")
-    with in_llama_cpp(path) as model:
-        for question, answer in zip(questions, answers, strict=True):
-            completion = model.create_chat_completion(
-                messages=question, temperature=0.0, repeat_penalty=1.0, max_tokens=16
-            )
-            theirs = completion["choices"][0]["message"]["content"]
-            if theirs.strip() != tokenizer.decode(answer).strip():
-                different.append((question[0]["content"], tokenizer.decode(answer), theirs))
-    assert not different, f"{len(different)} of {len(questions)} answers differ: {different[:5]}"
+    texts = [tokenizer.decode(answer).strip() for answer in answers]
+    return Demo(merged_dir, gguf_dir, lora_dir / "lora-lora.gguf", tokenizer, questions, texts)
+
+
+def chat_answer(model, question: list[dict[str, str]]) -> str:
+    """By llama.cpp's own chat with the template in the file."""
+    completion = model.create_chat_completion(messages=question, temperature=0.0, repeat_penalty=1.0, max_tokens=16)
+    return completion["choices"][0]["message"]["content"]
+
+
+def test_the_demo_merged_and_exported_answers_every_held_out_question_alike(demo):
+    """Greedy, against generate on the merged directory."""
+    with in_llama_cpp(demo.gguf) as model:
+        demo.assert_same_answers(chat_answer(model, question) for question in demo.questions)
+
+
+def test_L40_prompts_by_the_modelfile_are_answered_alike(demo, tmp_path):
+    """As Ollama asks: the Modelfile's template rendered, by Go where it is there, and BOS put before it."""
+    modelfile = (demo.gguf_dir / "Modelfile").read_text()
+    template = dict(read_modelfile(modelfile))["TEMPLATE"]
+    dialogs = [ollama_messages(modelfile, question) for question in demo.questions]
+    # What a model said comes back with the spaces around it.
+    turns = zip(demo.questions, demo.answers, reversed(demo.questions), strict=True)
+    conversations = [
+        [*first, {"role": "assistant", "content": f" {answer} "}, *second] for first, answer, second in turns
+    ]
+    cases = [(template, dialog) for dialog in [*dialogs, *conversations]]
+    prompts = rendered_by_go(tmp_path, cases) if has_go() else [rendered_in_python(*case) for case in cases]
+    with in_llama_cpp(demo.gguf) as model:
+        tokens = [model.tokenize(prompt.encode(), add_bos=True, special=True) for prompt in prompts]
+        ours = [demo.tokenizer({"messages": dialog}, inference=True)["tokens"] for _, dialog in cases]
+        assert tokens == ours
+        answers = [llama_cpp_answer(model, prompt, max_new_tokens=16) for prompt in tokens[: len(demo.questions)]]
+    demo.assert_same_answers(map(demo.tokenizer.decode, answers))
+
+
+def test_the_adapter_alone_on_the_base_answers_alike(demo, tmp_path):
+    base = export(TINY_LLAMA / "checkpoint", tmp_path / "base.gguf")
+    model = llama_cpp.Llama(str(base), lora_path=str(demo.lora), n_ctx=0, n_threads=1, verbose=False)
+    try:
+        answers = [chat_answer(model, question) for question in demo.questions[:100]]
+    finally:
+        model.close()
+    replace(demo, questions=demo.questions[:100], answers=demo.answers[:100]).assert_same_answers(answers)
+
+
+def test_added_tokens_are_recognized_and_end_answers(make_checkpoint, tmp_path):
+    directory = make_checkpoint(vocab_size=1030)
+    added = {"<|im_start|>": 1024, "<|im_end|>": 1025}
+    (directory / "added_tokens.json").write_text(json.dumps(added))
+    (directory / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": list(added)}))
+    weights = BaseWeights(open_checkpoint(directory), dequantized=False)
+    transform = Llama2ChatTransform(directory / "tokenizer.model")
+    write_gguf(
+        tmp_path / "model.gguf",
+        weights.shape,
+        ((name, weights.read(name)) for name in weights.shapes),
+        tokenizer=ExportedTokenizer(directory / "tokenizer.model", transform.tokenizer, (1025, 2), None),
+        quantization="f16",
+        name="exported",
+    )
+    text = "<|im_start|>user\nHello, you<|im_end|>\n"
+    with in_llama_cpp(tmp_path / "model.gguf") as model:
+        [expected] = transform.tokenizer.encode([text], list(added))
+        assert model.tokenize(text.encode(), add_bos=False, special=True) == expected
+        assert expected.count(1024) == expected.count(1025) == 1
+        vocabulary = llama_cpp.llama_model_get_vocab(model.model)
+        ends = [token for token in range(1030) if llama_cpp.llama_vocab_is_eog(vocabulary, token)]
+        assert ends == [2, 1025]

@@ -229,10 +229,13 @@ func main() {
 """
 
 
+def has_go() -> bool:
+    return shutil.which("go") is not None
+
+
 def rendered_by_go(directory: Path, cases: list[tuple[str, list[dict[str, str]]]]) -> list[str]:
     """Templates on their messages, by Go's own text/template. Skips where there is no Go toolchain."""
-    go = shutil.which("go")
-    if go is None:
+    if not has_go():
         pytest.skip("Go's own text/template is not there: install a Go toolchain (apt-get install golang-go)")
     program = directory / "main.go"
     program.write_text(_GO_PROGRAM)
@@ -242,7 +245,7 @@ def rendered_by_go(directory: Path, cases: list[tuple[str, list[dict[str, str]]]
     ]
     environment = {**os.environ, "GOCACHE": str(directory / "cache")}
     result = subprocess.run(
-        [go, "run", str(program)],
+        ["go", "run", str(program)],
         input=json.dumps(described),
         capture_output=True,
         text=True,
