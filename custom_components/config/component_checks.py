@@ -64,6 +64,7 @@ def component_problems(
     if not isinstance(path, str):
         yield NodeProblem(key, f"missing: the dotted path of the component to build, such as {marker.ours}")
         return
+    key_problems = [*_key_problems(name, node, marker, known_keys)]
     if not _is_foreign(path, marker):
         try:
             target = component(path)
@@ -73,11 +74,17 @@ def component_problems(
         if (misfit := _misfit(target, marker)) is not None:
             yield NodeProblem(key, f"{path!r} {misfit}; name one such as {marker.ours}")
             return
+        if marker.trial is not None and not key_problems:
+            keys = {name: value for name, value in node.items() if name != "_component_"}
+            try:
+                marker.trial(target, keys)
+            except Exception as error:  # noqa: BLE001 - a component may refuse its arguments in any way
+                yield NodeProblem(name, f"{path} refuses its keys: {' '.join(str(error).split())}")
     else:
         beside = FOREIGN_COMPONENT_KEYS.get(path)
         ours = f"{_our_path(path, marker)}{f' with {beside}' if beside else ''}"
         yield NodeProblem(key, f"{path!r} is not made for this recipe; here it is {ours}")
-    yield from _key_problems(name, node, marker, known_keys)
+    yield from key_problems
 
 
 def _key_problems(

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from custom_components.config.component_trials import Trial
+
 
 def path_text(value: Any) -> Any:
     """Refuse a text that cannot be meant as a path.
@@ -61,6 +63,7 @@ class ComponentNode:
         libraries: starts of the paths that fit, beside this project's and the user's own.
         methods: of what the component makes, those that the recipe calls, with their number of arguments.
         attributes: of what the component makes, those that the recipe reads.
+        trial: called with the component and its keys; it raises what they are refused for.
     """
 
     ours: str
@@ -68,6 +71,7 @@ class ComponentNode:
     libraries: tuple[str, ...] = ()
     methods: Mapping[str, int] = field(default_factory=dict)
     attributes: tuple[str, ...] = ()
+    trial: Trial | None = None
 
 
 # torchtune's names of the nodes that the recipes share.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
+from custom_components.config.component_trials import find_logger_package, try_loss, try_optimizer, try_schedule
 from custom_components.config.settings import (
     DATASET,
     TOKENIZER,
@@ -32,17 +33,20 @@ OPTIMIZER = ComponentNode(
     supplied=("params",),
     libraries=("torch.optim.", "torchao.optim.", "bitsandbytes.optim."),
     methods={"step": 0, "zero_grad": 0, "state_dict": 0},
+    trial=try_optimizer,
 )
 LR_SCHEDULER = ComponentNode(
     "custom_components.training.schedules.cosine",
     supplied=("step", "num_steps", "num_warmup_steps"),
     methods={"__float__": 0},
+    trial=try_schedule,
 )
-LOSS = ComponentNode("custom_components.training.loss.LinearCrossEntropy", methods={"__call__": 3})
+LOSS = ComponentNode("custom_components.training.loss.LinearCrossEntropy", methods={"__call__": 3}, trial=try_loss)
 METRIC_LOGGER = ComponentNode(
     "torchtune.training.metric_logging.TensorBoardLogger",
     libraries=("torchtune.training.metric_logging.",),
     methods={"log_dict": 2, "close": 0},
+    trial=find_logger_package,
 )
 
 

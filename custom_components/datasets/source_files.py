@@ -54,9 +54,11 @@ class _Entry:
 
 def is_on_hub(source: str) -> bool:
     """Whether a source is a data set's name on the hub, and not files that are here or should be."""
-    path = Path(source).expanduser()
+    if source.count("/") != 1:
+        return False
+    path = Path(source)
     is_path = path.exists() or glob.has_magic(source) or file_kind(path) in FILE_KINDS
-    return not is_path and source.count("/") == 1 and all(source.split("/"))
+    return not is_path and all(source.split("/")) and not source.startswith(("~", "."))
 
 
 def source_files(source: str, split: str, key: str) -> SourceFiles:
@@ -69,9 +71,16 @@ def source_files(source: str, split: str, key: str) -> SourceFiles:
         key: what errors call the source.
 
     Raises:
-        UserError: there is no such file or split, or no file of a kind that is read.
+        UserError: there is no such file or split, no file of a kind that is read, or a folder cannot be read.
     """
-    path = Path(source).expanduser()
+    try:
+        return _source_files(source, Path(source).expanduser(), split, key)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{key}: {source[:80]!r} cannot be read ({reason})") from None
+
+
+def _source_files(source: str, path: Path, split: str, key: str) -> SourceFiles:
     if re.search(r"[\[\]%:]", split):
         raise UserError(
             f"{_beside(key, 'split')}: {split!r}: slices are for data sets on the hub; "
@@ -191,7 +200,7 @@ def _of_split(data: Iterable[_Entry], wanted: str, what: str, key: str) -> list[
         raise UserError(f"{_beside(key, 'split')}: {wanted!r}: no file of {what} names a split; set it to train")
     raise UserError(
         f"{_beside(key, 'split')}: {wanted!r} is not a split of {what}; it has {', '.join(splits)}: "
-        f"set {_beside(key, 'split')}={splits[0]}"
+        f"set {_beside(key, 'split')} to one of these"
     )
 
 

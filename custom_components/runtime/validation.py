@@ -49,11 +49,12 @@ def _plain(name: str) -> str:
 
 def _place(problem: Any, value: Any) -> str:
     """`[1].weight`, of a location that names alternatives of unions beside keys and indices."""
-    place = ""
-    for part in problem["loc"]:
+    place, parts = "", problem["loc"]
+    for index, part in enumerate(parts):
+        is_missing = problem["type"] == "missing" and index == len(parts) - 1
         if isinstance(value, list) and isinstance(part, int) and part < len(value):
             place, value = f"{place}[{part}]", value[part]
-        elif isinstance(value, dict) and (part in value or problem["type"] == "missing"):
+        elif isinstance(value, dict) and (part in value or is_missing):
             place, value = f"{place}.{part}", value.get(part)
     return place
 

@@ -1,5 +1,7 @@
 """Names that people bring from other tools get their answer; nearest names are given only where they are near."""
 
+import importlib.util
+
 import pytest
 import yaml
 
@@ -343,3 +345,27 @@ def test_the_place_of_a_problem_in_a_list_is_its_line(tmp_path):
     [message] = problems(config=tmp_path / "config.yaml")
     assert message.startswith("dataset.source[1].wieght: unknown key; did you mean 'dataset.source[1].weight'?")
     assert message.endswith(f"({tmp_path / 'config.yaml'}:{line})")
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        (
+            "optimizer.betas=[2, 3]",
+            "optimizer: torch.optim.AdamW refuses its keys: Invalid beta parameter",
+        ),
+        ("optimizer.eps=-1", "optimizer: torch.optim.AdamW refuses its keys: Invalid epsilon value: -1"),
+        ("optimizer.lr=-1", "optimizer: torch.optim.AdamW refuses its keys: Invalid learning rate: -1"),
+        ("lr_scheduler.final_ratio=-1", "lr_scheduler: custom_components.training.schedules.cosine refuses its keys: "),
+        ("lr_scheduler.final_ratio=.nan", "lr_scheduler: "),
+        (
+            "metric_logger={_component_: torchtune.training.metric_logging.WandBLogger}",
+            "metric_logger: torchtune.training.metric_logging.WandBLogger refuses its keys: it needs the package wandb",
+        ),
+    ],
+)
+def test_L26_what_a_component_refuses_is_found_before_anything_is_loaded(override, problem):
+    if "wandb" in problem and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    [message] = problems(override)
+    assert message.startswith(problem)

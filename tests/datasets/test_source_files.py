@@ -74,14 +74,18 @@ def test_L32_a_folder_is_read_as_its_splits_and_says_which_files(make_folder, na
 @pytest.mark.parametrize(
     ("names", "split", "problem"),
     [
-        (["test.jsonl"], "train", "dataset.split: 'train' is not a split of the folder .*; it has test: set .*=test"),
-        (["valid.jsonl", "test.jsonl"], "train", "it has test, valid: set dataset.split=test"),
+        (
+            ["test.jsonl"],
+            "train",
+            "dataset.split: 'train' is not a split of the folder .*; it has test: set dataset.split",
+        ),
+        (["valid.jsonl", "test.jsonl"], "train", "it has test, valid: set dataset.split to one"),
         (["train.jsonl", "test.jsonl"], "validation", "it has test, train: set"),
         (["train.jsonl", "test.jsonl"], "tset", "dataset.split: 'tset' is not a split"),
         (["train.jsonl", "test.jsonl"], "", "dataset.split: '' is not a split"),
         (["train.jsonl", "test.jsonl"], "train+dev", "dataset.split: 'dev' is not a split"),
         (["part1.jsonl", "part2.jsonl"], "test", "'test': no file of the folder .* names a split; set it to train"),
-        (["data/train_sft-00000-of-00001.jsonl"], "train", "it has train_sft: set dataset.split=train_sft"),
+        (["data/train_sft-00000-of-00001.jsonl"], "train", "it has train_sft: set dataset.split to one"),
         (["en/train.jsonl", "de/train.jsonl"], "train", "the folder .* has no .* but de/, en/; .* name one of them"),
         *(
             (["train.jsonl"], split, "slices .* dataset.max_rows")
@@ -215,3 +219,20 @@ def test_what_is_no_file_is_not_read(tmp_path):
         find_source(str(tmp_path / "rows.jsonl"))
     with pytest.raises(UserError, match="has no .* but rows.jsonl;"):
         find_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-that-name/rows.jsonl", "a" * 5000, "x\0.jsonl", "/dev/null"])
+def test_a_name_that_is_no_path_is_one_line(source):
+    with pytest.raises(UserError, match="^dataset.source: ") as error:
+        find_source(source)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(make_folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    folder = make_folder("a.jsonl")
+    monkeypatch.setattr(type(folder), "iterdir", refuse)
+    with pytest.raises(UserError, match="dataset.source: .* cannot be read .Permission denied."):
+        find_source(str(folder))

@@ -41,6 +41,7 @@ def second(tmp_path):
 
 
 WRONG_ENTRIES = [
+    ({"sorce": "b"}, "[1].sorce: unknown key; did you mean 'source'?"),
     ({"wieght": 2}, r"[1].wieght: unknown key; did you mean 'weight'?"),
     ({"colum_map": {}}, "[1].colum_map: unknown key; did you mean 'column_map'?"),
     ({"frobnicate": 1}, "[1].frobnicate: unknown key"),

@@ -1,0 +1,51 @@
+"""Small trials of components: what they refuse is found before a model is loaded."""
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Trial = Callable[[Callable[..., Any], Mapping[str, Any]], None]
+
+# What torchtune's loggers import when they are made.
+_LOGGER_PACKAGES = {
+    "TensorBoardLogger": "tensorboard",
+    "WandBLogger": "wandb",
+    "CometLogger": "comet_ml",
+    "MLFlowLogger": "mlflow",
+}
+
+
+def try_optimizer(target: Callable[..., Any], keys: Mapping[str, Any]) -> None:
+    """Make an optimizer of one small parameter; it refuses rates and moments out of range."""
+    import torch
+
+    target([{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}], **keys)
+
+
+def try_schedule(target: Callable[..., Any], keys: Mapping[str, Any]) -> None:
+    """Ask a schedule for the first and last factor of a short run.
+
+    Raises:
+        ValueError: one of them is negative or not finite.
+    """
+    for step in (1, 4):
+        factor = float(target(step=step, num_steps=4, num_warmup_steps=1, **keys))
+        if not math.isfinite(factor) or factor < 0:
+            raise ValueError(f"the rate is multiplied by {factor} at step {step} of 4")
+
+
+def try_loss(target: Callable[..., Any], keys: Mapping[str, Any]) -> None:
+    """Make a loss."""
+    target(**keys)
+
+
+def find_logger_package(target: Callable[..., Any], keys: Mapping[str, Any]) -> None:
+    """Look for the package that a logger of torchtune needs; making one would write files.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    package = _LOGGER_PACKAGES.get(getattr(target, "__name__", ""))
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ImportError(f"it needs the package {package}: pip install {package}")
