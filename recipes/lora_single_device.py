@@ -21,7 +21,7 @@ from custom_components.models.nf4_product import DENSE_WEIGHT_MEMORY
 from custom_components.runs.adapter_card import TrainingFacts, adapter_card
 from custom_components.runs.checkpoints import delete_checkpoints_after, save_run_checkpoint
 from custom_components.runs.metrics import keep_metrics_until, plot_losses
-from custom_components.runs.report import closing_summary, describe_model
+from custom_components.runs.report import closing_summary, describe_model, stopped_summary
 from custom_components.runs.resuming import ResumedRun, open_run_to_resume
 from custom_components.runs.run import Run
 from custom_components.runs.run_directory import RunDirectory, begin_in, run_directory
@@ -30,7 +30,7 @@ from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import run_recipe
 from custom_components.runtime.host_allocator import keep_freed_memory, return_freed_memory
 from custom_components.runtime.process_memory import PeakMemory
-from custom_components.runtime.stopping import stop_requests
+from custom_components.runtime.stopping import SaveClock, stop_requests
 from custom_components.training.compiling import compiled_layers
 from custom_components.training.gradients import Losses, accumulate_gradients, supervised_loss, validation_loss
 from custom_components.training.optimizer import adapter_parameter_groups, clip_gradients, set_rates, update_adapters
@@ -46,7 +46,7 @@ from custom_components.weights.adapters import (
     copy_into_adapter,
     save_adapter,
 )
-from custom_components.weights.card import CARD_NAME
+from custom_components.weights.card import CARD_NAME, TrainedSteps
 from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import check_base_weights, frozen_checksum, load_base_weights
 
@@ -102,12 +102,15 @@ def recipe_main() -> None:
             validation=supervised_loss(model, loss_function),
         )
         with compiled_layers(model, settings.compile, device, plan.num_forwards):
-            train(run, model, data, plan, state, losses)
+            signal_number = train(run, model, data, plan, state, losses)
         DENSE_WEIGHT_MEMORY.release()
 
         if base_checksum is not None and frozen_checksum(model) != base_checksum:
             raise AssertionError("verify_base: the frozen base has changed")
-        save_result(run, model, data, state)
+        save_result(run, model, data, state, len(plan.steps), is_finished=signal_number is None)
+        if signal_number is not None:
+            print(stopped_summary(state.progress, len(plan.steps), directory, sys.argv))
+            sys.exit(128 + signal_number)
         answers_after = answer_sample_prompts(model, data.tokenizer, settings.sample_prompts)
         show_answers(settings.sample_prompts, answers_before, answers_after)
         print(closing_summary(state.progress, time.perf_counter() - start_seconds, memory, directory))
@@ -135,11 +138,17 @@ def new_state(run: Run, model: TransformerDecoder, data: Data) -> TrainingState:
     )
 
 
-def train(run: Run, model: TransformerDecoder, data: Data, plan: Plan, state: TrainingState, losses: Losses) -> None:
-    """Train `model` and keep `state`, in place, from the state's step to the last or until asked to stop."""
+def train(run: Run, model: TransformerDecoder, data: Data, plan: Plan, state: TrainingState, losses: Losses
+) -> int | None:
+    """Train `model` and keep `state`, in place, from the state's step to the last or until asked to stop.
+
+    Returns:
+        the signal that asked to stop, after its step was saved; None: the run is finished.
+    """
     settings, progress = run.settings, state.progress
     validation_batches = data.validation_batches(plan.batch_size)
     peak_rates = [group["lr"] for group in state.optimizer.param_groups]
+    save_clock = SaveClock(settings.save_every_minutes)
     step_limit = StepLimit(run.device, plan.batch_size)
     model.train()
     with TrainingLog(run, len(plan.steps), progress.num_steps) as log, stop_requests() as stop:
@@ -165,12 +174,18 @@ def train(run: Run, model: TransformerDecoder, data: Data, plan: Plan, state: Tr
                 if progress.add_validation(val_loss):
                     state.keep_best(model)
                 log.samples(step, answer_sample_prompts(model, data.tokenizer, settings.sample_prompts))
-            if step.saves or stop.is_asked or progress.stops_early(settings.early_stopping_patience):
+            stops = stop.is_asked or progress.stops_early(settings.early_stopping_patience)
+            if step.saves or stops or save_clock.is_due:
                 save_run_checkpoint(run.directory.path, model, state, run.beside, settings.keep_last_n_checkpoints)
-            stop.leave_if_asked()
+                save_clock.restart()
+            if stop.is_asked:
+                break
+    return stop.signal_number
 
 
-def save_result(run: Run, model: TransformerDecoder, data: Data, state: TrainingState) -> None:
+def save_result(
+    run: Run, model: TransformerDecoder, data: Data, state: TrainingState, num_planned_steps: int, *, is_finished: bool
+) -> None:
     """Save the adapter of the best validation, or else the last, with its card, and draw the plot."""
     model.load_state_dict(state.best_adapter, strict=False)
     check_adapter_was_trained(model)
@@ -182,7 +197,8 @@ def save_result(run: Run, model: TransformerDecoder, data: Data, state: Training
         run.settings.train_on,
         run.settings.training_hyperparameters(),
     )
-    card = adapter_card(training, data.train, data.validation, state.progress, run.directory.metrics)
+    steps = TrainedSteps(state.progress.num_steps, num_planned_steps, is_finished)
+    card = adapter_card(training, data.train, data.validation, state.progress, steps, run.directory.metrics)
     texts = {**run.beside.adapter_texts, CARD_NAME: card}
     save_adapter(model, run.directory.adapter, run.beside.base_model, texts)
     plot_losses(run.directory.metrics, run.directory.plot)

@@ -101,6 +101,7 @@ class TrainingSettings(Settings):
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     early_stopping_patience: PositiveInt | None = None
     save_every_n_steps: PositiveInt | None = None
+    save_every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 30.0
     keep_last_n_checkpoints: PositiveInt = 2
     loss: Annotated[dict[str, Any], LOSS]
 

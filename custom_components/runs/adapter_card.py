@@ -17,6 +17,7 @@ from custom_components.weights.card import (
     FIRST_SECTION,
     LAST_SECTION,
     TAG,
+    TrainedSteps,
     front_matter,
     local_path,
     markdown_link,
@@ -47,9 +48,14 @@ class TrainingFacts:
 
 
 def adapter_card(
-    training: TrainingFacts, dataset: ChatDataset, dataset_val: ChatDataset | None, progress: Progress, metrics: Path
+    training: TrainingFacts,
+    dataset: ChatDataset,
+    dataset_val: ChatDataset | None,
+    progress: Progress,
+    steps: TrainedSteps,
+    metrics: Path,
 ) -> str:
-    """Compose the card of a finished run's adapter, as Markdown with front matter.
+    """Compose the card of a run's adapter, as Markdown with front matter.
 
     Args:
         dataset, dataset_val: the rows trained on, and validated on.
@@ -62,13 +68,14 @@ def adapter_card(
         library_name="peft",
         tags=["lora", *(["qlora"] if training.is_base_quantized else []), TAG],
         datasets=[summary.source for summary in dataset.summaries if is_on_hub(summary.source)],
+        steps=steps,
     )
     kind = "QLoRA" if training.is_base_quantized else "LoRA"
     return "".join(
         [
             head,
             f"\n# {kind} adapter for {markdown_link(base) or local_path(directory)}\n",
-            f"\nTrained with `llama-lora-recipes`. {_which_step(progress)}\n",
+            f"\nTrained with `llama-lora-recipes`. {_which_step(progress, steps)}\n",
             FIRST_SECTION,
             *(f"- {line}\n" for line in _data_lines(training, dataset, dataset_val)),
             "\n## Prompt format\n",
@@ -83,10 +90,14 @@ def adapter_card(
     )
 
 
-def _which_step(progress: Progress) -> str:
+def _which_step(progress: Progress, steps: TrainedSteps) -> str:
+    stopped = ""
+    if not steps.is_finished:
+        stopped = f"The run was stopped at step {steps.num_steps} of {steps.num_planned_steps}. "
     if progress.best_step is not None:
-        return f"It is the state after step {progress.best_step} of {progress.num_steps}, the best by validation loss."
-    return f"It is the state after the last of {progress.num_steps} steps."
+        best = f"step {progress.best_step} of {progress.num_steps}"
+        return f"{stopped}It is the state after {best}, the best by validation loss."
+    return f"{stopped}It is the state after the last of {progress.num_steps} steps."
 
 
 def _data_lines(training: TrainingFacts, dataset: ChatDataset, dataset_val: ChatDataset | None) -> Iterator[str]:

@@ -1,12 +1,18 @@
 """What a training run prints about itself, at its start and at its end."""
 
+import shlex
+
 import torch
 from torchtune.modules import TransformerDecoder
 
+from custom_components.runs.checkpoints import run_checkpoint_path
 from custom_components.runs.run_directory import RunDirectory
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.training.state import Progress
 from custom_components.weights.checkpoint_loading import unquantized_modules
+
+# Overrides of the command that began a run and that would not go on with it.
+_NOT_FOR_GOING_ON = ("resume_from_checkpoint=", "overwrite_output_dir=", "init_adapter_from=")
 
 
 def describe_model(
@@ -27,15 +33,36 @@ def closing_summary(progress: Progress, seconds: float, memory: PeakMemory, dire
         seconds: from the start of the program.
     """
     peak_gib = memory.gib()
-    which = "the last step's"
-    if progress.best_step is not None:
-        which = f"step {progress.best_step}'s, the best by validation loss ({progress.best_val_loss:.4f})"
     return (
         f"\n{progress.num_steps} steps"
         + (f" ({progress.num_skipped_steps} skipped, fp16 overflowed)" if progress.num_skipped_steps else "")
         + f", {progress.num_tokens} tokens in {progress.seconds:.1f} s of training "
         f"({progress.num_tokens / progress.seconds:.0f} tokens/s), {seconds:.1f} s in all"
         + (f", peak memory {peak_gib:.2f} GiB" if peak_gib is not None else "")
-        + f"\nadapter {directory.adapter}, {which}"
+        + f"\nadapter {directory.adapter}, {which_adapter(progress)}"
         + f"\nplot    {directory.plot}\nmetrics {directory.metrics}"
+    )
+
+
+def which_adapter(progress: Progress) -> str:
+    """Say of which step a run's adapter is."""
+    if progress.best_step is None:
+        return "the last step's"
+    return f"step {progress.best_step}'s, the best by validation loss ({progress.best_val_loss:.4f})"
+
+
+def stopped_summary(progress: Progress, num_planned_steps: int, directory: RunDirectory, arguments: list[str]) -> str:
+    """Say what a run that was asked to stop has saved, and the command that goes on with it.
+
+    Args:
+        arguments: of the program, the recipe's path first, as in `sys.argv`.
+    """
+    again = [argument for argument in arguments[1:] if not argument.startswith(_NOT_FOR_GOING_ON)]
+    command = ["tune", "run", arguments[0], *again, "resume_from_checkpoint=true"]
+    return (
+        f"\nstopped at step {progress.num_steps} of {num_planned_steps}; saved:"
+        f"\ncheckpoint {run_checkpoint_path(directory.path, progress.num_steps)}"
+        f"\nadapter    {directory.adapter}, {which_adapter(progress)}"
+        f"\nplot       {directory.plot}"
+        f"\ngo on with\n  {shlex.join(command)}"
     )

@@ -19,6 +19,7 @@ from custom_components.runtime.errors import UserError
 from custom_components.training.state import Progress, TrainingState
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.adapters import load_adapter
+from custom_components.weights.card import TrainedSteps, stated_steps
 
 # Keys that may change on resume silently: where files are, and what is printed and kept.
 _UNDECISIVE_KEYS = {
@@ -31,7 +32,7 @@ _UNDECISIVE_KEYS = {
         "quantized_cache",
         "sample_prompts",
     ),
-    *("log_every_n_steps", "metric_logger", "save_every_n_steps", "keep_last_n_checkpoints", "verify_base"),
+    *("log_every_n_steps", "metric_logger", "save_every_n_steps", "save_every_minutes", "keep_last_n_checkpoints", "verify_base"),
 }
 # Changing these gives other shapes or another order of the data: it would be a different run.
 _FIXED_KEYS = {
@@ -40,6 +41,10 @@ _FIXED_KEYS = {
     *("max_seq_len", "prompt_template", "train_on", "val_fraction", "packed", "group_by_length", "shuffle", "seed"),
     *("batch_size", "gradient_accumulation_steps", "max_steps_per_epoch", "lora_plus_ratio", "optimizer._component_"),
 }
+
+
+# The value of `resume_from_checkpoint` that goes on where there is a checkpoint and begins where there is none.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,18 @@ class ResumedRun:
         self.check_config(settings.model_dump(mode="json"))
         return settings
 
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return Progress(**self.state["progress"])
+
+    def is_finished(self, num_planned_steps: int, early_stopping_patience: int | None) -> bool:
+        """Tell whether the run has its result: no step is left, and the adapter of the last is saved."""
+        progress = self.progress
+        has_steps_left = progress.num_steps < num_planned_steps and not progress.stops_early(early_stopping_patience)
+        finished = TrainedSteps(progress.num_steps, num_planned_steps, is_finished=True)
+        return not has_steps_left and stated_steps(self.directory.adapter) == finished
+
     def restore(self, model: TransformerDecoder, state: TrainingState) -> None:
         """Bring model and state, in place, to where they were after the checkpoint's last step.
 
@@ -139,7 +156,7 @@ class ResumedRun:
             ) from None
         for group, settings in zip(state.optimizer.param_groups, settings_now, strict=True):
             group.update(settings)
-        state.progress = Progress(**self.state["progress"])
+        state.progress = self.progress
         state.best_adapter = self.state["best_adapter"]
         self.state.clear()  # on a card the optimizer has copies: these would fill the host's memory for the whole run
 
@@ -148,14 +165,15 @@ def open_run_to_resume(resume_from_checkpoint: bool | str, run_path: Path) -> Re
     """Open the run checkpoint that the config asks to go on from; None for a new run.
 
     Args:
-        resume_from_checkpoint: True: the newest whole one in `run_path`; or a run's directory, or a checkpoint's.
+        resume_from_checkpoint: True: the newest whole one in `run_path`; "auto": the same, if there is one; or a run's
+            directory, or a checkpoint's.
 
     Raises:
         UserError: there is none, or the one named is not whole.
     """
     if resume_from_checkpoint is False:
         return None
-    if isinstance(resume_from_checkpoint, str):
+    if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint != AUTO:
         path = Path(resume_from_checkpoint).expanduser()
         if is_run_checkpoint(path):
             return ResumedRun(path, _read_state(path), _read_config(path))
@@ -167,6 +185,8 @@ def open_run_to_resume(resume_from_checkpoint: bool | str, run_path: Path) -> Re
             print(f"passed over: {error}")
             continue
         return ResumedRun(path, state, _read_config(path))
+    if resume_from_checkpoint == AUTO:
+        return None
     raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {str(run_path / 'checkpoints')!r}")
 
 

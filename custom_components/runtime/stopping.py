@@ -1,10 +1,15 @@
-"""Stopping a run from outside: finish the step, save, and exit."""
+"""Stopping a run from outside, and saving by the clock: both are asked for in the loop, between two steps."""
 
 import contextlib
 import os
 import signal
-import sys
+import stat
+import time
 from collections.abc import Iterator
+
+# SIGHUP: the terminal was closed. SIGUSR1: SLURM's `--signal=USR1@90`, 90 seconds before the time limit.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_WORDS = b"\nstopping after this step; Ctrl-C again stops at once, without saving\n"
 
 
 class StopRequest:
@@ -17,27 +22,59 @@ class StopRequest:
     def is_asked(self) -> bool:
         return self.signal_number is not None
 
-    def leave_if_asked(self) -> None:
-        """Exit as the signal asked, with 128 + its number; call it when all is saved."""
-        if self.signal_number is not None:
-            sys.exit(128 + self.signal_number)
-
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Inside the block, SIGINT and SIGTERM ask the run to stop after this step; a second SIGINT stops at once."""
+    """Inside the block, `STOP_SIGNALS` ask the run to stop after this step. A second SIGINT stops at once.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
     request = StopRequest()
 
     def ask(signal_number: int, _frame: object) -> None:
         if request.signal_number is not None and signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal_number = signal_number
-        # note: not print: the interrupted code may be using stderr's buffer.
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+        if signal_number == signal.SIGHUP:
+            leave_closed_terminal()
+        # note: print could find stderr's buffer in use by what was interrupted.
+        with contextlib.suppress(OSError):
+            os.write(2, _WORDS)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    taken = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in taken}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_closed_terminal() -> None:
+    """Send what is printed to nowhere, where it went to a terminal: writing to one that was closed is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        # note: a terminal that was closed no longer says that it is one, but it is still a device.
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+class SaveClock:
+    """Asks for a save every so many minutes.
+
+    Args:
+        minutes: since the last save; None: never.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = None if minutes is None else 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on: something was saved."""
+        self._start_seconds = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        return self._seconds is not None and time.monotonic() - self._start_seconds >= self._seconds

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from custom_components.runtime.errors import UserError
+from custom_components.weights.card import stated_steps
 from custom_components.weights.checkpoint_files import StoredTensor, tensors_of_file
 from custom_components.weights.names import interleave_rope_rows
 from custom_components.weights.peft_format import (
@@ -102,6 +103,9 @@ def open_adapter(adapter_dir: Path) -> StoredAdapter:
                 "beside it"
             )
         adapter = _read(adapter_dir, files[-1], config)
+    steps = stated_steps(adapter_dir)
+    if steps is not None and not steps.is_finished:
+        print(f"{adapter_dir}: its run was stopped at step {steps.num_steps} of {steps.num_planned_steps}")
     return adapter
 
 

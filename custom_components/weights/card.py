@@ -1,5 +1,6 @@
 """Parts that the model cards of adapters and of merged models share."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,41 @@ FIRST_SECTION = "\n## Data\n\n"
 LAST_SECTION = "\n## How to load it\n"
 
 
+# The key of a card's front matter that says how far an adapter's run was.
+_PROGRESS_KEY = "training_progress"
+
+
+@dataclass(frozen=True)
+class TrainedSteps:
+    """How far the run of an adapter was when it was saved.
+
+    Attributes:
+        num_planned_steps: that the run has if nothing stops it.
+        is_finished: it was not asked to stop before its end.
+    """
+
+    num_steps: int
+    num_planned_steps: int
+    is_finished: bool
+
+
+def stated_steps(adapter_dir: Path) -> TrainedSteps | None:
+    """Read how far an adapter's run was from its card; None where the card does not say."""
+    stated = card_metadata(adapter_dir / CARD_NAME).get(_PROGRESS_KEY)
+    try:
+        return TrainedSteps(**stated)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def front_matter(
-    base: BaseCheckpoint, *, relation: str, library_name: str, tags: list[str], datasets: list[str]
+    base: BaseCheckpoint,
+    *,
+    relation: str,
+    library_name: str,
+    tags: list[str],
+    datasets: list[str],
+    steps: TrainedSteps | None = None,
 ) -> str:
     data = ModelCardData(
         base_model=base.hub_name,
@@ -27,6 +61,7 @@ def front_matter(
         pipeline_tag="text-generation",
         tags=tags,
         **_licence(base.directory),
+        **({} if steps is None else {_PROGRESS_KEY: vars(steps)}),
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
