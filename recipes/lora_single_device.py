@@ -22,7 +22,7 @@ from custom_components.runs.adapter_card import TrainingFacts, adapter_card
 from custom_components.runs.checkpoints import delete_checkpoints_after, save_run_checkpoint
 from custom_components.runs.metrics import keep_metrics_until, plot_losses
 from custom_components.runs.report import closing_summary, describe_model, stopped_summary
-from custom_components.runs.resuming import ResumedRun, open_run_to_resume
+from custom_components.runs.resuming import AUTO, ResumedRun, open_run_to_resume
 from custom_components.runs.run import Run
 from custom_components.runs.run_directory import RunDirectory, begin_in, run_directory
 from custom_components.runs.training_log import StepResult, TrainingLog
@@ -68,6 +68,9 @@ def recipe_main() -> None:
     lengths, max_seq_len = data.train.lengths, data.tokenizer.max_seq_len
     resumed = open_run_to_resume(settings.resume_from_checkpoint, settings.output_dir)
     asked = settings if resumed is None else resumed.checked_settings(settings)
+    if resumed is not None and settings.resume_from_checkpoint == AUTO and is_finished(asked, data, resumed):
+        print(f"{settings.output_dir}: the run is finished, {resumed.progress.num_steps} steps; nothing is left to do")
+        return
     base = open_checkpoint(settings.checkpoint_dir)
     check_base_weights(model, base)
     start_adapter = None
@@ -76,7 +79,8 @@ def recipe_main() -> None:
     fit = fit_to_device(asked, model, lengths, max_seq_len, dtype, device)
 
     resumes_here = resumed is not None and resumed.is_inside(settings.output_dir)
-    with run_directory(settings.output_dir, overwrite=settings.overwrite_output_dir, resumes=resumes_here) as directory:
+    overwrites = not resumes_here and (settings.overwrite_output_dir or begins_again(settings, resumed))
+    with run_directory(settings.output_dir, overwrite=overwrites, resumes=resumes_here) as directory:
         load_base_weights(model, base, dtype, device, settings.quantized_cache_dir)
         return_freed_memory()
         if start_adapter is not None:
@@ -93,7 +97,7 @@ def recipe_main() -> None:
         state = new_state(run, model, data)
         if resumed is not None:
             resumed.restore(model, state)
-        begin_in(directory, run.beside.config, overwrites=settings.overwrite_output_dir and not resumes_here)
+        begin_in(directory, run.beside.config, overwrites=overwrites)
         if resumed is not None:
             go_on_in(directory, resumed, state.progress.num_steps)
         loss_function = instantiate(settings.loss)
@@ -109,7 +113,7 @@ def recipe_main() -> None:
             raise AssertionError("verify_base: the frozen base has changed")
         save_result(run, model, data, state, len(plan.steps), is_finished=signal_number is None)
         if signal_number is not None:
-            print(stopped_summary(state.progress, len(plan.steps), directory, sys.argv))
+            print(stopped_summary(state.progress, len(plan.steps), directory, [__file__, *sys.argv[1:]]))
             sys.exit(128 + signal_number)
         answers_after = answer_sample_prompts(model, data.tokenizer, settings.sample_prompts)
         show_answers(settings.sample_prompts, answers_before, answers_after)
@@ -128,6 +132,20 @@ def open_data(settings: TrainingSettings, tokenizer: Llama2ChatTransform) -> Dat
     return Data(dataset, None, tokenizer)
 
 
+def is_finished(settings: TrainingSettings, data: Data, resumed: ResumedRun) -> bool:
+    """Tell whether the run that `settings` describe has its result."""
+    plan = plan_of(settings, data.train.lengths, data.tokenizer.max_seq_len, has_validation=False)
+    return resumed.is_inside(settings.output_dir) and resumed.is_finished(
+        len(plan.steps), settings.early_stopping_patience
+    )
+
+
+def begins_again(settings: TrainingSettings, resumed: ResumedRun | None) -> bool:
+    """Tell whether a run died in output_dir before it had anything to go on from, and is to begin once more."""
+    is_auto = resumed is None and settings.resume_from_checkpoint == AUTO
+    return is_auto and RunDirectory(settings.output_dir).has_only_begun
+
+
 def new_state(run: Run, model: TransformerDecoder, data: Data) -> TrainingState:
     """Make the state that a run begins with."""
     groups = adapter_parameter_groups(model, run.settings.optimizer["lr"], run.settings.lora_plus_ratio)
@@ -138,7 +156,8 @@ def new_state(run: Run, model: TransformerDecoder, data: Data) -> TrainingState:
     )
 
 
-def train(run: Run, model: TransformerDecoder, data: Data, plan: Plan, state: TrainingState, losses: Losses
+def train(
+    run: Run, model: TransformerDecoder, data: Data, plan: Plan, state: TrainingState, losses: Losses
 ) -> int | None:
     """Train `model` and keep `state`, in place, from the state's step to the last or until asked to stop.
 
@@ -188,7 +207,8 @@ def save_result(
 ) -> None:
     """Save the adapter of the best validation, or else the last, with its card, and draw the plot."""
     model.load_state_dict(state.best_adapter, strict=False)
-    check_adapter_was_trained(model)
+    if is_finished:
+        check_adapter_was_trained(model)
     training = TrainingFacts(
         run.base,
         adapter_settings(model),
@@ -196,6 +216,7 @@ def save_result(
         run.prompt_format,
         run.settings.train_on,
         run.settings.training_hyperparameters(),
+        run.settings.source_weights(),
     )
     steps = TrainedSteps(state.progress.num_steps, num_planned_steps, is_finished)
     card = adapter_card(training, data.train, data.validation, state.progress, steps, run.directory.metrics)

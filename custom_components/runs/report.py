@@ -1,5 +1,6 @@
 """What a training run prints about itself, at its start and at its end."""
 
+import os
 import shlex
 
 import torch
@@ -55,10 +56,10 @@ def stopped_summary(progress: Progress, num_planned_steps: int, directory: RunDi
     """Say what a run that was asked to stop has saved, and the command that goes on with it.
 
     Args:
-        arguments: of the program, the recipe's path first, as in `sys.argv`.
+        arguments: of the program, the recipe's file first.
     """
     again = [argument for argument in arguments[1:] if not argument.startswith(_NOT_FOR_GOING_ON)]
-    command = ["tune", "run", arguments[0], *again, "resume_from_checkpoint=true"]
+    command = ["tune", "run", os.path.relpath(arguments[0]), *again, "resume_from_checkpoint=true"]
     return (
         f"\nstopped at step {progress.num_steps} of {num_planned_steps}; saved:"
         f"\ncheckpoint {run_checkpoint_path(directory.path, progress.num_steps)}"

@@ -32,7 +32,14 @@ _UNDECISIVE_KEYS = {
         "quantized_cache",
         "sample_prompts",
     ),
-    *("log_every_n_steps", "metric_logger", "save_every_n_steps", "save_every_minutes", "keep_last_n_checkpoints", "verify_base"),
+    *(
+        "log_every_n_steps",
+        "metric_logger",
+        "save_every_n_steps",
+        "save_every_minutes",
+        "keep_last_n_checkpoints",
+        "verify_base",
+    ),
 }
 # Changing these gives other shapes or another order of the data: it would be a different run.
 _FIXED_KEYS = {

@@ -64,6 +64,11 @@ class RunDirectory:
             self.config: is_run_config,
         }
 
+    @property
+    def has_only_begun(self) -> bool:
+        """Whether a run died here before its first checkpoint."""
+        return bool(self.results()) and not (run_checkpoints(self.path) or os.path.lexists(self.adapter))
+
     def results(self) -> dict[Path, Recognises | OwnDirectory]:
         """What is here of a run, by its names, and how each is recognised; other files are no concern of a run."""
         results: dict[Path, Recognises | OwnDirectory] = dict.fromkeys(run_checkpoints(self.path), CHECKPOINT)

@@ -37,7 +37,8 @@ class TrainedSteps:
 
 def stated_steps(adapter_dir: Path) -> TrainedSteps | None:
     """Read how far an adapter's run was from its card; None where the card does not say."""
-    stated = card_metadata(adapter_dir / CARD_NAME).get(_PROGRESS_KEY)
+    card = adapter_dir / CARD_NAME
+    stated = card_metadata(card).get(_PROGRESS_KEY) if card.is_file() else None
     try:
         return TrainedSteps(**stated)  # type: ignore[arg-type]
     except TypeError:
@@ -53,6 +54,7 @@ def front_matter(
     datasets: list[str],
     steps: TrainedSteps | None = None,
 ) -> str:
+    progress: dict[str, Any] = {} if steps is None else {_PROGRESS_KEY: vars(steps)}
     data = ModelCardData(
         base_model=base.hub_name,
         base_model_relation=relation if base.hub_name else None,
@@ -61,7 +63,7 @@ def front_matter(
         pipeline_tag="text-generation",
         tags=tags,
         **_licence(base.directory),
-        **({} if steps is None else {_PROGRESS_KEY: vars(steps)}),
+        **progress,
     )
     return f"---\n{data.to_yaml()}\n---\n"
 

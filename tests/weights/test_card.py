@@ -19,7 +19,7 @@ from custom_components.training.state import Progress
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapters import adapter_settings
-from custom_components.weights.card import CARD_NAME
+from custom_components.weights.card import CARD_NAME, TrainedSteps
 from custom_components.weights.checkpoint_files import BaseCheckpoint
 from tests.support.paths import PROJECT, TINY_TOKENIZER
 
@@ -61,8 +61,7 @@ def make_card(rows, tmp_path, monkeypatch):
             model = instantiate(settings.model)
         dataset = chat_dataset(Llama2ChatTransform(TINY_TOKENIZER), str(rows))
         if sources is not None:
-            counts = {"num_rows": 12, "num_kept": 10, "num_taken": 10}
-            dataset.summaries = [type(dataset.summaries[0])(**part, **counts) for part in sources]
+            dataset.summaries = [type(dataset.summaries[0])(source, num_rows=12, num_kept=10) for source in sources]
         dataset_val = None
         progress = Progress(num_steps=2)
         if validates:
@@ -75,8 +74,9 @@ def make_card(rows, tmp_path, monkeypatch):
             PromptFormat(settings.prompt_template, system_prompt, ["</s>"]),
             settings.train_on,
             settings.training_hyperparameters(),
+            settings.source_weights(),
         )
-        return adapter_card(training, dataset, dataset_val, progress, metrics)
+        return adapter_card(training, dataset, dataset_val, progress, TrainedSteps(2, 2, is_finished=True), metrics)
 
     return make
 
@@ -92,6 +92,7 @@ def test_an_adapter_of_a_hub_model(make_card, hub_checkpoint, tmp_path):
     card = ModelCard(text)
     assert card.data.to_dict() == {
         "base_model": HUB_BASE,
+        "training_progress": {"num_steps": 2, "num_planned_steps": 2, "is_finished": True},
         "base_model_relation": "adapter",
         "library_name": "peft",
         "license": "llama2",
@@ -117,7 +118,7 @@ def test_an_adapter_of_a_hub_model(make_card, hub_checkpoint, tmp_path):
 def test_an_adapter_of_a_local_model_names_no_base_and_no_licence(make_card, tmp_path):
     text = make_card(validates=False)
     card = ModelCard(text)
-    assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
+    assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags", "training_progress"}
     assert "# QLoRA adapter for `checkpoint`" in text and 'from_pretrained("path/to/checkpoint")' in text
     assert "the state after the last of 2 steps" in text
     assert "validat" not in text
@@ -126,12 +127,11 @@ def test_an_adapter_of_a_local_model_names_no_base_and_no_licence(make_card, tmp
 
 def test_hub_data_sets_are_named_and_files_are_not(make_card, tmp_path):
     mix = [{"source": "yahma/alpaca-cleaned", "weight": 0.5}, {"source": "data/rows.jsonl"}]
-    text = make_card(sources=[*mix, {"source": "a/b", "split": "validation"}])
-    assert ModelCard(text).data.datasets == ["yahma/alpaca-cleaned", "a/b"]
+    text = make_card(f"dataset.source={json.dumps(mix)}", sources=[part["source"] for part in mix])
+    assert ModelCard(text).data.datasets == ["yahma/alpaca-cleaned"]
     link = "[yahma/alpaca-cleaned](https://huggingface.co/datasets/yahma/alpaca-cleaned)"
     assert f"- {link}, weight 0.5: 10 of 12 rows\n" in text
     assert "- `rows.jsonl`, weight 1: 10 of 12 rows\n" in text
-    assert "a/b), split validation, weight 1: 10 of 12 rows\n" in text
     assert "data/rows" not in text
 
 
@@ -156,7 +156,7 @@ def test_variants_are_named(make_card, variant):
 def test_a_merged_model_takes_over_what_the_adapter_says(make_card, hub_checkpoint, tmp_path):
     adapter = tmp_path / "private place/adapter"
     adapter.mkdir()
-    card_text = make_card(f"checkpoint_dir={hub_checkpoint}", sources=[{"source": "a/set"}])
+    card_text = make_card(f"checkpoint_dir={hub_checkpoint}", sources=["a/set"])
     (adapter / CARD_NAME).write_text(card_text)
     text = merged_card(BaseCheckpoint(hub_checkpoint, LLAMA2_7B), [(adapter, 1.0)], "original")
     assert ModelCard(text).data.to_dict() == {
