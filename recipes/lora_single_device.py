@@ -216,7 +216,6 @@ def save_result(
         run.prompt_format,
         run.settings.train_on,
         run.settings.training_hyperparameters(),
-        run.settings.source_weights(),
     )
     steps = TrainedSteps(state.progress.num_steps, num_planned_steps, is_finished)
     card = adapter_card(training, data.train, data.validation, state.progress, steps, run.directory.metrics)

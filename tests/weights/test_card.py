@@ -61,7 +61,8 @@ def make_card(rows, tmp_path, monkeypatch):
             model = instantiate(settings.model)
         dataset = chat_dataset(Llama2ChatTransform(TINY_TOKENIZER), str(rows))
         if sources is not None:
-            dataset.summaries = [type(dataset.summaries[0])(source, num_rows=12, num_kept=10) for source in sources]
+            counts = {"num_rows": 12, "num_kept": 10, "num_taken": 10}
+            dataset.summaries = [type(dataset.summaries[0])(**part, **counts) for part in sources]
         dataset_val = None
         progress = Progress(num_steps=2)
         if validates:
@@ -74,7 +75,6 @@ def make_card(rows, tmp_path, monkeypatch):
             PromptFormat(settings.prompt_template, system_prompt, ["</s>"]),
             settings.train_on,
             settings.training_hyperparameters(),
-            settings.source_weights(),
         )
         return adapter_card(training, dataset, dataset_val, progress, TrainedSteps(2, 2, is_finished=True), metrics)
 
@@ -127,11 +127,12 @@ def test_an_adapter_of_a_local_model_names_no_base_and_no_licence(make_card, tmp
 
 def test_hub_data_sets_are_named_and_files_are_not(make_card, tmp_path):
     mix = [{"source": "yahma/alpaca-cleaned", "weight": 0.5}, {"source": "data/rows.jsonl"}]
-    text = make_card(f"dataset.source={json.dumps(mix)}", sources=[part["source"] for part in mix])
-    assert ModelCard(text).data.datasets == ["yahma/alpaca-cleaned"]
+    text = make_card(sources=[*mix, {"source": "a/b", "split": "validation"}])
+    assert ModelCard(text).data.datasets == ["yahma/alpaca-cleaned", "a/b"]
     link = "[yahma/alpaca-cleaned](https://huggingface.co/datasets/yahma/alpaca-cleaned)"
     assert f"- {link}, weight 0.5: 10 of 12 rows\n" in text
     assert "- `rows.jsonl`, weight 1: 10 of 12 rows\n" in text
+    assert "a/b), split validation, weight 1: 10 of 12 rows\n" in text
     assert "data/rows" not in text
 
 
@@ -156,7 +157,7 @@ def test_variants_are_named(make_card, variant):
 def test_a_merged_model_takes_over_what_the_adapter_says(make_card, hub_checkpoint, tmp_path):
     adapter = tmp_path / "private place/adapter"
     adapter.mkdir()
-    card_text = make_card(f"checkpoint_dir={hub_checkpoint}", sources=["a/set"])
+    card_text = make_card(f"checkpoint_dir={hub_checkpoint}", sources=[{"source": "a/set"}])
     (adapter / CARD_NAME).write_text(card_text)
     text = merged_card(BaseCheckpoint(hub_checkpoint, LLAMA2_7B), [(adapter, 1.0)], "original")
     assert ModelCard(text).data.to_dict() == {
