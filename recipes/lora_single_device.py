@@ -34,7 +34,7 @@ from custom_components.runtime.stopping import SaveClock, stop_requests
 from custom_components.training.compiling import compiled_layers
 from custom_components.training.gradients import Losses, accumulate_gradients, supervised_loss, validation_loss
 from custom_components.training.optimizer import adapter_parameter_groups, clip_gradients, set_rates, update_adapters
-from custom_components.training.plan import Plan, plan_of
+from custom_components.training.plan import Plan, long_warmup, plan_of
 from custom_components.training.state import TrainingState
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import PromptFormat
@@ -94,6 +94,8 @@ def recipe_main() -> None:
         base_checksum = frozen_checksum(model) if settings.verify_base else None
 
         plan = plan_of(run.settings, lengths, max_seq_len, has_validation=data.validation is not None)
+        if words := long_warmup(plan, run.settings.optimizer["lr"]):
+            print(words)
         state = new_state(run, model, data)
         if resumed is not None:
             resumed.restore(model, state)

@@ -14,7 +14,7 @@ from custom_components.datasets.row_preview import label_table, length_histogram
 from custom_components.datasets.summary import account
 from custom_components.datasets.tokenized_rows import ChatDataset, split_validation
 from custom_components.runtime.errors import UserError, run_recipe
-from custom_components.training.plan import plan_of
+from custom_components.training.plan import long_warmup, plan_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 
 
@@ -59,6 +59,8 @@ def show_plan(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: Pr
         f"{len(plan.steps)} optimizer steps, {plan.num_warmup_steps} of them warm-up; {len(forward_sizes)} forwards of "
         f"{min(forward_sizes)} to {max(forward_sizes)} tokens, {sum(forward_sizes) // len(forward_sizes)} on average"
     )
+    if words := long_warmup(plan, settings.optimizer["lr"]):
+        print(words)
 
 
 if __name__ == "__main__":

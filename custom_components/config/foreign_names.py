@@ -81,7 +81,7 @@ _ROWS: list[tuple[str | None, str, str]] = [
     ("max_task_rows", "", "limit"),
     # ---- Training
     ("epochs", "", "num_train_epochs num_epochs n_epochs"),
-    ("max_steps_per_epoch", "with epochs: 1", "max_steps max_train_steps num_steps"),
+    ("max_steps", "", "max_train_steps num_steps"),
     (
         "batch_size",
         "rows of one forward; gradient_accumulation_steps is how many forwards a step has",
@@ -90,7 +90,7 @@ _ROWS: list[tuple[str | None, str, str]] = [
     ("batch_size", "validation takes the same", "per_device_eval_batch_size eval_batch_size"),
     ("batch_size", "auto takes as many rows as fit", "auto_find_batch_size"),
     ("gradient_accumulation_steps", "", "accumulation_steps grad_accum_steps gradient_accumulation grad_accum"),
-    ("optimizer.lr", "", "learning_rate max_lr peak_lr"),
+    ("learning_rate", "", "lr max_lr peak_lr"),
     ("optimizer.betas", "a list of two", "adam_beta1 adam_beta2"),
     ("optimizer.eps", "", "adam_epsilon"),
     ("optimizer", "with a _component_ such as torch.optim.AdamW or bitsandbytes.optim.AdamW8bit", "optim"),

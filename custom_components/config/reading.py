@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from custom_components.config.checks import checked_settings
+from custom_components.config.knobs import link_knobs, settle_overrides
 from custom_components.config.overrides import RawConfig, apply_override, interpolate
 from custom_components.config.recipe_files import HELP_FLAGS, config_named_in
 from custom_components.config.recipe_help import recipe_help
@@ -65,9 +66,11 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
     config_path, overrides = _split_arguments(arguments)
     raw = read_yaml(config_path)
     renamed = rename_components(raw.values)
+    link_knobs(raw.values)
     for override in overrides:
         apply_override(raw, override, settings_type, YamlLoader)
         renamed |= rename_components(raw.values)
+    settle_overrides(raw, [override.removeprefix("~").partition("=")[0] for override in overrides], settings_type)
     for before, today in renamed.items():
         print(f"{before} is now {today}: read as that")
     for name, field in settings_type.model_fields.items():

@@ -4,12 +4,13 @@ configs/*.yaml name every key and say its effect; tests hold the two together.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 from custom_components.config.component_trials import Trial
 
@@ -39,18 +40,39 @@ def _in_home(path: Path) -> Path:
         raise ValueError(f"a path ({error})") from None
 
 
-PathText = Annotated[Path, BeforeValidator(path_text), AfterValidator(_in_home)]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
-# Hugging Face's names of the attention projections are taken as well as torchtune's.
-AttentionModule = Literal["q_proj", "k_proj", "v_proj", "output_proj", "o_proj"]
-
-
 @dataclass(frozen=True)
 class Words:
     """Says in `--help` what a key takes, where its annotation cannot."""
 
     words: str
+
+
+def _checked_device(name: Any) -> Any:
+    if isinstance(name, str) and _DEVICE.fullmatch(name):
+        return name
+    number = re.fullmatch(r"(?:gpu|cuda)?[:_ ]?(\d+)", str(name).lower())
+    if number:
+        raise ValueError(f"cuda:{number[1]}")
+    if str(name).lower() in ("gpu", "cuda", "hip", "rocm", "nvidia"):
+        raise ValueError("cuda, torch's name of NVIDIA's and AMD's cards, or auto")
+    if str(name).lower() in ("mps", "metal", "mlx"):
+        raise ValueError("auto or cpu: Apple's GPU is not supported, because 4-bit NF4 weights do not work there")
+    raise ValueError("auto, cpu, cuda or cuda:N; no other device is supported")
+
+
+def _our_dtype_name(name: Any) -> Any:
+    """Shorten torch's own spelling, `torch.bfloat16` or `bfloat16`; what is not one is left to be refused."""
+    return _TORCH_DTYPES.get(name.removeprefix("torch."), name) if isinstance(name, str) else name
+
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+
+PathText = Annotated[Path, BeforeValidator(path_text), AfterValidator(_in_home)]
+Device = Annotated[str, BeforeValidator(_checked_device), Words("auto, cpu, cuda or cuda:N")]
+DtypeName = Annotated[Literal["auto", "bf16", "fp16", "fp32"], BeforeValidator(_our_dtype_name)]
+# Hugging Face's names of the attention projections are taken as well as torchtune's.
+AttentionModule = Literal["q_proj", "k_proj", "v_proj", "output_proj", "o_proj"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +109,13 @@ DATASET = ComponentNode(
 
 
 class Settings(BaseModel):
-    """The base of all settings: unknown keys and wrong types are errors, values do not change."""
+    """The base of all settings: unknown keys and wrong types are errors, values do not change.
+
+    Attributes:
+        alternatives: pairs of keys of which the one typed on the command line replaces the other in the file.
+    """
+
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

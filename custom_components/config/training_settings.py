@@ -16,6 +16,7 @@ from custom_components.config.settings import (
     DtypeName,
     PathText,
     Settings,
+    Words,
     path_text,
 )
 from custom_components.runtime.errors import UserError
@@ -23,6 +24,7 @@ from custom_components.runtime.errors import UserError
 if TYPE_CHECKING:  # note: it takes seconds, and `--help` is to come at once
     import torch
 
+_PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _OPTIMIZER_KEYS = ("lr", "weight_decay", "betas", "eps")
 
 MODEL = ComponentNode(
@@ -52,6 +54,8 @@ METRIC_LOGGER = ComponentNode(
 
 class TrainingSettings(Settings):
     """What recipes/lora_single_device.py reads."""
+
+    alternatives = (("warmup_steps", "warmup_ratio"), ("dataset_val", "val_fraction"))
 
     checkpoint_dir: PathText
     output_dir: PathText
@@ -88,10 +92,12 @@ class TrainingSettings(Settings):
     shuffle: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**43)] = 0
 
-    epochs: PositiveInt
+    epochs: Annotated[PositiveInt | _PositiveNumber, Words("number > 0")]
     max_steps_per_epoch: PositiveInt | None = None
+    max_steps: PositiveInt | None = None
     batch_size: PositiveInt | Literal["auto"]
     gradient_accumulation_steps: PositiveInt
+    learning_rate: _PositiveNumber | None = None
     optimizer: Annotated[dict[str, Any], OPTIMIZER]
     lr_scheduler: Annotated[dict[str, Any], LR_SCHEDULER]
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -126,6 +132,8 @@ class TrainingSettings(Settings):
         """Name what shaped the training, besides the adapter's own sizes, by keys of the config; None: no effect."""
         return {
             "epochs": self.epochs,
+            "max_steps_per_epoch": self.max_steps_per_epoch,
+            "max_steps": self.max_steps,
             "batch_size": self.batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "packed": self.packed or None,
@@ -164,7 +172,13 @@ class TrainingSettings(Settings):
                 f"{self.warmup_steps} beside warmup_ratio {self.warmup_ratio}: set one of them to null or 0",
             )
         if "lr" not in self.optimizer:
-            yield "optimizer.lr", "missing: the peak learning rate has no default"
+            yield "optimizer.lr", "missing: the peak learning rate has no default; write ${learning_rate}"
+        elif self.learning_rate not in (None, self.optimizer["lr"]):
+            yield (
+                "learning_rate",
+                f"{self.learning_rate} beside optimizer.lr {self.optimizer['lr']}: write ${{learning_rate}} there, or "
+                "give one of them",
+            )
         if self.quantized_cache and self.cache_dir is None:
             yield "quantized_cache", "true without a cache_dir: there is nowhere to keep the base"
         if self.packed and self.group_by_length:

@@ -6,6 +6,7 @@ epoch, so a checkpoint does not store it.
 Dimensions: `T` tokens of all rows of a forward, `P` supervised positions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -112,6 +113,26 @@ class BatchPlan:
 
         A pure function of the lengths and the epoch. Every row is in one step; the last step may be smaller.
         """
+        return self._all_steps(lengths, epoch)[: self.max_steps_per_epoch]
+
+    def run_steps(
+        self, lengths: Sequence[int], epochs: float, max_steps: int | None
+    ) -> list[tuple[int, list[list[int]]]]:
+        """List all optimizer steps of a run, each with its epoch, counted from 0.
+
+        Whichever of the three is reached first ends the run: `epochs`, whose fraction is that share of the last
+        epoch's steps, rounded up; `max_steps_per_epoch` in each epoch; and `max_steps` in all.
+        """
+        steps: list[tuple[int, list[list[int]]]] = []
+        for epoch in range(math.ceil(epochs)):
+            if max_steps is not None and len(steps) >= max_steps:
+                break
+            all_steps = self._all_steps(lengths, epoch)
+            num_steps = math.ceil(min(1.0, epochs - epoch) * len(all_steps) - _ROUNDING)
+            steps += [(epoch, forwards) for forwards in all_steps[: max(1, num_steps)][: self.max_steps_per_epoch]]
+        return steps[:max_steps]
+
+    def _all_steps(self, lengths: Sequence[int], epoch: int) -> list[list[list[int]]]:
         if self.pack_capacity_tokens is not None:
             units = pack_rows(lengths, self.pack_capacity_tokens, self.seed, epoch, self.shuffle)
         else:
@@ -120,9 +141,11 @@ class BatchPlan:
                 order = grouped_by_length(order, lengths, self.batch_size)
             units = [[index] for index in order]
         forwards = [[row for unit in some for row in unit] for some in _chunks(units, self.batch_size)]
-        return _chunks(forwards, self.gradient_accumulation_steps)[: self.max_steps_per_epoch]
+        return _chunks(forwards, self.gradient_accumulation_steps)
 
 
+# 1.1 - 1 is 0.10000000000000009: of 30 steps that is 3, not 4.
+_ROUNDING = 1e-6
 Item = TypeVar("Item")
 
 

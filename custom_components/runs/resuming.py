@@ -31,6 +31,7 @@ _UNDECISIVE_KEYS = {
         "cache_dir",
         "quantized_cache",
         "sample_prompts",
+        "learning_rate",  # optimizer.lr says it
     ),
     *(
         "log_every_n_steps",

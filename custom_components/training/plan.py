@@ -50,6 +50,18 @@ class Plan:
         return sum(len(step.forwards) for step in self.steps)
 
 
+def long_warmup(plan: Plan, peak_rate: float) -> str | None:
+    """Say which rates a run has whose warm-up is longer than itself; None where the warm-up fits in."""
+    num_steps, num_warmup_steps = len(plan.steps), plan.num_warmup_steps
+    if num_warmup_steps <= num_steps:
+        return None
+    first, last = (peak_rate * step / num_warmup_steps for step in (1, num_steps))
+    return (
+        f"the warm-up of {num_warmup_steps} steps is longer than the run of {num_steps}: the learning rate rises from "
+        f"{first:.3g} to {last:.3g} and never reaches {peak_rate:g}; set warmup_steps lower"
+    )
+
+
 def batch_plan(settings: TrainingSettings, max_seq_len: int | None) -> BatchPlan:
     """Read how rows become steps from a config whose `batch_size` is a number.
 
@@ -81,7 +93,7 @@ def plan_of(
         has_validation: there are rows to validate on.
     """
     batches = batch_plan(settings, max_seq_len)
-    steps = [(epoch, forwards) for epoch in range(settings.epochs) for forwards in batches.steps(lengths, epoch)]
+    steps = batches.run_steps(lengths, settings.epochs, settings.max_steps)
     num_warmup_steps = schedules.num_warmup_steps(settings.warmup_steps, settings.warmup_ratio, len(steps))
     planned = []
     for number, (epoch, forwards) in enumerate(steps, 1):

@@ -141,7 +141,7 @@ def test_delete_a_key():
     ("override", "words"),
     [
         ("lora_rnak=32", "lora_rnak: unknown key; did you mean 'lora_rank'?"),
-        ("lr=1e-4", "lr: unknown key; did you mean 'optimizer.lr'?"),
+        ("lr=1e-4", "lr: unknown key; here it is 'learning_rate'"),
         ("optimizer.learning=1", "optimizer.learning: unknown key of torch.optim.AdamW"),
         ("model.lora_rnak=32", "did you mean 'model.lora_rank'?"),
         ("dataset.sauce=x", "did you mean 'dataset.source'?"),
@@ -155,13 +155,25 @@ def test_delete_a_key():
         ("optimizer.fused=maybe", "optimizer.fused: 'maybe' should be a valid boolean"),
         ("model._component_=custom_components.models.lama", "cannot be imported"),
         ("model._component_=custom_components.models.llama", "is a module, not a function or class"),
-        ("device=mps", "device: 'mps' should"),
-        ("dtype=float16", "dtype: 'float16' should be 'auto', 'bf16', 'fp16' or 'fp32'"),
+        ("device=mps", "device: 'mps' should be auto or cpu: Apple's GPU is not supported, because 4-bit NF4"),
+        ("device=gpu", "device: 'gpu' should be cuda"),
+        ("device=cuda0", "device: 'cuda0' should be cuda:0 ("),
+        ("device=1", "device: '1' should be cuda:1 ("),
+        ("device=CUDA", "device: 'CUDA' should be cuda"),
+        ("device=rocm", "device: 'rocm' should be cuda, torch's name of NVIDIA's and AMD's cards"),
+        ("device=xpu", "device: 'xpu' should be auto, cpu, cuda or cuda:N"),
+        ("dtype=float64", "dtype: 'float64' should be 'auto', 'bf16', 'fp16' or 'fp32'"),
+        ("dtype=torch.int8", "dtype: 'torch.int8' should be 'auto', 'bf16', 'fp16' or 'fp32'"),
+        ("epochs=0", "epochs: 0 should be greater than 0"),
+        ("epochs=.inf", "epochs: "),
+        ("max_steps=0", "max_steps: 0 should be greater than 0"),
+        ("learning_rate=0", "learning_rate: 0 should be greater than 0"),
+        ("learning_rate=fast", "learning_rate: 'fast' should be a valid number"),
         ("optimizer.params=1", "the recipe gives this argument itself"),
         ("~optimizer._component_", "optimizer._component_: missing"),
         ("~tokenizer.path", "tokenizer.path: missing"),
         ("~epochs", "epochs: missing: this key has no default"),
-        ("epochs=", "epochs: None should be a valid integer"),
+        ("epochs=", "epochs: None should be a valid integer or a valid number"),
         ("dataset=rows.jsonl", "dataset: 'rows.jsonl' should be an object"),
         ("epochs.x=1", "'epochs' is 2, which has no keys of its own"),
         ("lora_rank", "is not an override"),
@@ -170,7 +182,6 @@ def test_delete_a_key():
         ("lora_rank=${lora_rank}", "lora_rank: "),
         ("sample_prompts=['${nothing}']", "sample_prompts: Interpolation key 'nothing' not found"),
         ("lora_rank=[", "not valid YAML"),
-        ("warmup_steps=5", "warmup_steps: 5 beside warmup_ratio"),
     ],
 )
 def test_L26_what_is_wrong_is_named_with_its_origin(override, words):
@@ -241,3 +252,17 @@ def test_every_training_node_with_a_component_is_checked():
     assert set(component_nodes(TrainingSettings)) == {
         "model", "tokenizer", "dataset", "dataset_val", "optimizer", "lr_scheduler", "loss", "metric_logger",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [("bfloat16", "bf16"), ("torch.float16", "fp16"), ("half", "fp16"), ("float32", "fp32"), ("float", "fp32")],
+)
+def test_torchs_spelling_of_a_dtype_is_understood(spelled, name):
+    assert training_settings(f"dtype={spelled}").dtype == name
+    assert generation_settings(f"dtype={spelled}").dtype == name
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_devices(device):
+    assert generation_settings(f"device={device}").device == device
