@@ -35,6 +35,8 @@ _ADAPTER_CONFIG_KEYS = {
     *("bias", "fan_in_fan_out", "inference_mode"),
 }
 _RECORD_HEAD = b'{"step": '
+# Width and height in pixels of the plots of before 0.2, which name no author: PNG specification, section 11.2.2, IHDR.
+_UNSIGNED_PLOT_SIZE = (960, 540)
 # The format's own limit: huggingface/safetensors, README.md, section "Format".
 _MAX_HEADER_BYTES = 100 * 10**6
 
@@ -79,7 +81,8 @@ def is_samples(path: Path) -> bool:
 def is_plot(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(4096)
-    return head.startswith(b"\x89PNG") and PLOT_AUTHOR.encode() in head
+    is_unsigned = b"Matplotlib" in head and struct.unpack(">II", head[16:24]) == _UNSIGNED_PLOT_SIZE
+    return head.startswith(b"\x89PNG") and (PLOT_AUTHOR.encode() in head or is_unsigned)
 
 
 @_or_no

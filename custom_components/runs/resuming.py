@@ -108,6 +108,8 @@ class ResumedRun:
             before, value = self.config.get(key), now.get(key)
             if before == value or key.partition(".")[0] in _UNDECISIVE_KEYS:
                 continue
+            if key not in self.config and _is_default(key, value):
+                continue  # a key that the run was begun without, and that changes nothing
             difference = f"{key} was {before!r}, now {value!r}"
             if key in _FIXED_KEYS or key.partition(".")[0] in _FIXED_KEYS:
                 refusals.append(f"resume_from_checkpoint: {difference}: set it back, or begin a new run")
@@ -213,6 +215,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         return _flat(values)
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"resume_from_checkpoint: {str(path / RUN_CONFIG_NAME)!r} cannot be read ({error})") from None
+
+
+def _is_default(key: str, value: Any) -> bool:
+    """Tell whether a value, of a key or passed on to a node by that name, is the setting's default."""
+    field = TrainingSettings.model_fields.get(key.rpartition(".")[2])
+    return field is not None and not field.is_required() and field.get_default() == value
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import TrainingSettings
@@ -170,6 +171,22 @@ def test_L19_other_differences_are_listed(short_run, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "differs from the checkpoint: optimizer.lr was 0.0002, now 1e-05\n" in said
     assert "sample_prompts" not in said
+
+
+def test_L19_a_key_that_the_run_was_begun_without_is_no_difference(short_run, monkeypatch, capsys):
+    """A newer version has keys that an older run's config lacks."""
+    run, output_dir = short_run
+    monkeypatch.chdir(PROJECT)
+    path = output_dir / "checkpoints/step_000006/config.yaml"
+    before = yaml.safe_load(path.read_text())
+    for values in (before, before["dataset"]):
+        del values["on_empty_answer"]
+    path.write_text(yaml.safe_dump(before, sort_keys=False))
+    resumed = open_run_to_resume(True, output_dir)
+    resumed.check_config(load_settings(TrainingSettings, run).model_dump(mode="json"))
+    assert "on_empty_answer" not in capsys.readouterr().out
+    resumed.check_config(load_settings(TrainingSettings, [*run, "on_empty_answer=error"]).model_dump(mode="json"))
+    assert "on_empty_answer was None, now 'error'" in capsys.readouterr().out
 
 
 def test_L19_other_rows_are_refused(short_run, tmp_path):
