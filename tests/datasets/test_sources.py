@@ -52,12 +52,12 @@ def parquet() -> bytes:
     [
         ("a.jsonl", JSON_LINES),
         ("a.JSONL", b"\xef\xbb\xbf" + JSON_LINES.replace(b"\n", b"\r\n\r\n")),
-        ("a.jsonl.gz", gzip.compress(JSON_LINES)),
+        ("a.jsonl.gz", gzip.compress(JSON_LINES, mtime=0)),
         ("a.json", json.dumps(ROWS, indent=2).encode()),
         ("a.json", JSON_LINES),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
         ("a.csv", CSV),
-        ("a.csv.gz", gzip.compress(CSV)),
+        ("a.csv.gz", gzip.compress(CSV, mtime=0)),
         ("a.tsv", CSV.replace(b",id", b"\tid").replace(b",1", b"\t1").replace(b",2", b"\t2").replace(b",3", b"\t3")),
         ("a.parquet", parquet()),
         ("a.arrow", arrow_stream()),
@@ -115,7 +115,7 @@ def test_a_directory_and_a_glob_are_read_in_the_order_of_names(tmp_path):
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), "a.jsonl:1: byte 0x00 is not UTF-8"),
         ("a.csv", parquet(), "a.csv:1: byte 0x00 is not UTF-8"),
         ("a.jsonl.gz", JSON_LINES, "a.jsonl.gz:1: cannot be read from here on"),
-        ("a.jsonl.gz", gzip.compress(JSON_LINES)[:-12], "a.jsonl.gz:.: cannot be read from here on"),
+        ("a.jsonl.gz", gzip.compress(JSON_LINES, mtime=0)[:-12], "a.jsonl.gz:.: cannot be read from here on"),
         (
             "a.jsonl",
             b'{"a": 1}\n{"a": 2\n',
@@ -244,7 +244,7 @@ def test_nothing_but_a_user_error_comes_of_any_bytes(tmp_path_factory, suffix):
         (".parquet", parquet()),
         (".arrow", arrow_stream()),
         (".feather", feather()),
-        (".jsonl.gz", gzip.compress(JSON_LINES)),
+        (".jsonl.gz", gzip.compress(JSON_LINES, mtime=0)),
     ],
 )
 def test_nothing_but_a_user_error_comes_of_a_file_with_wrong_bytes(tmp_path, suffix, content):
