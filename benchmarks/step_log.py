@@ -33,6 +33,8 @@ class StepLog:
         self.log_dict({name: data}, step)
 
     def log_dict(self, payload: Mapping[str, Any], step: int) -> None:
+        if "loss" not in payload:  # a validation
+            return
         self._file.write(json.dumps({"loss": float(payload["loss"]), "ended_at_seconds": time.time()}) + "\n")
         self._file.flush()
 

@@ -20,6 +20,7 @@ from custom_components.memory.step_limit import StepLimit
 from custom_components.models.nf4_product import DENSE_WEIGHT_MEMORY
 from custom_components.runs.adapter_card import TrainingFacts, adapter_card
 from custom_components.runs.checkpoints import delete_checkpoints_after, save_run_checkpoint
+from custom_components.runs.metric_logger import MetricLogger, metric_logger
 from custom_components.runs.metrics import keep_metrics_until, plot_losses
 from custom_components.runs.report import closing_summary, describe_model, stopped_summary
 from custom_components.runs.resuming import AUTO, ResumedRun, open_run_to_resume
@@ -99,16 +100,17 @@ def recipe_main() -> None:
         state = new_state(run, model, data)
         if resumed is not None:
             resumed.restore(model, state)
-        begin_in(directory, run.beside.config, overwrites=overwrites)
-        if resumed is not None:
-            go_on_in(directory, resumed, state.progress.num_steps)
         loss_function = instantiate(settings.loss)
         losses = Losses(
             training=supervised_loss(model, loss_function, forward_options(settings, fit)),
             validation=supervised_loss(model, loss_function),
         )
-        with compiled_layers(model, settings.compile, device, plan.num_forwards):
-            signal_number = train(run, model, data, plan, state, losses)
+        with metric_logger(settings.metric_logger, None if resumed is None else resumed.directory) as logger:
+            begin_in(directory, run.beside.config, overwrites=overwrites)
+            if resumed is not None:
+                go_on_in(directory, resumed, state.progress.num_steps)
+            with compiled_layers(model, settings.compile, device, plan.num_forwards):
+                signal_number = train(run, model, data, plan, state, losses, logger)
         DENSE_WEIGHT_MEMORY.release()
 
         if base_checksum is not None and frozen_checksum(model) != base_checksum:
@@ -159,7 +161,13 @@ def new_state(run: Run, model: TransformerDecoder, data: Data) -> TrainingState:
 
 
 def train(
-    run: Run, model: TransformerDecoder, data: Data, plan: Plan, state: TrainingState, losses: Losses
+    run: Run,
+    model: TransformerDecoder,
+    data: Data,
+    plan: Plan,
+    state: TrainingState,
+    losses: Losses,
+    logger: MetricLogger,
 ) -> int | None:
     """Train `model` and keep `state`, in place, from the state's step to the last or until asked to stop.
 
@@ -172,7 +180,7 @@ def train(
     save_clock = SaveClock(settings.save_every_minutes)
     step_limit = StepLimit(run.device, plan.batch_size)
     model.train()
-    with TrainingLog(run, len(plan.steps), progress.num_steps) as log, stop_requests() as stop:
+    with TrainingLog(run, logger, len(plan.steps), progress.num_steps) as log, stop_requests() as stop:
         for step in plan.steps[progress.num_steps :]:
             if progress.stops_early(settings.early_stopping_patience):
                 log.say(f"stopped early: {progress.num_validations_since_best} validations without a better loss")

@@ -14,6 +14,8 @@ _LOGGER_PACKAGES = {
     "CometLogger": "comet_ml",
     "MLFlowLogger": "mlflow",
 }
+# Of pyproject.toml.
+_EXTRAS = {"tensorboard", "wandb"}
 
 
 def try_optimizer(target: Callable[..., Any], keys: Mapping[str, Any]) -> None:
@@ -48,4 +50,5 @@ def find_logger_package(target: Callable[..., Any], keys: Mapping[str, Any]) -> 
     """
     package = _LOGGER_PACKAGES.get(getattr(target, "__name__", ""))
     if package is not None and importlib.util.find_spec(package) is None:
-        raise ImportError(f"it needs the package {package}: pip install {package}")
+        what = f"-e '.[{package}]'" if package in _EXTRAS else package
+        raise ImportError(f"it needs the package {package}: pip install {what}")

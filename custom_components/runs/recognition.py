@@ -18,6 +18,7 @@ from custom_components.weights.peft_format import ADAPTER_CONFIG_NAME
 
 RUN_CONFIG_NAME = "config.yaml"
 STATE_NAME = "state.pt"
+WANDB_ID_KEY = "wandb_run_id"
 STEP_DIRECTORY = r"step_\d{6,}"
 
 # Of every training config, whatever the recipe and its version.
@@ -83,6 +84,21 @@ def is_plot(path: Path) -> bool:
         head = file.read(4096)
     is_unsigned = b"Matplotlib" in head and struct.unpack(">II", head[16:24]) == _UNSIGNED_PLOT_SIZE
     return head.startswith(b"\x89PNG") and (PLOT_AUTHOR.encode() in head or is_unsigned)
+
+
+@_or_no
+def is_logged_config(path: Path) -> bool:
+    """The config as torchtune's loggers write it, beside what they log."""
+    from omegaconf import OmegaConf
+
+    text = path.read_text(encoding="utf-8")
+    config = OmegaConf.create(text)
+    return config.keys() >= _CONFIG_KEYS and OmegaConf.to_yaml(config) == text
+
+
+@_or_no
+def is_wandb_run(path: Path) -> bool:
+    return json.loads(path.read_text(encoding="utf-8")).keys() == {WANDB_ID_KEY}
 
 
 @_or_no

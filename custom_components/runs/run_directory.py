@@ -14,10 +14,12 @@ from custom_components.runs.recognition import (
     CHECKPOINT,
     RUN_CONFIG_NAME,
     STEP_DIRECTORY,
+    is_logged_config,
     is_metrics,
     is_plot,
     is_run_config,
     is_samples,
+    is_wandb_run,
 )
 from custom_components.runtime.atomic_files import sweep_unfinished, whole_file
 from custom_components.runtime.errors import UserError
@@ -47,6 +49,15 @@ class RunDirectory:
         return self.path / "loss.png"
 
     @property
+    def logged_config(self) -> Path:
+        """The config once more, as torchtune's loggers write it."""
+        return self.path / "torchtune_config.yaml"
+
+    @property
+    def wandb_run(self) -> Path:
+        return self.path / "wandb_run.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -61,6 +72,8 @@ class RunDirectory:
             self.metrics: is_metrics,
             self.samples: is_samples,
             self.plot: is_plot,
+            self.logged_config: is_logged_config,
+            self.wandb_run: is_wandb_run,
             self.config: is_run_config,
         }
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from custom_components.config.components import instantiate
 from custom_components.datasets.batching import Batch
+from custom_components.runs.metric_logger import MetricLogger
 from custom_components.runs.metrics import MetricsFile, write_samples
 from custom_components.runs.progress_bar import ProgressBar
 from custom_components.runs.run import Run
@@ -35,15 +35,16 @@ class TrainingLog(contextlib.AbstractContextManager):
     """Records the steps and validations of a run, every one flushed as it is written.
 
     Args:
+        logger: gets the same numbers, the config, and answers where it can.
         num_steps: of the whole run.
         num_done_steps: of those, the steps that an earlier process took.
     """
 
-    def __init__(self, run: Run, num_steps: int, num_done_steps: int) -> None:
+    def __init__(self, run: Run, logger: MetricLogger, num_steps: int, num_done_steps: int) -> None:
         self._run = run
         self._metrics = MetricsFile(run.directory.metrics)
-        node = run.settings.metric_logger
-        self._metric_logger = instantiate(node) if node else None
+        self._logger = logger
+        self._logger.log_config(run.beside.config, run.directory)
         self._bar = ProgressBar(num_steps, num_done_steps)
 
     def step(self, step: PlannedStep, batches: Sequence[Batch], result: StepResult) -> None:
@@ -62,20 +63,23 @@ class TrainingLog(contextlib.AbstractContextManager):
             "peak_memory_gib": self._run.memory.gib(),
         }
         self._metrics.write(record)
-        if self._metric_logger is not None and step.number % self._run.settings.log_every_n_steps == 0:
-            known = {key: value for key, value in record.items() if value is not None}
-            self._metric_logger.log_dict(known, step=step.number)
+        if step.number % self._run.settings.log_every_n_steps == 0:
+            self._logger.log(record, step.number)
         self._bar.update(step.number, result.loss)
 
     def validation(self, step: PlannedStep, val_loss: float) -> None:
         """Record a validation after a step."""
-        self._metrics.write({"step": step.number, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)})
+        record = {"step": step.number, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)}
+        self._metrics.write(record)
+        self._logger.log(record, step.number)
 
     def samples(self, step: PlannedStep, answers: Sequence[str]) -> None:
         """Record the answers to the config's sample prompts after a step, if there are any."""
         if not answers:
             return
-        write_samples(self._run.directory.samples, step.number, self._run.settings.sample_prompts, answers)
+        prompts = self._run.settings.sample_prompts
+        write_samples(self._run.directory.samples, step.number, prompts, answers)
+        self._logger.log_samples(prompts, answers, step.number)
 
     def say(self, text: str) -> None:
         """Print a line of its own beside the progress."""
@@ -84,5 +88,3 @@ class TrainingLog(contextlib.AbstractContextManager):
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
         self._metrics.close()
-        if self._metric_logger is not None:
-            self._metric_logger.close()

@@ -1,0 +1,88 @@
+"""The plot of a run: losses, and below them the learning rate and the gradient norm."""
+
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from custom_components.runs.metrics import read_metrics
+from custom_components.runtime.atomic_files import whole_file
+
+# By this in its file a later run knows that the plot is not a person's own.
+PLOT_AUTHOR = "llama-lora-recipes"
+# Above this number of steps the losses are points, and the line is their running mean.
+_MOST_STEPS_OF_A_LINE = 200
+# The share of the steps that a running mean is over.
+_MEAN_SHARE = 0.02
+# From this ratio of the largest loss to the smallest, the axis is logarithmic.
+_LOG_AXIS_RATIO = 20.0
+
+
+def plot_losses(metrics_path: Path, plot_path: Path) -> None:
+    """Draw training and validation loss, learning rate and gradient norm over the optimizer steps."""
+    # note: matplotlib keeps its list of fonts in the home directory, unless another is named before its import.
+    with tempfile.TemporaryDirectory() as font_list_dir:
+        os.environ.setdefault("MPLCONFIGDIR", font_list_dir)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+    records = read_metrics(metrics_path)
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, rate_axes, norm_axes = figure.subplots(3, sharex=True, height_ratios=(4, 1, 1))
+    _draw_losses(loss_axes, *points_of(records, "loss"), *points_of(records, "val_loss"))
+    for axes, key, label in ((rate_axes, "lr", "learning rate"), (norm_axes, "grad_norm", "gradient norm")):
+        _draw(axes, *points_of(records, key), color="C0")
+        axes.set_ylabel(label)
+    norm_axes.set_xlabel("optimizer step")
+    for axes in (loss_axes, rate_axes, norm_axes):
+        axes.grid(alpha=0.3)
+    figure.align_ylabels()
+    with whole_file(plot_path) as aside:
+        figure.savefig(aside, dpi=120, format="png", metadata={"Author": PLOT_AUTHOR})
+
+
+def points_of(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Collect the steps at which `key` is a number, and the numbers."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def running_mean(values: Sequence[float], num_values: int) -> list[float]:
+    """Average each value with its neighbours, `num_values` in all, fewer at both ends, as many on either side."""
+    means = []
+    for index in range(len(values)):
+        num_beside = min(num_values // 2, index, len(values) - 1 - index)
+        means.append(statistics.fmean(values[index - num_beside : index + num_beside + 1]))
+    return means
+
+
+def needs_log_axis(losses: Sequence[float]) -> bool:
+    """Tell whether losses differ so much that the small ones would be a flat line."""
+    return bool(losses) and min(losses) > 0 and max(losses) > _LOG_AXIS_RATIO * min(losses)
+
+
+def _draw_losses(
+    axes: Any, steps: list[int], losses: list[float], val_steps: list[int], val_losses: list[float]
+) -> None:
+    shown = losses
+    if len(steps) > _MOST_STEPS_OF_A_LINE:
+        axes.plot(steps, losses, ".", color="C0", alpha=0.25, markersize=3, markeredgewidth=0)
+        num_steps = math.ceil(_MEAN_SHARE * len(steps)) | 1  # odd: the mean is of a step and its neighbours
+        shown = running_mean(losses, num_steps)
+        _draw(axes, steps, shown, color="C0", label=f"training, mean of {num_steps} steps")
+    else:
+        _draw(axes, steps, losses, color="C0", label="training")
+    if val_steps:
+        axes.plot(val_steps, val_losses, "o-", color="C1", label="validation", linewidth=1.5, markersize=4)
+    if needs_log_axis([*shown, *val_losses]):
+        axes.set_yscale("log")
+    axes.set_ylabel("loss per supervised token (nats)")
+    axes.legend()
+
+
+def _draw(axes: Any, steps: list[int], values: list[float], **style: Any) -> None:
+    axes.plot(steps, values, marker="o" if len(steps) == 1 else "", linewidth=1.2, markersize=4, **style)
