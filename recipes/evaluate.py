@@ -90,7 +90,7 @@ def recipe_main() -> None:
 
 
 def trained_tokenizer(settings: EvaluationSettings) -> Llama2ChatTransform:
-    """The tokenizer, with the prompt format that the adapter was trained with."""
+    """Make the tokenizer with the prompt format that the adapter was trained with."""
     trained = stated_prompt_format(settings.checkpoint_dir, settings.adapter_dir)
     tokenizer = tokenizer_with_format(
         settings.checkpoint_dir,
@@ -150,7 +150,7 @@ def tasks_to_solve(settings: EvaluationSettings) -> "LoadedTasks | None":
 def models_to_compare(
     settings: EvaluationSettings, model: TransformerDecoder
 ) -> dict[str, AbstractContextManager[Any]]:
-    """What to evaluate, by name, each with a context in which the model is that."""
+    """Name what to evaluate, each with a context in which the model is that."""
     if settings.adapter_dir is None:
         return {"base": contextlib.nullcontext()}
     tuned: dict[str, AbstractContextManager[Any]] = {"tuned": contextlib.nullcontext()}
@@ -175,7 +175,7 @@ def solved_tasks(
 
 
 def by_subject(measures: Mapping[str, Mapping[str, Measures]]) -> dict[str, dict[str, Measures]]:
-    """From model, then subject, to subject, then model: those that are compared come together."""
+    """Regroup measures by model, then subject, as by subject, then model, so that compared ones are together."""
     subjects: dict[str, dict[str, Measures]] = {}
     for model, by_name in measures.items():
         for subject, subject_measures in by_name.items():
@@ -186,7 +186,7 @@ def by_subject(measures: Mapping[str, Mapping[str, Measures]]) -> dict[str, dict
 def answer_records(
     tokenizer: Llama2ChatTransform, questions: list[Question], answers: Mapping[str, list[str]]
 ) -> list[dict[str, str]]:
-    """Every question as the model saw it, the row's answer and each model's."""
+    """Record every question as the model saw it, with the row's answer and each model's."""
     return [
         {"prompt": tokenizer.text_of_pieces(question.prompt), "reference": question.reference}
         | {model: texts[index] for model, texts in answers.items()}

@@ -50,7 +50,7 @@ def recipe_main() -> None:
             system_prompt=settings.system_prompt,
         )
         base = open_checkpoint(settings.checkpoint_dir)
-        # Read before the model is loaded: what is wrong with them is said at once.
+        # Read before the model is loaded, so that errors in them are reported at once.
         prompts = tokenized_prompts(settings, tokenizer, base.shape.max_seq_len)
         loaded = load_model(settings, base)
         tokenizer = fit_tokenizer(tokenizer, loaded)
@@ -77,7 +77,7 @@ def check_that_something_is_asked(settings: GenerationSettings) -> None:
 def tokenized_prompts(
     settings: GenerationSettings, tokenizer: Llama2ChatTransform, max_seq_len: int
 ) -> list[FilePrompt]:
-    """The prompts of the file, or the one of the command line; none for a chat."""
+    """Tokenize the prompts of the file, or the one of the command line; none for a chat."""
     if settings.prompts_file is not None:
         column, base_column = answer_columns(settings)
         columns = [column, base_column] if settings.compare else [column]
@@ -86,7 +86,7 @@ def tokenized_prompts(
 
 
 def answer_columns(settings: GenerationSettings) -> tuple[str, str]:
-    """The columns of a file that answers are written to, and the base's."""
+    """Name the columns that the answers and the base's answers are written to."""
     return (ANSWER, BASE_ANSWER) if settings.num_answers == 1 else (ANSWERS, BASE_ANSWERS)
 
 
@@ -98,7 +98,7 @@ def load_model(settings: GenerationSettings, base: BaseCheckpoint) -> Transforme
 
 
 def samplings(settings: GenerationSettings) -> list[Sampling]:
-    """How each of the answers to a prompt is drawn: with a seed of its own."""
+    """Say how each of the answers to a prompt is drawn: with its own seed."""
     drawing = settings.temperature, settings.top_k, settings.top_p, settings.repetition_penalty
     return [Sampling(*drawing, seed=settings.seed + number) for number in range(settings.num_answers)]
 
@@ -106,7 +106,7 @@ def samplings(settings: GenerationSettings) -> list[Sampling]:
 def answer_one(
     model: IncrementalLlama, tokenizer: Llama2ChatTransform, prompt: list[int], settings: GenerationSettings
 ) -> None:
-    """Print the answers, as they come where somebody watches; with `compare` the base's before them."""
+    """Print the answers, on a terminal piece by piece; with `compare` the base's before them."""
 
     def print_answers(label: str = "") -> None:
         for number, sampling in enumerate(samplings(settings), start=1):

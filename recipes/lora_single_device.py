@@ -145,7 +145,7 @@ def is_finished(settings: TrainingSettings, data: Data, resumed: ResumedRun) -> 
 
 
 def begins_again(settings: TrainingSettings, resumed: ResumedRun | None) -> bool:
-    """Tell whether a run died in output_dir before it had anything to go on from, and is to begin once more."""
+    """Tell whether a run in output_dir died before its first checkpoint, and is to begin again."""
     is_auto = resumed is None and settings.resume_from_checkpoint == AUTO
     return is_auto and RunDirectory(settings.output_dir).has_only_begun
 

@@ -99,7 +99,7 @@ def recipe_main() -> None:
 
 
 def storage_of(settings: MergeSettings, base: BaseWeights) -> str:
-    """How the weights are stored, of `BYTES_PER_VALUE`."""
+    """Choose how the weights are stored, one of `BYTES_PER_VALUE`."""
     if settings.format == "gguf":
         return settings.gguf_quantization
     if settings.dtype != "auto":
@@ -117,7 +117,7 @@ def write_hugging_face(
     tokenizer: ExportedTokenizer,
     storage: str,
 ) -> Weights:
-    """Write a Hugging Face directory; returns what it holds, read back."""
+    """Write a Hugging Face directory; return its weights, read back."""
     dtype = PRECISION_STR_TO_DTYPE[storage]
     write_weights(directory, with_progress(merged), merged.shapes, merged.shape, dtype)
     write_config(directory, checkpoint, merged.shape, tokenizer, dtype)
@@ -132,7 +132,7 @@ def write_gguf_file(
     tokenizer: ExportedTokenizer,
     prompt_format: PromptFormat | None,
 ) -> Weights:
-    """Write one GGUF file, and a Modelfile for Ollama; returns what the file holds, read back."""
+    """Write one GGUF file, and a Modelfile for Ollama; return the file's weights, read back."""
     name = settings.output_dir.resolve().name
     path = directory / f"{name}-{settings.gguf_quantization}.gguf"
     write_gguf(
@@ -163,7 +163,7 @@ def with_progress(merged: MergedWeights) -> Iterable[tuple[str, Tensor]]:
 def template_of(
     formats: Sequence[PromptFormat | None], first_dir: Path, checkpoint: BaseCheckpoint, transform: Llama2ChatTransform
 ) -> str | None:
-    """The chat template of the adapters' prompt formats; the checkpoint's own, if any, where they state none."""
+    """Give the chat template of the adapters' prompt formats, or if they state none the checkpoint's own, if any."""
     if any(other != formats[0] for other in formats):
         print(f"warning: the adapters were trained with different prompt formats; taken is that of {first_dir}")
     if formats[0] is None:

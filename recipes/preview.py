@@ -36,7 +36,7 @@ def recipe_main() -> None:
 
 
 def show_rows(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: PreviewSettings) -> None:
-    """The first rows as text; a single one with its table of ids and labels."""
+    """Print the first rows as text, or a single one with its table of ids and labels."""
     if settings.row is not None and settings.row >= len(dataset):
         raise UserError(f"row: {settings.row} is not there, the data set has the rows 0 to {len(dataset) - 1}")
     indices = range(min(settings.num_rows, len(dataset))) if settings.row is None else [settings.row]
@@ -51,7 +51,7 @@ def show_rows(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: Pr
 
 
 def show_plan(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: PreviewSettings) -> None:
-    """The optimizer steps that the run would take, and how full they are."""
+    """Print the optimizer steps that the run would take, and how full they are."""
     lengths = dataset.lengths
     plan = plan_of(settings, lengths, tokenizer.max_seq_len, has_validation=False)
     forward_sizes = [sum(lengths[row] for row in rows) for step in plan.steps for rows in step.forwards]

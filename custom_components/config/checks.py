@@ -1,4 +1,4 @@
-"""Every key of a config against what is read: unknown keys, types, ranges, combinations, all problems at once."""
+"""Checks of a config: unknown keys, types, ranges and combinations, with all problems reported at once."""
 
 import json
 import re
@@ -25,21 +25,21 @@ def checked_settings(
     raw_values: dict[str, Any],
     origin: Callable[[str], str],
 ) -> SettingsType:
-    """The settings object of resolved values.
+    """Check resolved values and make the settings object of them.
 
     Args:
         settings_type: what the recipe reads.
         values: the config with its `${key}` references resolved.
-        unresolved: messages of the references that lead nowhere, by key; `values` lacks these keys.
-        raw_values: the same before that, to blame the key that a reference names.
-        origin: where a dotted key was set, in words.
+        unresolved: messages of references that cannot be resolved, by key; `values` lacks these keys.
+        raw_values: the config before that, to report a problem under the key that a reference names.
+        origin: says where a dotted key was set.
 
     Raises:
         UserError: one message per problem, each with the key, its value, where it was set and the nearest right key.
     """
     known_keys = list(known_annotations(settings_type, values))
     nodes = component_nodes(settings_type)
-    # A reference to a key that has to be set and is not is that key's problem.
+    # A reference to a missing required key is reported once, under that key.
     problems = {
         key: message
         for key, message in unresolved.items()
@@ -58,7 +58,7 @@ def checked_settings(
         if isinstance(values.get(name), dict):
             for problem in component_problems(name, values[name], node, known_keys):
                 if problem.key not in unresolved:
-                    # The value of a key that only passes a top-level one on is the top-level key's problem.
+                    # A wrong value that comes from a top-level key is reported under that key.
                     passed_on = _referenced_key(raw_values, problem.key) if problem.is_of_value else None
                     problems.setdefault(passed_on or problem.key, problem.message)
             for key, message in path_text_problems(name, values[name]):
@@ -73,7 +73,7 @@ def checked_settings(
 
 
 def union_members(annotation: Any) -> set[Any]:
-    """The types that an annotation allows: `{str, NoneType}` for `str | None`; a Literal is its values' types."""
+    """Collect the types that an annotation allows: `{str, NoneType}` for `str | None`, those of a Literal's values."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return union_members(get_args(annotation)[0])
@@ -85,7 +85,7 @@ def union_members(annotation: Any) -> set[Any]:
 
 
 def _referenced_key(values: Any, key: str) -> str | None:
-    """`lora_rank` if the raw value of `key` is just `${lora_rank}`."""
+    """Give `lora_rank` if the raw value of `key` is just `${lora_rank}`, else None."""
     for name in key.split("."):
         if not isinstance(values, dict) or name not in values:
             return None

@@ -1,4 +1,4 @@
-"""A node's component and its keys against what the recipe does with them, before anything is built."""
+"""Checks of a node's component and its keys against the recipe's use of them, before anything is built."""
 
 import functools
 import inspect
@@ -16,13 +16,13 @@ from custom_components.config.key_hints import key_hint
 from custom_components.config.settings import ComponentNode, Settings
 from custom_components.runtime.validation import model_keys, value_problems
 
-# Where the recipe gets what it supplies to a component from.
+# For arguments the recipe supplies itself: the setting that controls them.
 _SUPPLIED_HINTS = {"num_warmup_steps": " and set warmup_steps"}
 
 
 @dataclass(frozen=True)
 class NodeProblem:
-    """What is wrong with a node's component, or with one of its keys: with the key itself, or with its value."""
+    """A problem of a node's component, or of one of its keys: of the key itself, or of its value."""
 
     key: str
     message: str
@@ -30,7 +30,7 @@ class NodeProblem:
 
 
 def component_nodes(settings_type: type[Settings]) -> dict[str, ComponentNode]:
-    """The fields of a settings type that hold a `_component_`."""
+    """Find the fields of a settings type that have a `_component_`."""
     return {
         name: marker
         for name, field in settings_type.model_fields.items()
@@ -40,7 +40,7 @@ def component_nodes(settings_type: type[Settings]) -> dict[str, ComponentNode]:
 
 
 def known_annotations(settings_type: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The annotation of every key that may be set, those of the chosen components included, by dotted key."""
+    """Collect the annotations of all keys that may be set, with those of the chosen components, by dotted key."""
     annotations = {name: field.annotation for name, field in settings_type.model_fields.items()}
     for name, node in component_nodes(settings_type).items():
         parameters, hints = _parameters(values.get(name), node)
@@ -53,7 +53,7 @@ def known_annotations(settings_type: type[Settings], values: Mapping[str, Any]) 
 def component_problems(
     name: str, node: Mapping[str, Any], marker: ComponentNode, known_keys: Sequence[str]
 ) -> Iterator[NodeProblem]:
-    """What is wrong with a node: its component, then its keys.
+    """Find the problems of a node: first of its component, then of its keys.
 
     Args:
         name: the node's.
@@ -119,12 +119,12 @@ def _is_foreign(path: str, marker: ComponentNode) -> bool:
 
 
 def _our_path(path: str, marker: ComponentNode) -> str:
-    """The path itself, or that of ours which does what a foreign one does."""
+    """Give the path itself, or for a foreign component the path of ours that does the same."""
     return FOREIGN_COMPONENTS.get(path, marker.ours) if _is_foreign(path, marker) else path
 
 
 def _parameters(node: Any, marker: ComponentNode) -> tuple[Mapping[str, inspect.Parameter], dict[str, Any]]:
-    """Parameters and type hints of a node's component, or of ours in place of a foreign one; empty if there is none."""
+    """Read parameters and type hints of a node's component, or of ours for a foreign one; empty if there is none."""
     try:
         target = component(_our_path(node["_component_"], marker))
         parameters = inspect.signature(target).parameters
@@ -142,7 +142,7 @@ def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _misfit(target: Any, marker: ComponentNode) -> str | None:
-    """Why the recipe cannot use what `target` is or makes, as far as its signature tells."""
+    """Say why the recipe cannot use `target` or what it makes, as far as its signature tells; None: it can."""
     if not callable(target):
         return f"is a {type(target).__name__}, not a function or class"
     try:
@@ -155,7 +155,7 @@ def _misfit(target: Any, marker: ComponentNode) -> str | None:
             return f"does not take {argument!r}, which the recipe gives it"
     expected = _made_types(component(marker.ours))
     for made in _made_types(target):
-        # A hint that is looser than ours, such as nn.Module, says nothing.
+        # A hint that is looser than ours, such as nn.Module, tells nothing.
         if any(issubclass(ours, made) for ours in expected):
             return None
         for attribute in marker.attributes:
@@ -168,7 +168,7 @@ def _misfit(target: Any, marker: ComponentNode) -> str | None:
 
 
 def _made_types(target: Any) -> list[type]:
-    """The classes of what a component makes, as far as it says."""
+    """Find the classes of what a component makes, as far as its annotations tell."""
     if inspect.isclass(target):
         return [target]
     hint = _type_hints(target).get("return")
@@ -176,7 +176,7 @@ def _made_types(target: Any) -> list[type]:
 
 
 def _has_attribute(made: type, name: str) -> bool:
-    """Whether instances have it: from the class, or because a constructor sets it."""
+    """Tell whether instances have it: from the class, or because a constructor sets it."""
     constructors = [vars(base)["__init__"] for base in made.__mro__ if "__init__" in vars(base)]
     codes = [constructor.__code__ for constructor in constructors if inspect.isfunction(constructor)]
     return hasattr(made, name) or any(name in code.co_names for code in codes)
@@ -194,13 +194,13 @@ def _can_be_called(made: type, method: str, num_arguments: int) -> bool:
 
 
 def _type_problems(key: str, value: Any, annotation: Any) -> dict[str, str]:
-    """What is wrong with the value of a key, by place in the value; see :func:`value_problems`."""
+    """Find what is wrong with the value of a key, by place in the value; see :func:`value_problems`."""
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
     except (PydanticSchemaGenerationError, PydanticUserError, TypeError):
         return {}
     try:
-        # As JSON, so that a list may stand for a tuple while "False" may not stand for False.
+        # As JSON, so that a list is accepted for a tuple, but "False" is not accepted for False.
         adapter.validate_json(json.dumps(value))
     except ValidationError as error:
 

@@ -1,4 +1,4 @@
-"""Small trials of components: what they refuse is found before a model is loaded."""
+"""Small trials of components, so that arguments they refuse are found before a model is loaded."""
 
 import importlib.util
 import math

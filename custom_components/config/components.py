@@ -8,7 +8,7 @@ from custom_components.runtime.quiet_bitsandbytes import import_bitsandbytes
 
 
 def component(dotted_path: str) -> Callable[..., Any]:
-    """The callable at `package.module.name`.
+    """Import the callable at `package.module.name`.
 
     Raises:
         ImportError, AttributeError: if there is none.

@@ -1,7 +1,7 @@
-"""What other tools call a setting or a component, and what it is called here.
+"""Names of settings and components in other tools, and ours for them.
 
 The names are those of torchtune 0.6.1, TRL and transformers (`SFTConfig`, `TrainingArguments`, 5.x), PEFT 0.21
-(`LoraConfig`), Axolotl, LLaMA-Factory and Unsloth. A name with a dot is meant in that node only.
+(`LoraConfig`), Axolotl, LLaMA-Factory and Unsloth. A name with a dot counts in that node only.
 """
 
 import sys
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class OurAnswer:
-    """A setting of ours, None where there is none, and what else has to be known."""
+    """Our setting for a foreign one, None where there is none, and a note on how they differ."""
 
     key: str | None
     note: str = ""
 
 
-# Ours, what else has to be known, theirs. A name may stand in several rows: the recipe that is run has one of them.
+# Ours, a note, theirs. A name may be in several rows: a recipe has one of these settings.
 _ROWS: list[tuple[str | None, str, str]] = [
-    # ---- Where things are
+    # ---- Paths
     ("checkpoint_dir", "a directory", "base_model model_name_or_path model_name model_id"),
     ("checkpoint_dir", "the base model's directory; resume_from_checkpoint resumes a run", "checkpointer ckpt_dir"),
     ("tokenizer.path", "the tokenizer.model of checkpoint_dir", "tokenizer.vocab_path"),
@@ -116,7 +116,7 @@ _ROWS: list[tuple[str | None, str, str]] = [
     ),
     ("enable_activation_offloading", "", "activation_offloading"),
     ("device", "auto, cpu or cuda", "device_map use_cpu no_cuda"),
-    # ---- What is said
+    # ---- Output
     ("log_every_n_steps", "", "logging_steps log_interval log_every"),
     (
         "metric_logger",
@@ -157,7 +157,7 @@ for _key, _note, _names in _ROWS:
 
 _MODELS = "custom_components.models"
 _SCHEDULES = "custom_components.training.schedules"
-# Theirs, and ours where it is another than the one that configs/*.yaml name at this place.
+# Theirs, and ours where it is not the one that configs/*.yaml name for this node.
 FOREIGN_COMPONENTS = {
     **{
         f"torchtune.models.llama2.{kind}llama2_{size}": f"{_MODELS}.lora_llama2_{size}"
@@ -171,7 +171,7 @@ FOREIGN_COMPONENTS = {
     "transformers.get_constant_schedule_with_warmup": f"{_SCHEDULES}.constant",
 }
 
-# What has to be set beside our component for it to do the same.
+# Keys that our component needs to do the same.
 FOREIGN_COMPONENT_KEYS = {
     "torchtune.datasets.alpaca_dataset": "source: tatsu-lab/alpaca",
     "torchtune.datasets.alpaca_cleaned_dataset": "source: yahma/alpaca-cleaned",
@@ -179,7 +179,7 @@ FOREIGN_COMPONENT_KEYS = {
     **{f"torchtune.models.llama2.qlora_llama2_{size}": "quantize_base: true" for size in ("7b", "13b", "70b")},
 }
 
-# Packages whose components are known not to be made for these recipes, but where a node says otherwise.
+# Packages whose components do not work in these recipes, unless a node's `libraries` overrides it.
 FOREIGN_PACKAGES = {
     *("torchtune", "torch", "torchao", "bitsandbytes", "transformers", "trl", "peft", "accelerate", "datasets"),
     *("axolotl", "llamafactory", "unsloth", "litgpt", "lightning", "pytorch_lightning"),

@@ -1,4 +1,4 @@
-"""What an unknown key is called here: another tool's name of it, or a slip of the hand."""
+"""Hints for unknown keys: our name for another tool's key, or the nearest name for a typo."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from custom_components.runtime.validation import nearest_name
 
 
 def key_hint(key: str, known_keys: Sequence[str]) -> str:
-    """`; here it is 'lora_rank'` for `lora_r`, `; did you mean 'lora_rank'?` for `lora_rnak`, or nothing.
+    """Give `; here it is 'lora_rank'` for `lora_r`, `; did you mean 'lora_rank'?` for `lora_rnak`, or nothing.
 
     Args:
         key: dotted, with the indices of lists, such as `dataset.source[1].wieght`.
@@ -18,7 +18,7 @@ def key_hint(key: str, known_keys: Sequence[str]) -> str:
 
 
 def nearest_key(key: str, known_keys: Sequence[str]) -> str:
-    """`; did you mean 'lora_rank'?`, or nothing where no known key is near."""
+    """Give `; did you mean 'lora_rank'?`, or nothing where no known key is near."""
     node, _, name = key.rpartition(".")
     siblings = {known.rpartition(".")[2]: known for known in known_keys if known.rpartition(".")[0] == node}
     elsewhere = {known.rpartition(".")[2]: known for known in reversed(known_keys)}

@@ -1,4 +1,4 @@
-"""`key=value` overrides and `${key}` references over a config as written."""
+"""Applying `key=value` overrides and `${key}` references to a config as written."""
 
 import re
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class RawConfig:
     origins: dict[str, str] = field(default_factory=dict)
 
     def origin(self, key: str) -> str:
-        """Where `key`, such as `dataset.source[1].weight`, was set; else something in it, or the node it is in."""
+        """Say where `key`, such as `dataset.source[1].weight`, was set; else a key inside it, or the node it is in."""
         while key:
             for known in (key, *self.origins):
                 if known in self.origins and f"{known}.".startswith((f"{key}.", f"{key}[")):
@@ -37,7 +37,7 @@ class RawConfig:
 
 
 class Verbatim(str):
-    """Text typed on the command line for a text key: taken as it is, not searched for `${...}`."""
+    """Text from the command line for a text key: it is taken as it is, without resolving `${...}`."""
 
 
 def apply_override(
@@ -46,7 +46,7 @@ def apply_override(
     """Set the key of `key=value`, or delete that of `~key`, in place.
 
     Raises:
-        UserError: not an override, a path through a value that is no node, or a value that is not valid YAML.
+        UserError: not an override, a path through a value that is not a node, or a value that is not valid YAML.
     """
     deletes = override.startswith("~")
     key, equals, text = override.removeprefix("~").partition("=")
@@ -70,14 +70,14 @@ def apply_override(
         return
     annotation = known_annotations(settings_type, raw.values).get(key)
     if not text.strip() and (Path in union_members(annotation) or is_path_name(name)):
-        # Not null, or `adapter_dir=$ADAPTER` would be no adapter where the variable is not set.
+        # Not null, or `adapter_dir=$ADAPTER` would run without an adapter where the variable is not set.
         parent[name] = Verbatim(text)
     else:
         parent[name] = _parsed(text, annotation, override, yaml_loader)
 
 
 def _parsed(text: str, annotation: Any, override: str, yaml_loader: type[yaml.SafeLoader]) -> Any:
-    """The value of an override: verbatim for a text key, else YAML.
+    """Read the value of an override: verbatim for a text key, else YAML.
 
     A key that takes text beside something else (`str | None`, `str | list`) takes that something where the text is
     it in YAML, so that `null` and lists can be given.
@@ -100,9 +100,9 @@ def _parsed(text: str, annotation: Any, override: str, yaml_loader: type[yaml.Sa
 
 
 def interpolate(raw: RawConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values with `${key}` references resolved, and what could not be: a message by key, left out of the values.
+    """Resolve `${key}` references; return the values, and a message for each key that could not be resolved.
 
-    :class:`Verbatim` texts come out as they went in.
+    Those keys are left out of the values. :class:`Verbatim` texts do not change.
     """
     verbatim_texts: list[str] = []
 

@@ -1,6 +1,6 @@
-"""The paths of a config against each other: nothing that is written may be, hold or be part of what is read.
+"""Checks of the paths of a config: nothing that is written may be, contain or be part of what is read.
 
-Whether something is at an output's path already is another question, which the writers of outputs ask.
+Whether something is at an output's path already is checked by the code that writes the output.
 """
 
 import os
@@ -27,7 +27,7 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class _Input:
-    """Something that is read: the key that names it, where it is, and whether other things may be inside it."""
+    """A path that is read: the key that names it, where it is, and whether it is a folder."""
 
     key: str
     path: Path
@@ -54,7 +54,7 @@ def output_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     inputs = list(_inputs(values))
     if (output_dir := values.get("output_dir")) is not None:
         clauses = list(_forbidden_places(output_dir)) or [*_inputs_met(output_dir, inputs)][:_MOST_NAMED]
-        # A run that goes on may hold the checkpoint, but no run is written into one.
+        # A resumed run may contain the checkpoint, but no run is written into one.
         resumed = values.get("resume_from_checkpoint")
         if isinstance(resumed, str) and _STEP_DIRECTORY.fullmatch(real_path(resumed).name):
             clauses += [f"is inside resume_from_checkpoint {resumed!r}"] if is_or_holds(resumed, output_dir) else []
@@ -94,7 +94,7 @@ def _inputs_met(output_dir: Path, inputs: Iterable[_Input]) -> Iterator[str]:
 
 
 def _log_file_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """torchtune's DiskLogger appends to the file that it is given."""
+    """Refuse a log file with other content: torchtune's DiskLogger appends to the file that it is given."""
     logger = values.get("metric_logger") or {}
     if not isinstance(name := logger.get("filename"), str):
         return
@@ -134,7 +134,7 @@ def _data_inputs(key: str, text: str) -> Iterator[_Input]:
 
 
 def _node_paths(name: str, node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every path of a node by its place; `dataset.source` may be a list of them, or of nodes that have one."""
+    """Yield every path of a node with its place; `dataset.source` may be a list of paths, or of nodes with one."""
     for key, value in node.items():
         items = [(f"[{index}]", item) for index, item in enumerate(value)] if isinstance(value, list) else [("", value)]
         for place, item in items:

@@ -27,7 +27,7 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
 class YamlLoader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-4` as a number, as YAML 1.2 and OmegaConf do; PyYAML's 1.1 rules ask for `2.0e-4`.
+    """SafeLoader that reads `2e-4` as a number, as YAML 1.2 and OmegaConf do; PyYAML's 1.1 rules need `2.0e-4`.
 
     Keys are text: `on`, `1` and `null` are names that no setting has, not True, a number and None.
     """
@@ -39,7 +39,7 @@ class YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# Dates stay text: no key takes one, and OmegaConf holds none.
+# Dates stay text: no key takes one, and OmegaConf has no dates.
 YamlLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -50,7 +50,7 @@ YamlLoader.add_implicit_resolver(
 
 
 def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -> SettingsType:
-    """The settings that `--config FILE key=value ...` describes.
+    """Read and check the settings that `--config FILE key=value ...` describes.
 
     Args:
         settings_type: what the recipe reads, one of :mod:`settings`.
@@ -85,7 +85,7 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
 
 
 def read_yaml(path: Path) -> RawConfig:
-    """A YAML file with the line of every key. A key written twice keeps the last value."""
+    """Read a YAML file with the line of every key. Of a key written twice the last value counts."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Recipes and configs by the names that people type, read as text: nothing is imported."""
+"""Finding recipes and configs by the names that people type. They are read as text: nothing is imported."""
 
 import ast
 import difflib
@@ -50,7 +50,7 @@ class Project:
         return sorted(self.path.glob("configs/*.yaml")) if self.path else []
 
     def named(self, name: str, suffixes: Sequence[str] = (".py", ".yaml")) -> Path | None:
-        """The recipe or config of the project: `recipes/x.py`, `x.py`, `x`, or a path to it."""
+        """Find a recipe or config of the project: `recipes/x.py`, `x.py`, `x`, or a path to it."""
         files = [file for file in (*self.recipes, *self.configs) if file.suffix in suffixes]
         for file in files:
             if name in (self.short_name(file), file.name, file.stem):
@@ -66,24 +66,24 @@ class Project:
         return file.relative_to(self.path).as_posix()
 
     def config_path(self, name: str) -> str:
-        """The path of a config that is named: what is there is taken as it is, else the project's own is found."""
+        """Give the path of a named config: an existing path is taken as it is, else the project's own is found."""
         if (self.working_directory / name).exists() or (found := self.named(name, [".yaml"])) is None:
             return name
         return self.said(name, found, f"; relative paths in it count from {self.working_directory}")
 
     def existing_config(self, name: str | None) -> Path | None:
-        """The file of a config that is named, if it is there."""
+        """Give the file of a named config, if it exists."""
         path = None if name is None else Path(self.config_path(name))
         return path if path is not None and path.is_file() else None
 
     def said(self, name: str, found: Path, consequence: str = "") -> str:
-        """The path of the project's file that a name stands for; said where it is not in the working directory."""
+        """Give the path of the project's file of this name, and print it if it is not in the working directory."""
         if self.path != self.working_directory:
             print(f"{name}: taken from {self.path}{consequence}", file=sys.stderr)
         return str(found)
 
     def listing(self) -> str:
-        """What `tune ls` shows of the project: each recipe with the configs that are for it."""
+        """List the project for `tune ls`: each recipe with the configs that are for it."""
         if self.path is None:
             return "no recipes of this project: they are in a checkout of it, `tune ls` shows them there"
         texts = [file.read_text(encoding="utf-8") for file in [*self.recipes, *self.configs]]
@@ -98,7 +98,7 @@ class Project:
 
 
 def find_recipe(name: str, project: Project) -> Path:
-    """The file that `tune run` is to run.
+    """Find the file that `tune run` is to run.
 
     Raises:
         UserError: there is none.
@@ -117,7 +117,7 @@ def find_recipe(name: str, project: Project) -> Path:
 
 
 def import_root(recipe: Path) -> tuple[Path, str]:
-    """The folder from which a recipe is imported, and its path from there.
+    """Find the folder from which a recipe is imported, and its path from there.
 
     Raises:
         UserError: a name that Python cannot import.
@@ -133,13 +133,13 @@ def import_root(recipe: Path) -> tuple[Path, str]:
 
 
 def config_named_in(description: str) -> str | None:
-    """The config in the example command of a recipe's docstring."""
+    """Find the config in the example command of a recipe's docstring."""
     match = _COMMAND.search(description)
     return match["config"] if match else None
 
 
 def docstring(recipe: Path) -> str:
-    """A recipe's docstring; empty for a file that is not Python."""
+    """Read a recipe's docstring; empty for a file that is not Python."""
     try:
         return ast.get_docstring(ast.parse(recipe.read_bytes())) or ""
     except (SyntaxError, ValueError):
@@ -147,7 +147,7 @@ def docstring(recipe: Path) -> str:
 
 
 def torchtune_names() -> set[str]:
-    """The names of torchtune's own recipes and configs."""
+    """Collect the names of torchtune's own recipes and configs."""
     spec = importlib.util.find_spec("torchtune")
     folders = spec.submodule_search_locations if spec else None
     registry = Path(folders[0]) / "_recipe_registry.py" if folders else None

@@ -28,7 +28,7 @@ _NO_SECTION = "Other keys"
 
 @dataclass(frozen=True)
 class WrittenKey:
-    """A key as a config has it.
+    """A key as it is written in a config.
 
     Attributes:
         section: the heading above it.
@@ -42,7 +42,7 @@ class WrittenKey:
 
 
 def recipe_help(description: str, settings_type: type[Settings], config: Path | None) -> str:
-    """The text of `--help`.
+    """Write the text of `--help`.
 
     Args:
         description: the recipe's docstring: what it does, and commands to copy.
@@ -74,7 +74,7 @@ def recipe_help(description: str, settings_type: type[Settings], config: Path | 
 
 
 def settings_type_of(recipe: Path) -> type[Settings] | None:
-    """The class that a recipe hands to `load_settings`; None where it is not one of this room."""
+    """Find the class that a recipe passes to `load_settings`; None where it is not one of this package."""
     try:
         tree = ast.parse(recipe.read_bytes())
     except (SyntaxError, ValueError):
@@ -94,7 +94,7 @@ def settings_type_of(recipe: Path) -> type[Settings] | None:
 
 
 def written_keys(text: str) -> dict[str, WrittenKey]:
-    """The keys of a config by dotted path, in order; empty for what is not a config."""
+    """Collect the keys of a config by dotted path, in order; empty for a text that is not a config."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
@@ -117,7 +117,7 @@ def written_keys(text: str) -> dict[str, WrittenKey]:
 
 
 def _comment(lines: list[str], line: int, column: int) -> str:
-    """The comment after a value, with the lines of comment below it that begin in the same column."""
+    """Read the comment after a value, with the comment lines below it that begin in the same column."""
     if line >= len(lines) or "#" not in lines[line][column:]:
         return ""
     start = lines[line].index("#", column)
@@ -130,7 +130,7 @@ def _comment(lines: list[str], line: int, column: int) -> str:
 
 
 def _described(name: str, field: FieldInfo, written: dict[str, WrittenKey]) -> list[str]:
-    """The lines of a key and of the keys in it."""
+    """Write the lines of a key and of the keys in it."""
     node = next((marker for marker in field.metadata if isinstance(marker, ComponentNode)), None)
     words = type_words(field.annotation, field.metadata)
     default = None if field.is_required() else _shown(field.get_default())
@@ -170,7 +170,7 @@ def _entry(key: str, words: str, default: str | None, here: str | None, effect: 
 
 
 def _wrapped(line: str) -> list[str]:
-    """A line of a docstring, a command continued as a shell takes it."""
+    """Wrap a line of a docstring; a command is continued with backslashes."""
     if not line.startswith("tune run"):
         return textwrap.wrap(line, WIDTH) or [""]
     parts = textwrap.wrap(line, WIDTH - 2, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
@@ -178,12 +178,12 @@ def _wrapped(line: str) -> list[str]:
 
 
 def _shown(default: object) -> str:
-    """A default as a config spells it."""
+    """Spell a default as a config does."""
     return str(default) if isinstance(default, str | Path) and str(default) else json.dumps(default, default=str)
 
 
 def _shown_source(default: str) -> str:
-    """The same for a default as Python's source has it."""
+    """Do the same for a default as Python's source spells it."""
     try:
         return _shown(ast.literal_eval(default))
     except (ValueError, SyntaxError):

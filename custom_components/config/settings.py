@@ -1,6 +1,6 @@
 """The base of all settings. Defaults are defined in the classes of this room and nowhere else.
 
-configs/*.yaml name every key and say its effect; tests hold the two together.
+configs/*.yaml have every key with its effect; tests check that the two agree.
 """
 
 import os
@@ -42,7 +42,7 @@ def _in_home(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Words:
-    """Says in `--help` what a key takes, where its annotation cannot."""
+    """Words for the values of a key in `--help`, where its annotation does not tell them."""
 
     words: str
 
@@ -120,9 +120,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     def combination_problems(self) -> Iterator[tuple[str, str]]:
-        """Keys whose values are right apart and wrong together, each with a message."""
+        """Find values that are valid alone but not together: their keys, each with a message."""
         return iter(())
 
     def notes(self) -> Iterator[str]:
-        """Settings that another one overrides, and what else is right but may not be meant."""
+        """Name settings that another one overrides, and valid values that may not be intended."""
         return iter(())

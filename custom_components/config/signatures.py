@@ -1,4 +1,4 @@
-"""The parameters of a component, read from its source: importing it may take seconds, and run what it likes."""
+"""The parameters of a component, read from its source: importing it may take seconds, and run any code."""
 
 import ast
 import functools
@@ -20,7 +20,7 @@ _TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter as written.
+    """A parameter as it is written.
 
     Attributes:
         annotation: its type; Any where it is none of those that a config can spell.
@@ -33,7 +33,7 @@ class Parameter:
 
 
 def parameters_in_source(dotted_path: str) -> list[Parameter]:
-    """The parameters of a function, of a class's `__init__` or of a `partial` of one; empty where none are found."""
+    """Read the parameters of a function, a class's `__init__` or a `partial` of one; empty where none are found."""
     function, num_bound = _function(dotted_path)
     if function is None:
         return []
@@ -51,7 +51,7 @@ def parameters_in_source(dotted_path: str) -> list[Parameter]:
 
 
 def annotation_of(node: ast.expr | None) -> Any:
-    """The type that an annotation's source means; Any for what is not known here."""
+    """Give the type that an annotation's source means; Any for names that are not known here."""
     match node:
         case ast.Constant(value=None):
             return type(None)
@@ -76,7 +76,7 @@ def annotation_of(node: ast.expr | None) -> Any:
 
 
 def _function(dotted_path: str) -> tuple[ast.FunctionDef | None, int]:
-    """The definition that a dotted path leads to, and how many of its first parameters are bound already."""
+    """Find the definition at a dotted path, and how many of its first parameters are bound already."""
     num_bound = 0
     for _ in range(_LARGEST_NUM_HOPS):
         module, _, name = dotted_path.rpartition(".")
@@ -109,7 +109,7 @@ def _function(dotted_path: str) -> tuple[ast.FunctionDef | None, int]:
 
 
 def _module_file(module: str) -> Path | None:
-    """The file of a module, without importing the packages that it is in."""
+    """Find the file of a module without importing the packages that it is in."""
     top, *parts = module.split(".")
     try:
         spec = importlib.util.find_spec(top) if top else None

@@ -1,4 +1,4 @@
-"""What generate.py, evaluate.py and merge.py read: every key with its type, range and default."""
+"""Settings of generate.py, evaluate.py and merge.py: every key with its type, range and default."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from custom_components.config.settings import DATASET, Device, DtypeName, PathTe
 
 
 class GenerationSettings(Settings):
-    """What recipes/generate.py reads."""
+    """Settings of recipes/generate.py."""
 
     checkpoint_dir: PathText
     adapter_dir: PathText | None = None
@@ -47,7 +47,7 @@ class GenerationSettings(Settings):
         if self.num_answers > 1 and self.temperature == 0:
             yield "num_answers", f"{self.num_answers} at temperature 0 are all the same answer; set a temperature"
         if self.num_answers > 1 and self.chat:
-            yield "num_answers", f"{self.num_answers} beside chat: a chat goes on from one answer; set 1"
+            yield "num_answers", f"{self.num_answers} beside chat: a chat continues from one answer; set 1"
         if self.compare and self.chat:
             yield "compare", "true beside chat: base and adapter cannot both be talked to; set one of them to false"
         for key in ("compare", "fold_adapter"):
@@ -63,7 +63,7 @@ class GenerationSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """What recipes/evaluate.py reads."""
+    """Settings of recipes/evaluate.py."""
 
     checkpoint_dir: PathText
     adapter_dir: PathText | None = None
@@ -120,7 +120,7 @@ class WeightedAdapter(BaseModel):
 
 
 class MergeSettings(Settings):
-    """What recipes/merge.py reads."""
+    """Settings of recipes/merge.py."""
 
     checkpoint_dir: PathText
     adapter_dir: PathText | None = None
@@ -149,7 +149,7 @@ class MergeSettings(Settings):
 
     @property
     def weighted_adapters(self) -> list[WeightedAdapter]:
-        """The adapters, one or several."""
+        """List the adapters, one or several."""
         return [WeightedAdapter(dir=self.adapter_dir)] if self.adapter_dir is not None else self.adapters
 
     @property

@@ -1,4 +1,4 @@
-"""What the training recipes read: every key with its type, range and default."""
+"""Settings of the training recipes: every key with its type, range and default."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +53,7 @@ METRIC_LOGGER = ComponentNode(
 
 
 class TrainingSettings(Settings):
-    """What recipes/lora_single_device.py reads."""
+    """Settings of recipes/lora_single_device.py."""
 
     alternatives = (("warmup_steps", "warmup_ratio"), ("dataset_val", "val_fraction"))
 
@@ -125,7 +125,7 @@ class TrainingSettings(Settings):
 
     @property
     def quantized_cache_dir(self) -> Path | None:
-        """Where the 4-bit base is kept for the next start; None: nowhere."""
+        """Give the directory where the 4-bit base is kept for the next start; None: it is not kept."""
         return self.cache_dir if self.quantized_cache else None
 
     def training_hyperparameters(self) -> dict[str, object]:
@@ -192,16 +192,16 @@ class TrainingSettings(Settings):
 
 
 class PreviewSettings(TrainingSettings):
-    """What recipes/preview.py reads: a training config, and which rows to show."""
+    """Settings of recipes/preview.py: a training config, and which rows to show."""
 
     row: NonNegativeInt | None = Field(
         None, description="this row alone, with its table of ids and labels; null: the first"
     )
-    num_rows: PositiveInt = Field(3, description="so many of the first rows")
+    num_rows: PositiveInt = Field(3, description="how many of the first rows to show")
 
 
 def refuse_cuda_only_settings(settings: TrainingSettings, device: "torch.device") -> None:
-    """What does nothing on the CPU is refused there.
+    """Refuse settings that have no effect on the CPU there.
 
     bitsandbytes' paged optimizers page between CUDA and host memory, and on the CPU would warn and not page;
     offloading moves activations to the host's memory.

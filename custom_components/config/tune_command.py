@@ -1,4 +1,4 @@
-"""The command line of `tune`, put right before torchtune reads it: which recipe and config are meant, `ls`, `cp`.
+"""The command line of `tune`, changed before torchtune reads it: which recipe and config are meant, `ls`, `cp`.
 
 Imported by llama_lora_recipes.pth at the start of every `tune`. torchtune runs a recipe of ours as a module, so that
 `./recipes/x.py`, an absolute path and another working directory all end in a traceback. Here the folder to import from
@@ -24,7 +24,7 @@ from custom_components.config.recipe_files import (
     import_root,
     torchtune_names,
 )
-from custom_components.runtime import tune_startup  # noqa: F401 - its effects are wanted before torch is imported
+from custom_components.runtime import tune_startup  # noqa: F401 - it has to take effect before torch is imported
 from custom_components.runtime.errors import EXIT_CODE_USER_ERROR, UserError, print_errors
 from custom_components.runtime.starting import start_command
 
@@ -65,7 +65,7 @@ def start() -> None:
 
 
 def run_of(arguments: Sequence[str], project: Project) -> Run:
-    """What `tune run` is to do with what was typed after it. `--help` is printed here where that needs no import.
+    """Find the recipe and arguments of a `tune run`. `--help` is printed here if that needs no import.
 
     Raises:
         UserError: no such recipe, or no config.
@@ -157,7 +157,7 @@ def leave(exit_code: int) -> NoReturn:
 
 
 def _recipe_index(arguments: Sequence[str]) -> int | None:
-    """Which argument is the recipe: the first, unless options of torchrun come before it; None: not to be told."""
+    """Find which argument is the recipe: the first, unless options of torchrun precede it; None: it is unclear."""
     if arguments and not arguments[0].startswith("-"):
         return 0
     return next((index for index, argument in enumerate(arguments) if argument.endswith(".py")), None)

@@ -1,4 +1,4 @@
-"""Types of keys in words, from annotations: `integer > 0 or null`."""
+"""Describing the types of keys in words, from annotations: `integer > 0 or null`."""
 
 import types
 from collections.abc import Mapping, Sequence
@@ -29,11 +29,11 @@ _LARGEST_BOUND_SAID = 2**31
 
 
 def type_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """The words for an annotation; empty where there are none for it.
+    """Describe an annotation in words; empty where there are none for it.
 
     Args:
         annotation: such as `int | None` or `Annotated[float, Field(gt=0)]`.
-        metadata: what an outer Annotated says of it.
+        metadata: of an outer Annotated.
     """
     metadata = [part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
     for item in metadata:
@@ -66,7 +66,7 @@ def _alternatives(annotation: Any) -> list[str]:
 
 
 def _one_of(alternatives: list[str]) -> str:
-    """`a, b or c`."""
+    """Join words to `a, b or c`."""
     return " or ".join([", ".join(alternatives[:-1])] * (len(alternatives) > 1) + alternatives[-1:])
 
 

@@ -10,7 +10,7 @@ EXIT_CODE_USER_ERROR = 2
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message names the value, the key or file and line, and what to do.
+    """An error that the user can mend. The message names the value, the key or file and line, and what to do.
 
     Several problems found together are passed as several messages, and printed one `error:` line each.
     """

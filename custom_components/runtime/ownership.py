@@ -1,4 +1,4 @@
-"""What this project wrote itself, told by names and content: only that is ever deleted or replaced."""
+"""Recognising files that this project wrote, by name and content: only these are ever deleted or replaced."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -48,7 +48,7 @@ class OwnDirectory:
             path.rmdir()
 
     def _entries_of(self, path: Path) -> Iterator[tuple[Path, "Recognises | OwnDirectory"]]:
-        """The entries of our names and kinds."""
+        """List the entries of our names and kinds."""
         for name, own in self.entries.items():
             for entry in [entry for entry in path.iterdir() if re.fullmatch(name, entry.name)]:
                 has_kind = entry.is_dir() if isinstance(own, OwnDirectory) else entry.is_file()

@@ -1,4 +1,4 @@
-"""Where a path leads, whatever links, `..` and `~` it is written with."""
+"""Resolving and comparing paths, with links, `..` and `~` in them."""
 
 import glob
 import os

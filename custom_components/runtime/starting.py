@@ -1,4 +1,4 @@
-"""What a command does first, before the seconds that importing PyTorch takes."""
+"""The start of a command, before PyTorch is imported, which takes seconds."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ IMPORTING_LINE = "importing PyTorch ..."
 
 
 def start_command() -> None:
-    """Let Ctrl-C leave in one line while modules are imported, and tell a terminal what it waits for.
+    """Let Ctrl-C exit with one line while modules are imported, and say on a terminal what is being waited for.
 
-    An import that a KeyboardInterrupt goes through shows dozens of lines, and some libraries swallow it.
+    A KeyboardInterrupt during an import prints dozens of lines, and some libraries swallow it.
     """
     # note: a SIGINT that the parent ignores (a job in the background, nohup) stays ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -28,7 +28,7 @@ def start_module() -> None:
 
 
 def take_interrupts() -> None:
-    """From here on Ctrl-C is a KeyboardInterrupt again: there are files to put in order."""
+    """Make Ctrl-C a KeyboardInterrupt again: from here on there may be files to clean up."""
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""Stopping a run from outside, and saving by the clock: both are asked for in the loop, between two steps."""
+"""Stopping a run by a signal, and saving by the clock. The loop checks both between two steps."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ def leave_closed_terminal() -> None:
     """Send what is printed to nowhere, where it went to a terminal: writing to one that was closed is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
-        # note: a terminal that was closed no longer says that it is one, but it is still a device.
+        # note: a closed terminal no longer counts as a terminal, but is still a device.
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
             os.dup2(nowhere, descriptor)
     os.close(nowhere)

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a value, in words: one message for each place in it."""
+"""Messages for the problems that pydantic finds in a value: one for each place in it."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -6,21 +6,21 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-# How alike two names are when the one may be a slip for the other: `sauce` and `source` are 0.73.
+# Names at least this similar count as typos of each other: `sauce` and `source` are 0.73.
 _LIKENESS = 0.7
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` may be a slip for, also in capitals or with hyphens; None where none is near."""
+    """Find the known name that `name` may be a typo of, also in capitals or with hyphens; None where none is near."""
     by_spelling = {_plain(other): other for other in reversed([*known])}
     near = difflib.get_close_matches(_plain(name), by_spelling, n=1, cutoff=_LIKENESS)
     return by_spelling[near[0]] if near else None
 
 
 def value_problems(error: ValidationError, value: Any, hint: Callable[[str], str]) -> dict[str, str]:
-    """A message for each place in `value` that is wrong, such as `[1].weight`; "" is the value itself.
+    """Give a message for each wrong place in `value`, such as `[1].weight`; "" is the value itself.
 
-    Where a value has the shape of one alternative of a union, nothing is said of the others.
+    Where a value has the shape of one alternative of a union, the others are not mentioned.
 
     Args:
         hint: what to add for the place of an unknown key, such as `; did you mean 'weight'?`.
@@ -36,7 +36,7 @@ def value_problems(error: ValidationError, value: Any, hint: Callable[[str], str
 
 
 def model_keys(annotation: Any) -> Iterator[str]:
-    """The keys of every pydantic model in a type."""
+    """Yield the keys of every pydantic model in a type."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield from annotation.model_fields
     for member in get_args(annotation):
@@ -48,7 +48,7 @@ def _plain(name: str) -> str:
 
 
 def _place(problem: Any, value: Any) -> str:
-    """`[1].weight`, of a location that names alternatives of unions beside keys and indices."""
+    """Spell a location as `[1].weight`, without the alternatives of unions that pydantic names in it."""
     place, parts = "", problem["loc"]
     for index, part in enumerate(parts):
         is_missing = problem["type"] == "missing" and index == len(parts) - 1
@@ -69,7 +69,7 @@ def _message(problems: Sequence[Any], hint: str) -> str:
 
 
 def _expectation(problems: Sequence[Any]) -> str:
-    """`should be a valid boolean or 'auto'`, of the messages of one value's alternatives."""
+    """Join the messages of a value's alternatives: `should be a valid boolean or 'auto'`."""
     alternatives = dict.fromkeys(
         problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         for problem in problems

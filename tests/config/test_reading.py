@@ -44,7 +44,7 @@ def test_configs_are_right_and_complete(config):
     training_settings(config=config)
     text = config.read_text()
     assert set(yaml.safe_load(text)) == set(TrainingSettings.model_fields)
-    for line in text[text.index("# ---- Where") :].splitlines():
+    for line in text[text.index("# ---- Paths") :].splitlines():
         is_component_or_passed_on = re.search(r"_component_|\$\{|:$", line)
         assert "#" in line or not line.strip() or is_component_or_passed_on or "weight_decay" in line, line
     assert f"--config configs/{config.name}" in text
@@ -59,7 +59,7 @@ def test_evaluation_config_is_right_and_complete():
     load_settings(EvaluationSettings, ["--config", "configs/evaluate.yaml"])
     text = (PROJECT / "configs/evaluate.yaml").read_text()
     assert set(yaml.safe_load(text)) == set(EvaluationSettings.model_fields)
-    for line in text[text.index("# ---- Where") :].splitlines():
+    for line in text[text.index("# ---- Paths") :].splitlines():
         assert "#" in line or not line.strip() or re.search(r"_component_|\$\{", line), line
 
 
