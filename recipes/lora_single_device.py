@@ -19,13 +19,13 @@ from custom_components.memory.fitting import describe_fit, fit_to_device, fitted
 from custom_components.memory.step_limit import StepLimit
 from custom_components.models.nf4_product import DENSE_WEIGHT_MEMORY
 from custom_components.runs.adapter_card import TrainingFacts, adapter_card
-from custom_components.runs.checkpoints import delete_checkpoints_after, save_run_checkpoint
+from custom_components.runs.checkpoints import delete_checkpoints_after, save_run_checkpoint, try_to_save
 from custom_components.runs.metric_logger import MetricLogger, metric_logger
 from custom_components.runs.metrics import keep_metrics_until, plot_losses
 from custom_components.runs.report import closing_summary, describe_model, stopped_summary
 from custom_components.runs.resuming import AUTO, ResumedRun, open_run_to_resume
 from custom_components.runs.run import Run
-from custom_components.runs.run_directory import RunDirectory, begin_in, run_directory
+from custom_components.runs.run_directory import RunDirectory, begin_in, check_results, run_directory
 from custom_components.runs.training_log import StepResult, TrainingLog
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import run_recipe
@@ -55,6 +55,8 @@ from custom_components.weights.checkpoint_loading import check_base_weights, fro
 def recipe_main() -> None:
     start_seconds = time.perf_counter()
     settings = load_settings(TrainingSettings, sys.argv[1:])
+    resumes = settings.resume_from_checkpoint is not False
+    check_results(settings.output_dir, overwrite=settings.overwrite_output_dir, resumes=resumes)
     device = resolved_device(settings.device)
     dtype, dtype_words = resolved_dtype(settings.dtype, device)
     refuse_cuda_only_settings(settings, device)
@@ -100,6 +102,7 @@ def recipe_main() -> None:
         state = new_state(run, model, data)
         if resumed is not None:
             resumed.restore(model, state)
+        try_to_save(directory.path, model, state, run.beside)
         loss_function = instantiate(settings.loss)
         losses = Losses(
             training=supervised_loss(model, loss_function, forward_options(settings, fit)),

@@ -11,6 +11,7 @@ from custom_components.datasets.file_readers import Row
 from custom_components.datasets.row_formats import recognised_format
 from custom_components.datasets.row_messages import listed
 from custom_components.datasets.sources import read_rows
+from custom_components.runtime.disk_errors import disk_errors_of
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.dialogs import ChatMessage
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
@@ -128,7 +129,11 @@ def write_answers(
     """
     remaining = iter(prompts)
     # Half a surrogate pair in another column is written as a JSON escape, as it was read.
-    with output_file.open("x", encoding="utf-8", errors="backslashreplace") as file:
+    advice = "free space there; the answers so far are in the file"
+    with (
+        disk_errors_of("output_file", output_file, advice),
+        output_file.open("x", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         while window := list(islice(remaining, batch_size * _NUM_BATCHES_SORTED)):
             by_length = sorted(range(len(window)), key=lambda index: -len(window[index].tokens))
             answered: dict[int, dict[str, Any]] = {}

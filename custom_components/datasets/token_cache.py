@@ -64,5 +64,5 @@ class TokenCache:
                     np.save(directory / f"{name}.npy", values)
                 (directory / "summary.json").write_text(json.dumps(counts), encoding="utf-8")
         except (OSError, UserError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
+            reason = error.strerror or error if isinstance(error, OSError) else error
             print(f"cache_dir: the tokens are not kept, {str(self._directory)!r} cannot be written ({reason})")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from custom_components.runtime.atomic_files import whole_file
+from custom_components.runtime.disk_errors import disk_errors_of
 from custom_components.runtime.errors import UserError
 
 _NUM_COLUMNS = 80
@@ -66,6 +67,7 @@ def results_file(path: Path | None) -> Iterator[dict[str, Any]]:
         return
     _check_no_other_file(path)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(disk_errors_of("output_file", path, "free space there, or name a file on another disk"))
         try:
             aside = stack.enter_context(whole_file(path))
             aside.touch()

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from custom_components.export.merge_record import RECORD_NAME, merge_in
 from custom_components.runtime.atomic_files import sweep_unfinished, whole_directory
+from custom_components.runtime.disk_errors import disk_errors_of
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.ownership import OwnDirectory
 
 # What tokenizer, configs and index may take beside the weights.
 _NUM_BYTES_BESIDE_WEIGHTS = 64 * 2**20
-# A full, read-only or protected disk, a file where a directory is needed, a directory that is a mount point.
-_USERS_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EBUSY, errno.EXDEV),
-)
+_ADVICE = "free space there, or name a directory on another disk"
+# A protected disk, a file where a directory is needed, a directory that is a mount point.
+_USERS_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
 
 
 # What a merge writes, by names: of one that was killed before it had written its record.
@@ -95,11 +95,12 @@ def merge_directory(output_dir: Path) -> Iterator[Path]:
         UserError: it cannot be written, or not any more.
     """
     try:
-        with whole_directory(output_dir, replaces=merge_in(output_dir) or OwnDirectory({})) as directory:
+        with (
+            disk_errors_of("output_dir", output_dir, _ADVICE),
+            whole_directory(output_dir, replaces=merge_in(output_dir) or OwnDirectory({})) as directory,
+        ):
             yield directory
     except OSError as error:
         if error.errno not in _USERS_ERRORS:
             raise
-        raise UserError(
-            f"output_dir: {str(output_dir)!r} cannot be written ({error.strerror}); free space, or name another"
-        ) from None
+        raise UserError(f"output_dir: {str(output_dir)!r} cannot be written ({error.strerror}); name another") from None

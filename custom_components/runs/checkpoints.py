@@ -9,15 +9,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import torch
 from torchtune.modules import TransformerDecoder
 
-from custom_components.runs.recognition import CHECKPOINT, RUN_CONFIG_NAME, STATE_NAME, STEP_DIRECTORY
+from custom_components.runs.recognition import CHECKPOINT, RUN_CONFIG_NAME, STATE_NAME, STEP_DIRECTORY, TRIAL_NAME
 from custom_components.runtime.atomic_files import whole_directory
+from custom_components.runtime.disk_errors import RememberingFile, disk_errors_of
 from custom_components.runtime.errors import UserError
 from custom_components.training.state import TrainingState
 from custom_components.weights.adapters import save_adapter
+
+_ADVICE = "free space there, and go on from the last checkpoint, which is whole, with resume_from_checkpoint=true"
+# What a state has later that it has not before the first step: AdamW's two moments, and the best adapter.
+_NUM_TIMES_ADAPTER = 3
+_NUM_ZEROS = 2**20  # written at a time
 
 
 @dataclass(frozen=True)
@@ -66,24 +73,54 @@ def save_run_checkpoint(
         UserError: it cannot be written; the checkpoints before it are untouched.
     """
     path = run_checkpoint_path(run_path, state.progress.num_steps)
-    try:
-        with whole_directory(path) as directory:
-            save_adapter(model, directory / "adapter", beside.base_model, beside.adapter_texts)
-            (directory / RUN_CONFIG_NAME).write_text(beside.config, encoding="utf-8")
-            stored = {
-                "optimizer": state.optimizer.state_dict(),
-                "scaler": state.scaler.state_dict(),
-                "data_digest": state.data_digest,
-                "progress": dataclasses.asdict(state.progress),
-                "best_adapter": state.best_adapter,
-            }
-            torch.save(stored, directory / STATE_NAME)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"output_dir: the checkpoint {str(path)!r} could not be written ({error}); free some space and go on with "
-            "resume_from_checkpoint=true from the last one, which is whole"
-        ) from None
+    with disk_errors_of("output_dir", path, _ADVICE), whole_directory(path) as directory:
+        _write_checkpoint(directory, model, state, beside)
     _delete_old_checkpoints(run_path, num_kept, state.progress.best_step)
+
+
+def try_to_save(run_path: Path, model: TransformerDecoder, state: TrainingState, beside: BesideWeights) -> None:
+    """Write a checkpoint as large as those to come, and delete it again.
+
+    Raises:
+        UserError: the disk is too small for it, or its file system takes none.
+    """
+    path = run_path / TRIAL_NAME
+    num_adapter_bytes = sum(parameter.nbytes for group in state.optimizer.param_groups for parameter in group["params"])
+    num_bytes = (1 + _NUM_TIMES_ADAPTER) * num_adapter_bytes
+    advice = f"a checkpoint of this run takes up to {num_bytes / 1e6:.1f} MB; free space there, or name another"
+    try:
+        with disk_errors_of("output_dir", run_path, advice), whole_directory(path) as directory:
+            _write_checkpoint(directory, model, state, beside)
+            with (directory / STATE_NAME).open("ab") as file:
+                num_zeros = 0 if state.optimizer.state else _NUM_TIMES_ADAPTER * num_adapter_bytes
+                for start in range(0, num_zeros, _NUM_ZEROS):
+                    file.write(bytes(min(_NUM_ZEROS, num_zeros - start)))
+    except OSError as error:
+        raise UserError(
+            f"output_dir: a trial checkpoint cannot be written to {str(run_path)!r} ({error.strerror}), as on file "
+            "systems that rename no directories; name a directory on another disk"
+        ) from None
+    CHECKPOINT.remove(path)
+
+
+def _write_checkpoint(directory: Path, model: TransformerDecoder, state: TrainingState, beside: BesideWeights) -> None:
+    save_adapter(model, directory / "adapter", beside.base_model, beside.adapter_texts)
+    (directory / RUN_CONFIG_NAME).write_text(beside.config, encoding="utf-8")
+    stored = {
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "data_digest": state.data_digest,
+        "progress": dataclasses.asdict(state.progress),
+        "best_adapter": state.best_adapter,
+    }
+    with (directory / STATE_NAME).open("wb") as opened:
+        file = RememberingFile(opened)
+        try:
+            torch.save(stored, cast(BinaryIO, file))
+        except RuntimeError:
+            if file.error is not None:
+                raise file.error from None
+            raise
 
 
 def delete_checkpoints_after(run_path: Path, step: int) -> None:

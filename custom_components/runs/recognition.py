@@ -20,6 +20,7 @@ RUN_CONFIG_NAME = "config.yaml"
 STATE_NAME = "state.pt"
 WANDB_ID_KEY = "wandb_run_id"
 STEP_DIRECTORY = r"step_\d{6,}"
+TRIAL_NAME = ".trial"  # a checkpoint that is written before the first step, and deleted again
 
 # Of every training config, whatever the recipe and its version.
 _CONFIG_KEYS = {
@@ -129,10 +130,10 @@ def _is_card(path: Path) -> bool:
 
 @_or_no
 def _is_state(path: Path) -> bool:
-    """torch.save writes a zip archive whose entries begin with the file's name; of a damaged file, too."""
+    """Look at the head only, which names the first entry of torch.save's zip archive: of a damaged file, too."""
     with path.open("rb") as file:
         head = file.read(100)
-    return head.startswith(b"PK") and f"{path.stem}/data.pkl".encode() in head
+    return head.startswith(b"PK") and b"/data.pkl" in head
 
 
 def _or_blank(recognises: Recognises) -> Recognises:

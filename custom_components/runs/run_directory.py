@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from custom_components.runs.recognition import (
     CHECKPOINT,
     RUN_CONFIG_NAME,
     STEP_DIRECTORY,
+    TRIAL_NAME,
     is_logged_config,
     is_metrics,
     is_plot,
@@ -22,8 +24,12 @@ from custom_components.runs.recognition import (
     is_wandb_run,
 )
 from custom_components.runtime.atomic_files import sweep_unfinished, whole_file
+from custom_components.runtime.disk_errors import disk_errors_of
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.ownership import OwnDirectory, Recognises, first_foreign
+
+# What flock says on Lustre without -o flock, and on file systems of FUSE.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -104,26 +110,24 @@ def run_directory(path: Path, *, overwrite: bool, resumes: bool) -> Iterator[Run
             wrote is in the way, or nothing can be written there.
     """
     directory = RunDirectory(path)
-    _check_results(directory, overwrite, resumes)
+    check_results(path, overwrite=overwrite, resumes=resumes)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_nothing_left_unless_begun(directory))
         try:
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(path / ".lock"))
-            sweep_unfinished(path, {"adapter": ADAPTER})
+            sweep_unfinished(path, {"adapter": ADAPTER, re.escape(TRIAL_NAME): CHECKPOINT})
             sweep_unfinished(directory.checkpoints, {STEP_DIRECTORY: CHECKPOINT})
-            _check_results(directory, overwrite, resumes)
+            check_results(path, overwrite=overwrite, resumes=resumes)
         except BlockingIOError:
             raise UserError(f"output_dir: another run is writing to {str(path)!r}; name another directory") from None
         except OSError as error:
             raise UserError(f"output_dir: {str(path)!r} cannot be written ({error.strerror}); name another") from None
-        try:
+        advice = (
+            "free space there, and go on from the last checkpoint, if there is one, with resume_from_checkpoint=true"
+        )
+        with disk_errors_of("output_dir", path, advice):
             yield directory
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise
-            raise UserError(
-                f"output_dir: {str(path)!r} cannot be written any more ({error.strerror}); free space"
-            ) from None
 
 
 def begin_in(directory: RunDirectory, config: str, *, overwrites: bool) -> None:
@@ -135,7 +139,7 @@ def begin_in(directory: RunDirectory, config: str, *, overwrites: bool) -> None:
         UserError: something that no run wrote is in the way.
     """
     if overwrites:
-        _check_results(directory, overwrite=True, resumes=False)
+        check_results(directory.path, overwrite=True, resumes=False)
         for path, own in directory.results().items():
             if isinstance(own, OwnDirectory):
                 own.remove(path)
@@ -146,18 +150,49 @@ def begin_in(directory: RunDirectory, config: str, *, overwrites: bool) -> None:
 
 
 @contextlib.contextmanager
+def _nothing_left_unless_begun(directory: RunDirectory) -> Iterator[None]:
+    """Take the directories away that were made for a run that fails before it begins."""
+    lock = directory.path / ".lock"
+    made = [path for path in (directory.checkpoints, directory.path, *directory.path.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if directory.path in made and not directory.config.exists():
+            with contextlib.suppress(OSError):
+                lock.unlink(missing_ok=True)
+                for path in made:
+                    if path.exists():
+                        path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     # note: no "w", which would empty what is there, and no link, which may lead to any file.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        # note: the system gives the lock back when the process dies, however it dies.
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            # note: the system gives the lock back when the process dies, however it dies.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(
+                f"warning: the file system of output_dir {str(path.parent)!r} has no locks ({error.strerror}): nothing "
+                "keeps a second run from writing there"
+            )
         yield
     finally:
         os.close(descriptor)
 
 
-def _check_results(directory: RunDirectory, overwrite: bool, resumes: bool) -> None:
+def check_results(path: Path, *, overwrite: bool, resumes: bool) -> None:
+    """Refuse a directory whose results are not to be replaced, or not a run's; see :func:`run_directory`.
+
+    Raises:
+        UserError: it is such a one.
+    """
+    directory = RunDirectory(path)
     results = directory.results()
     if results and not (overwrite or resumes):
         raise UserError(

@@ -102,11 +102,9 @@ def test_L33_what_is_in_the_way_of_a_run_is_named_and_stays(run, out, name, resu
         raise AssertionError
     assert snapshot(out) == before
     if not resumes and name in ("config.yaml", "adapter/notes.txt", "checkpoints/step_000100"):
-        code, _, err = run_here(
-            "lora_single_device",
-            *training(run, f"output_dir={out}", "overwrite_output_dir=true", "max_steps_per_epoch=1"),
-        )
-        assert code == 2 and len(err.splitlines()) == 1 and f"{name}' is not" in err
+        overwriting = training(run, f"output_dir={out}", "overwrite_output_dir=true", "dataset.source=nothing.jsonl")
+        code, _, err = run_here("lora_single_device", *overwriting)
+        assert code == 2 and len(err.splitlines()) == 1 and f"{name}' is not" in err  # before the data is read
         assert snapshot(out) == before
 
 
