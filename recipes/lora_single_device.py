@@ -20,8 +20,9 @@ from custom_components.memory.step_limit import StepLimit
 from custom_components.models.nf4_product import DENSE_WEIGHT_MEMORY
 from custom_components.runs.adapter_card import TrainingFacts, adapter_card
 from custom_components.runs.checkpoints import delete_checkpoints_after, save_run_checkpoint, try_to_save
+from custom_components.runs.loss_plot import plot_losses
 from custom_components.runs.metric_logger import MetricLogger, metric_logger
-from custom_components.runs.metrics import keep_metrics_until, plot_losses
+from custom_components.runs.metrics import keep_metrics_until
 from custom_components.runs.report import closing_summary, describe_model, stopped_summary
 from custom_components.runs.resuming import AUTO, ResumedRun, open_run_to_resume
 from custom_components.runs.run import Run
@@ -32,6 +33,7 @@ from custom_components.runtime.errors import run_recipe
 from custom_components.runtime.host_allocator import keep_freed_memory, return_freed_memory
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.runtime.stopping import SaveClock, stop_requests
+from custom_components.runtime.terminal import say
 from custom_components.training.compiling import compiled_layers
 from custom_components.training.gradients import Losses, accumulate_gradients, supervised_loss, validation_loss
 from custom_components.training.optimizer import adapter_parameter_groups, clip_gradients, set_rates, update_adapters
@@ -67,12 +69,12 @@ def recipe_main() -> None:
     with torch.device("meta"):
         model = instantiate(settings.model)
     data = open_data(settings, fit_tokenizer(instantiate(settings.tokenizer), model))
-    print(data.account)
+    say(data.account)
     lengths, max_seq_len = data.train.lengths, data.tokenizer.max_seq_len
     resumed = open_run_to_resume(settings.resume_from_checkpoint, settings.output_dir)
     asked = settings if resumed is None else resumed.checked_settings(settings)
     if resumed is not None and settings.resume_from_checkpoint == AUTO and is_finished(asked, data, resumed):
-        print(f"{settings.output_dir}: the run is finished, {resumed.progress.num_steps} steps; nothing is left to do")
+        say(f"{settings.output_dir}: the run is finished, {resumed.progress.num_steps} steps; nothing is left to do")
         return
     base = open_checkpoint(settings.checkpoint_dir)
     check_base_weights(model, base)
@@ -120,11 +122,11 @@ def recipe_main() -> None:
             raise AssertionError("verify_base: the frozen base has changed")
         save_result(run, model, data, state, len(plan.steps), is_finished=signal_number is None)
         if signal_number is not None:
-            print(stopped_summary(state.progress, len(plan.steps), directory, [__file__, *sys.argv[1:]]))
+            say(stopped_summary(state.progress, len(plan.steps), directory, [__file__, *sys.argv[1:]]))
             sys.exit(128 + signal_number)
         answers_after = answer_sample_prompts(model, data.tokenizer, settings.sample_prompts)
         show_answers(settings.sample_prompts, answers_before, answers_after)
-        print(closing_summary(state.progress, time.perf_counter() - start_seconds, memory, directory))
+        say(closing_summary(state.progress, time.perf_counter() - start_seconds, memory, directory))
 
 
 def open_data(settings: TrainingSettings, tokenizer: Llama2ChatTransform) -> Data:
@@ -239,7 +241,7 @@ def save_result(
 
 def go_on_in(directory: RunDirectory, resumed: ResumedRun, num_steps: int) -> None:
     """Cut a run's records to the steps of its checkpoint; those of a run elsewhere are copied."""
-    print(f"going on from {resumed.path}")
+    say(f"going on from {resumed.path}")
     delete_checkpoints_after(directory.path, num_steps)
     so_far = resumed.directory
     for before, records in ((so_far.metrics, directory.metrics), (so_far.samples, directory.samples)):

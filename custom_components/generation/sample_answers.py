@@ -6,6 +6,7 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from custom_components.generation.decoding import Sampling, answer_messages
+from custom_components.runtime.terminal import say
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 
 _MAX_NEW_TOKENS = 100
@@ -24,4 +25,4 @@ def answer_sample_prompts(
 def show_answers(prompts: Sequence[str], answers_before: Sequence[str], answers_after: Sequence[str]) -> None:
     """Print what the model answered before and after, prompt by prompt."""
     for prompt, before, after in zip(prompts, answers_before, answers_after, strict=True):
-        print(f"\nprompt  {prompt}\nbefore  {before}\nafter   {after}")
+        say(f"\nprompt  {prompt}\nbefore  {before}\nafter   {after}")

@@ -14,6 +14,7 @@ from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.batching import collate
 from custom_components.memory.estimate import estimate_memory, optimizer_bytes_per_parameter
 from custom_components.runtime.process_memory import usable_bytes
+from custom_components.runtime.terminal import say
 from custom_components.training.gradients import NOWHERE_ELSE, ForwardOptions, accumulate_gradients, supervised_loss
 
 # A weight is dequantized once per forward; beyond this many tokens a fuller forward saves too little of that.
@@ -208,4 +209,4 @@ def describe_fit(fit: Fit, settings: TrainingSettings, num_layers: int) -> None:
         chosen.append(f"batch_size {fit.batch_size}, gradient_accumulation_steps {fit.gradient_accumulation_steps}")
     if settings.enable_activation_checkpointing == "auto":
         chosen.append(f"{fit.num_recomputed_layers} of {num_layers} layers recomputed in the backward")
-    print(f"auto: {'; '.join(chosen)} ({fit.words})")
+    say(f"auto: {'; '.join(chosen)} ({fit.words})")

@@ -28,6 +28,7 @@ def plot_losses(metrics_path: Path, plot_path: Path) -> None:
         os.environ.setdefault("MPLCONFIGDIR", font_list_dir)
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
     records = read_metrics(metrics_path)
     figure = Figure(figsize=(8, 7), layout="constrained")
@@ -38,6 +39,7 @@ def plot_losses(metrics_path: Path, plot_path: Path) -> None:
         _draw(axes, *points_of(records, key), color="C0")
         axes.set_ylabel(label)
     norm_axes.set_xlabel("optimizer step")
+    norm_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (loss_axes, rate_axes, norm_axes):
         axes.grid(alpha=0.3)
     figure.align_ylabels()
@@ -52,12 +54,11 @@ def points_of(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], l
 
 
 def running_mean(values: Sequence[float], num_values: int) -> list[float]:
-    """Average each value with its neighbours, `num_values` in all, fewer at both ends, as many on either side."""
-    means = []
-    for index in range(len(values)):
-        num_beside = min(num_values // 2, index, len(values) - 1 - index)
-        means.append(statistics.fmean(values[index - num_beside : index + num_beside + 1]))
-    return means
+    """Average each value with its neighbours, `num_values` in all, fewer at both ends."""
+    num_beside = num_values // 2
+    return [
+        statistics.fmean(values[max(0, index - num_beside) : index + num_beside + 1]) for index in range(len(values))
+    ]
 
 
 def needs_log_axis(losses: Sequence[float]) -> bool:

@@ -1,17 +1,12 @@
-"""metrics.jsonl, one JSON object per line, and the plot of its losses."""
+"""metrics.jsonl and samples.jsonl, one JSON object per line."""
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from custom_components.runtime.atomic_files import whole_file
-
-# By this in its file a later run knows that the plot is not a person's own.
-PLOT_AUTHOR = "llama-lora-recipes"
 
 
 class MetricsFile:
@@ -48,31 +43,6 @@ def keep_metrics_until(before: Path, path: Path, step: int) -> None:
     kept = [record for record in read_metrics(before) if record["step"] <= step]
     with whole_file(path) as aside:
         aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-
-
-def plot_losses(metrics_path: Path, plot_path: Path) -> None:
-    """Draw training and validation loss over the optimizer steps."""
-    # note: matplotlib keeps its list of fonts in the home directory, unless another is named before its import.
-    with tempfile.TemporaryDirectory() as font_list_dir:
-        os.environ.setdefault("MPLCONFIGDIR", font_list_dir)
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-    records = read_metrics(metrics_path)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
-        points = [(record["step"], record[key]) for record in records if key in record]
-        if points:
-            marker = marker or ("o" if len(points) == 1 else "")
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.5, markersize=4)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per supervised token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with whole_file(plot_path) as aside:
-        figure.savefig(aside, dpi=120, format="png", metadata={"Author": PLOT_AUTHOR})
 
 
 def write_samples(path: Path, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:

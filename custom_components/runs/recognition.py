@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from custom_components.runs.metrics import PLOT_AUTHOR
+from custom_components.runs.loss_plot import PLOT_AUTHOR
 from custom_components.runtime.ownership import OwnDirectory, Recognises
 from custom_components.transforms.prompt_format import PROMPT_FORMAT_NAME, read_prompt_format
 from custom_components.weights.adapter_files import WEIGHTS_NAME

@@ -9,6 +9,7 @@ from torchtune.modules import TransformerDecoder
 from custom_components.runs.checkpoints import run_checkpoint_path
 from custom_components.runs.run_directory import RunDirectory
 from custom_components.runtime.process_memory import PeakMemory
+from custom_components.runtime.terminal import say
 from custom_components.training.state import Progress
 from custom_components.weights.checkpoint_loading import unquantized_modules
 
@@ -22,9 +23,9 @@ def describe_model(
     """Print device and dtype, and how much is trained over what base."""
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     base = "NF4" if is_base_quantized else dtype_words.split(",")[0]
-    print(f"device {device}, dtype {dtype_words}; {num_trained:,} trained parameters in fp32 over a base in {base}")
+    say(f"device {device}, dtype {dtype_words}\n{num_trained:,} trained parameters in fp32 over a base in {base}")
     if is_base_quantized and (names := unquantized_modules(model)):
-        print(f"not quantized, NF4 blocks do not divide them: {', '.join(names)}")
+        say(f"not quantized, NF4 blocks do not divide them: {', '.join(names)}")
 
 
 def closing_summary(progress: Progress, seconds: float, memory: PeakMemory, directory: RunDirectory) -> str:

@@ -16,6 +16,7 @@ from custom_components.runs.checkpoints import is_run_checkpoint, run_checkpoint
 from custom_components.runs.recognition import RUN_CONFIG_NAME, STATE_NAME
 from custom_components.runs.run_directory import RunDirectory
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.terminal import say
 from custom_components.training.state import Progress, TrainingState
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.adapters import load_adapter
@@ -114,7 +115,7 @@ class ResumedRun:
             if key in _FIXED_KEYS or key.partition(".")[0] in _FIXED_KEYS:
                 refusals.append(f"resume_from_checkpoint: {difference}: set it back, or begin a new run")
             elif not ("." in key and key.endswith(("checkpoint_dir", "path", "cache_dir"))):
-                print(f"differs from the checkpoint: {difference}")
+                say(f"differs from the checkpoint: {difference}")
         if refusals:
             raise UserError(*refusals)
 
@@ -192,7 +193,7 @@ def open_run_to_resume(resume_from_checkpoint: bool | str, run_path: Path) -> Re
         try:
             state = _read_state(path)
         except UserError as error:
-            print(f"passed over: {error}")
+            say(f"passed over: {error}")
             continue
         return ResumedRun(path, state, _read_config(path))
     if resume_from_checkpoint == AUTO:

@@ -2,11 +2,15 @@
 
 import io
 import re
+import signal
+import sys
 
 import pytest
+from tqdm import tqdm
 
 from custom_components.runs import progress_bar
 from custom_components.runs.progress_bar import ProgressBar
+from custom_components.runtime.errors import UserError, run_recipe
 
 
 class Terminal(io.StringIO):
@@ -58,3 +62,22 @@ def test_on_a_terminal_a_bar_is_drawn_and_closed(clock):
     bar.close()
     assert "\r" in stream.getvalue() and "\rstopped early\n" in stream.getvalue().replace("\r ", "\r")
     assert stream.getvalue().endswith("\n")
+
+
+@pytest.mark.parametrize("leave", [True, False])
+@pytest.mark.parametrize("error", [UserError("step 2 does not fit"), KeyboardInterrupt()])
+def test_an_error_begins_its_own_line_on_a_terminal(monkeypatch, leave, error):
+    """A bar over a loop is still drawn when an exception leaves the loop."""
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def recipe_main() -> None:
+        for _ in tqdm([1, 2], file=stream, leave=leave):
+            raise error
+
+    with pytest.raises(SystemExit):
+        run_recipe(recipe_main)
+    line = "error: step 2 does not fit\n" if isinstance(error, UserError) else "stopped by SIGINT\n"
+    assert "0/2" in stream.getvalue()
+    assert stream.getvalue().endswith(f"\n{line}" if leave else f" \r{line}")
