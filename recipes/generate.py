@@ -25,7 +25,8 @@ from custom_components.datasets.prompt_files import (
     read_prompts,
     write_answers,
 )
-from custom_components.generation.chat import Conversation, chat
+from custom_components.generation.chat import chat
+from custom_components.generation.conversation import Conversation
 from custom_components.generation.decoding import generate, streamed_answer
 from custom_components.generation.incremental import IncrementalLlama, made_for_inference
 from custom_components.generation.sampling import Sampling

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -71,9 +70,11 @@ def _one_of(alternatives: list[str]) -> str:
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
-    bounds = []
-    for item in metadata:
-        for kind, sign, name in ((Gt, ">", "gt"), (Ge, ">=", "ge"), (Lt, "<", "lt"), (Le, "<=", "le")):
-            if isinstance(item, kind) and abs(bound := getattr(item, name)) <= _LARGEST_BOUND_SAID:
-                bounds.append(f"{sign} {bound:g}")
+    """`> 0, < 1`, of pydantic's Gt, Ge, Lt and Le."""
+    bounds = [
+        f"{sign} {bound:g}"
+        for item in metadata
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if (bound := getattr(item, name, None)) is not None and abs(bound) <= _LARGEST_BOUND_SAID
+    ]
     return ", ".join(bounds)

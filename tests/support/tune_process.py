@@ -23,12 +23,16 @@ def write_tune(folder: Path) -> Path:
 
 
 def python_process(
-    *arguments: str | Path, directory: Path = PROJECT, first_path: Path | None = None, timeout: float = 120
+    *arguments: str | Path,
+    directory: Path = PROJECT,
+    first_path: Path | None = None,
+    timeout: float = 120,
+    python: str | Path = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with this checkout importable from any directory, after what is in `first_path`."""
     path = os.pathsep.join(str(folder) for folder in (first_path, PROJECT) if folder)
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [str(python), *map(str, arguments)],
         cwd=directory,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
