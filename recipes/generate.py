@@ -152,7 +152,7 @@ def answer_file(
         return {column: answers(tokens), base_column: base_answers}
 
     assert settings.output_file is not None
-    with tqdm(total=len(prompts), unit="prompt") as progress:
+    with tqdm(total=len(prompts), unit="prompt", disable=None) as progress:
         for num_answered in write_answers(prompts, settings.output_file, settings.batch_size, answer_batch):
             progress.update(num_answered)
     print(f"{len(prompts) * settings.num_answers} answers in {settings.output_file}")

@@ -157,7 +157,7 @@ def export_adapter(settings: MergeSettings, checkpoint: BaseCheckpoint, adapter:
 
 
 def with_progress(merged: MergedWeights) -> Iterable[tuple[str, Tensor]]:
-    return tqdm(merged.tensors(), "merging", len(merged.shapes), unit="tensor", leave=False, delay=1)
+    return tqdm(merged.tensors(), "merging", len(merged.shapes), unit="tensor", leave=False, delay=1, disable=None)
 
 
 def template_of(

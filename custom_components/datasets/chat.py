@@ -150,7 +150,7 @@ class _Reader:
         After a bad row that is an error, the rows that follow are read only to name every kind of bad row at once.
         """
         rows = islice(self.rows(summary), self.settings.max_rows)
-        for row in tqdm(rows, desc=f"tokenizing {self.source.name}", unit="row", leave=False, delay=2):
+        for row in tqdm(rows, desc=f"tokenizing {self.source.name}", unit="row", leave=False, delay=2, disable=None):
             summary.num_rows += 1
             try:
                 dialog, notes = dialogs.dialog(row)

@@ -77,7 +77,7 @@ def generated_answers(
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index].prompt))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers = [""] * len(questions)
-    for batch in tqdm(batches, "answering", unit="batch", leave=False, delay=2):
+    for batch in tqdm(batches, "answering", unit="batch", leave=False, delay=2, disable=None):
         ids = generate(
             model,
             [questions[index].prompt for index in batch],

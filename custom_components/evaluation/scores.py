@@ -108,7 +108,9 @@ def token_scores(model: TransformerDecoder, dataset: ChatDataset, batch_size: in
     assert not model.training
     plan = BatchPlan(batch_size, 1, shuffle=False, seed=0)
     total = TokenScores()
-    for [rows] in tqdm(plan.steps(dataset.lengths, epoch=0), "scoring", unit="forward", leave=False, delay=2):
+    for [rows] in tqdm(
+        plan.steps(dataset.lengths, epoch=0), "scoring", unit="forward", leave=False, delay=2, disable=None
+    ):
         log_probabilities_P, is_likeliest_P = position_scores(model, collate([dataset[row] for row in rows]), device)
         total += TokenScores(len(log_probabilities_P), -log_probabilities_P.sum().item(), int(is_likeliest_P.sum()))
         if not math.isfinite(total.loss_sum):

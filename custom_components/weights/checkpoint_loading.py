@@ -72,7 +72,9 @@ def load_base_weights(
 
     with ThreadPoolExecutor(NUM_LOADING_THREADS) as threads, torch.no_grad():
         # note: gone through one by one, so that an error in a thread is raised here.
-        for _ in tqdm(threads.map(load, sources), "loading", len(sources), unit="tensor", leave=False, delay=1):
+        for _ in tqdm(
+            threads.map(load, sources), "loading", len(sources), unit="tensor", leave=False, delay=1, disable=None
+        ):
             pass
     if cache is not None and cached is None:
         cache.store({name: model.get_parameter(name).data for name in quantized})

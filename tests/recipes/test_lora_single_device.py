@@ -143,7 +143,7 @@ def test_generate_answers_with_and_without_the_adapter(finished_run):
         (["dataset.source=no.jsonl"], "there is no file 'no.jsonl'"),
         (["tokenizer.path=README.md"], "is not a SentencePiece model"),
         (["model._component_=custom_components.models.lora_llama2_7b"], "has num_layers 2"),
-        (["optimizer.lr=0"], "every B of the adapter is still zero"),
+        (["optimizer.lr=1e-46"], "every B of the adapter is still zero"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_exit_2(make_checkpoint, rows, tmp_path, overrides, words):
