@@ -247,9 +247,9 @@ class Terminal:
         until = time.monotonic() + 30
         while text not in self.shown and time.monotonic() < until:
             self.shown += os.read(self._end, 4096).decode()
-        assert text in self.shown
-        shown, self.shown = self.shown, ""
-        return shown
+        shown, found, self.shown = self.shown.partition(text)
+        assert found, shown
+        return shown + found
 
     def type(self, text):
         os.write(self._end, text.encode())
@@ -273,6 +273,7 @@ def test_a_terminal_edits_its_line_recalls_earlier_ones_and_takes_a_paste_as_one
     terminal.wait_for("... ")
     terminal.type('a\rb"""\r')
     terminal.wait_for(r"'a\nb'")
+    terminal.wait_for("> ")  # before the prompt, the end of input would be the terminal's, and lost
     terminal.end()
 
 
