@@ -1,11 +1,11 @@
 """The sizes of Llama-architecture models, by name and from a checkpoint's own config."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.json_files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,13 @@ def shape_and_config(checkpoint_dir: Path) -> tuple[LlamaShape, dict[str, Any]]:
             f"`tune download REPOSITORY --output-dir {checkpoint_dir} --ignore-patterns '*.bin'`"
         )
     if (path := checkpoint_dir / "config.json").is_file():
-        config = _read_config(path)
+        config = read_json_object(path)
         return _shape_from_hugging_face(config, path), config
     if (path := checkpoint_dir / "params.json").is_file():
-        return _shape_from_meta(_read_config(path), path), {}
+        return _shape_from_meta(read_json_object(path), path), {}
     raise UserError(
         f"checkpoint_dir: {str(checkpoint_dir)!r} has neither config.json nor params.json; is the download whole?"
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); download the file again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, not a mapping; download the file again")
-    return values
 
 
 def _shape_from_hugging_face(config: dict[str, Any], path: Path) -> LlamaShape:

@@ -4,13 +4,13 @@ They are listed in files that transformers writes: `added_tokens` of tokenizer.j
 tokenizer_config.json, added_tokens.json. What they are for is in tokenizer_config.json and special_tokens_map.json.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.json_files import read_json_object
 
 # What transformers has names for (PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES).
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -158,12 +158,4 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not a JSON object.
     """
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); download the file again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds {type(values).__name__}, not a mapping; download the file again")
-    return values
+    return read_json_object(path) if path.exists() else {}
