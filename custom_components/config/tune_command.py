@@ -44,6 +44,9 @@ class Run:
 
 def start() -> None:
     """Put sys.argv and sys.path right for the command that was typed, or carry it out and exit."""
+    # note: in a virtual environment Python executes every .pth file twice; the .pth file asks for this attribute,
+    # which outlives the modules that `import_from` forgets.
+    sys.tune_command_was_read = True  # type: ignore[attr-defined]
     command, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     project = Project.around(Path.cwd())
     try:

@@ -226,3 +226,12 @@ def test_a_recipe_copied_to_a_folder_of_ones_own_runs(tune, tmp_path):
     result = tune("run", "my_preview.py", "--config", "tiny_qlora", *options, directory=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("---- row 0")
+
+
+def test_a_package_of_the_same_name_without_our_command_leaves_tune_alone(tune, tmp_path):
+    """`custom_components` is a name that other torchtune projects use too."""
+    (tmp_path / "custom_components").mkdir()
+    (tmp_path / "custom_components/__init__.py").touch()
+    result = python_process(tmp_path / "bin/tune", "ls", first_path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Error processing" not in result.stderr and "of torchtune:" not in result.stdout

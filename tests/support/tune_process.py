@@ -7,8 +7,10 @@ from pathlib import Path
 
 from tests.support.paths import PROJECT
 
+# Twice, as Python does it in a virtual environment.
 _SCRIPT = f"""\
-exec(open({str(PROJECT / "llama_lora_recipes.pth")!r}).read())
+for _ in range(2):
+    exec(open({str(PROJECT / "llama_lora_recipes.pth")!r}).read())
 from torchtune._cli.tune import main
 main()
 """
