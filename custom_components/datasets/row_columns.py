@@ -7,12 +7,17 @@ from typing import Any
 
 from custom_components.transforms.training_marks import is_blank, mark_keys, marked_as_trained
 
+PAIR_RECIPE = "recipes/lora_dpo_single_device.py"
 # Columns that belong to what the model would read or write, and cannot be trained here.
 _REFUSED = {
     *("images", "image", "videos", "video", "audios", "audio", "tools", "tool_calls", "functions", "function_call"),
 }
-_CHOSEN = {"chosen", "chosen_response", "response_chosen"}
-_REJECTED = {"rejected", "rejected_response", "response_rejected"}
+# The better and the worse of two answers, as published sets and OpenAI's format call them.
+_ANSWER_PAIRS = [
+    *[("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected")],
+    *[("chosen_conversations", "rejected_conversations"), ("preferred_output", "non_preferred_output")],
+    *[("response_j", "response_k"), ("accepted", "rejected"), ("preferred", "dispreferred"), ("better", "worse")],
+]
 _GOOD_OR_BAD = {"label", "kto_tag"}
 _TRUTHS = {"true", "false", "0", "1"}
 # A question and its answer, as sets that are not in one of our formats call them.
@@ -43,16 +48,27 @@ _MESSAGES = ("conversation", "dialogue", "dialog", "chat", "turns", "history")
 
 def pair_problem(columns: Collection[str]) -> str | None:
     """Say what columns of preferences are, if both the better and the worse answer are there."""
-    names = {column.lower(): column for column in columns if isinstance(column, str)}
-    chosen, rejected = _CHOSEN & names.keys(), _REJECTED & names.keys()
-    if not (chosen and rejected):
+    if (pair := _answer_pair(columns)) is None:
         return None
-    better, worse = names[min(chosen)], names[min(rejected)]
+    better, worse = pair
     return (
-        f"{better!r} and {worse!r} are a pair of preferences, which a preference recipe takes "
-        "(recipes/lora_dpo_single_device.py, to come); to "
+        f"{better!r} and {worse!r} are a pair of answers, which {PAIR_RECIPE} trains on; to "
         f"train on the better answer alone set 'dataset.column_map={{prompt: prompt, completion: {better}}}'"
     )
+
+
+def judged_column(values: Mapping[str, Any]) -> str | None:
+    """Find a column that judges a row's one answer as good or bad, as in KTO's sets."""
+    return next((column for column in values if _judges(column, values[column])), None)
+
+
+def suggested_pair_map(values: Mapping[str, Any]) -> str:
+    """Give the override that names the columns of a row with two answers, as well as their names tell."""
+    better, worse = _answer_pair(values) or ("...", "...")
+    lower = {str(column).lower(): str(column) for column in values}
+    question = next((lower[name] for name, _ in _PAIRS if name in lower), "...")
+    columns = {"prompt": question, "chosen": better, "rejected": worse}
+    return f"'dataset.column_map={{{', '.join(f'{ours}: {_yaml(name)}' for ours, name in columns.items())}}}'"
 
 
 def check_columns(values: Mapping[str, Any], known: Collection[str], *, is_dialog: bool) -> tuple[bool, list[str]]:
@@ -77,15 +93,25 @@ def check_columns(values: Mapping[str, Any], known: Collection[str], *, is_dialo
         name = str(column).lower()
         if name in _REFUSED:
             raise ValueError(f"has {column!r}, which cannot be trained; delete the column, or leave such rows out")
-        if is_dialog and name in _GOOD_OR_BAD and str(values[column]).lower() in _TRUTHS:
+        if is_dialog and _judges(column, values[column]):
             raise ValueError(
-                f"{column!r} holds {str(values[column])!r}, which judges the answer, as in KTO's sets; a preference "
-                "recipe (recipes/lora_dpo_single_device.py, to come) takes pairs; to train on the good answers, keep "
-                "their rows and delete the column"
+                f"{column!r} holds {str(values[column])!r}, which judges the answer, as in KTO's sets; "
+                f"{PAIR_RECIPE} takes pairs of answers; to train on the good answers, keep their rows and delete the "
+                "column"
             )
     marks = mark_keys(others)
     is_trained = marked_as_trained(values, marks, "the row") is not False
     return is_trained, [str(column) for column in others if column not in marks]
+
+
+def _judges(column: object, value: object) -> bool:
+    return str(column).lower() in _GOOD_OR_BAD and str(value).lower() in _TRUTHS
+
+
+def _answer_pair(columns: Collection[str]) -> tuple[str, str] | None:
+    names = {column.lower(): column for column in columns if isinstance(column, str)}
+    pairs = [(names[better], names[worse]) for better, worse in _ANSWER_PAIRS if {better, worse} <= names.keys()]
+    return next(iter(pairs), None)
 
 
 def neglected_pair(values: Mapping[str, Any]) -> str | None:

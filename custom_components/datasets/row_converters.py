@@ -33,10 +33,13 @@ def sharegpt_row(values: dict[str, Any], notes: RowNotes) -> list[RowMessage]:
     return row_messages(column(values, "conversations"), "conversations", notes)
 
 
-def alpaca_row(values: dict[str, Any], notes: RowNotes) -> list[RowMessage]:
+def alpaca_row(values: dict[str, Any], notes: RowNotes, answer: str = "output") -> list[RowMessage]:
     """Convert `{"instruction", "input", "output"}`, with an optional `history`, a list of earlier [question, answer].
 
     tatsu-lab/stanford_alpaca, README.md; `history`: hiyouga/LLaMA-Factory, data/README.md.
+
+    Args:
+        answer: the column of the answer.
 
     Raises:
         ValueError: a column is not text, or `history` is not a list of pairs.
@@ -52,30 +55,43 @@ def alpaca_row(values: dict[str, Any], notes: RowNotes) -> list[RowMessage]:
         messages += [RowMessage("user", pair[0], "'history'"), RowMessage("assistant", pair[1], "'history'")]
     parts = (instruction, further) if instruction.strip() and further.strip() else None
     messages.append(RowMessage("user", joined(instruction, further), "'instruction'", None, parts))
-    messages.append(RowMessage("assistant", answer_of(values, "output", notes), "'output'"))
+    messages.append(RowMessage("assistant", answer_of(values, answer, notes), repr(answer)))
     return messages
 
 
-def prompt_completion_row(values: dict[str, Any], notes: RowNotes) -> list[RowMessage]:
+def prompt_completion_row(values: dict[str, Any], notes: RowNotes, answer: str = "completion") -> list[RowMessage]:
     """Convert `{"prompt", "completion"}`, each text or a list of messages, as TRL's conversational sets have them.
 
     A completion that begins with the prompt, such as the `chosen` of a preference set, is the whole dialog.
 
+    Args:
+        answer: the column of the answer.
+
     Raises:
         ValueError: one of them is not text and not a list of messages.
     """
-    prompt, completion = column(values, "prompt"), column(values, "completion")
+    prompt = column(values, "prompt")
     if isinstance(prompt, list):
         messages = row_messages(prompt, "prompt", notes)
     else:
         messages = [RowMessage("user", text_of(values, "prompt"), "'prompt'")]
-    if not isinstance(completion, list):
-        return [*messages, RowMessage("assistant", answer_of(values, "completion", notes), "'completion'")]
-    answer = row_messages(completion, "completion", notes)
-    num_repeated = len(messages)
-    if [message[:2] for message in answer[:num_repeated]] == [message[:2] for message in messages]:
-        return answer
-    return [*messages, *answer]
+    return answered(messages, values, answer, notes)
+
+
+def answered(messages: list[RowMessage], values: dict[str, Any], answer: str, notes: RowNotes) -> list[RowMessage]:
+    """Add a column's answer to the messages before it: text, a list of messages, or a list that repeats those.
+
+    Raises:
+        ValueError: the column is not text and not a list of messages.
+    """
+    if not isinstance(column(values, answer), list):
+        return [*messages, RowMessage("assistant", answer_of(values, answer, notes), repr(answer))]
+    added = row_messages(values[answer], answer, notes)
+    num_before = added[0].role == "system" and messages[0].role != "system" if added and messages else 0
+    repeated = added[num_before : num_before + len(messages)]
+    if [message[:2] for message in repeated] == [message[:2] for message in messages]:
+        return added
+    return [*messages, *added]
 
 
 def text_of(values: dict[str, Any], name: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from custom_components.datasets.dialog_rules import DialogRules, dialog_in_turns, named, trained_dialog
 from custom_components.datasets.row_columns import check_columns, neglected_pair, pair_problem, suggested_column_map
@@ -28,6 +28,17 @@ from custom_components.transforms.dialogs import ChatMessage
 
 UNTRAINED_ROW = "dropped (marked as not trained)"
 OTHER_SYSTEM = "with a 'system' column that is not used, because the dialog has a system message"
+
+
+class HasColumns(Protocol):
+    """What formats of dialogs and of pairs have in common: the columns of every row."""
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+
+Formats = Mapping[str, HasColumns]
+AnyFormat = TypeVar("AnyFormat", bound=HasColumns)
 
 
 @dataclass(frozen=True)
@@ -92,15 +103,23 @@ class RowFormat:
         return [ChatMessage(message.role, message.content, None, message.instruction_and_input) for message in messages]
 
     def _messages(self, values: dict[str, Any], notes: RowNotes) -> list[RowMessage]:
-        """Read a row's messages, with the `system` column in front if they have no system message of their own."""
         messages = self.read(values, notes)
-        system = optional_text(values, "system") if "system" in self.optional_columns else ""
-        if system.strip() and messages:
-            if messages[0].role != "system" or not messages[0].content.strip():
-                return [RowMessage("system", system, "'system'"), *messages[messages[0].role == "system" :]]
-            if messages[0].content.strip() != system.strip():
-                notes.counted.append(OTHER_SYSTEM)
-        return messages
+        return with_system_column(messages, values, notes) if "system" in self.optional_columns else messages
+
+
+def with_system_column(messages: list[RowMessage], values: dict[str, Any], notes: RowNotes) -> list[RowMessage]:
+    """Put a row's `system` column in front of its messages, if they have no system message of their own.
+
+    Raises:
+        ValueError: the column holds something other than text.
+    """
+    system = optional_text(values, "system")
+    if system.strip() and messages:
+        if messages[0].role != "system" or not messages[0].content.strip():
+            return [RowMessage("system", system, "'system'"), *messages[messages[0].role == "system" :]]
+        if messages[0].content.strip() != system.strip():
+            notes.counted.append(OTHER_SYSTEM)
+    return messages
 
 
 def recognised_format(
@@ -138,31 +157,31 @@ def recognised_format(
     raise ValueError(f"no format has the columns {names}{mapped}; name them: {suggested_column_map(row)}")
 
 
-def check_format_name(name: str) -> None:
-    """Check that there is a format of this name.
+def check_format_name(name: str, formats: Formats) -> None:
+    """Check that one of some formats has this name.
 
     Raises:
-        UserError: there is not.
+        UserError: none has.
     """
-    if name not in FORMATS:
-        nearest = get_close_matches(name, FORMATS, n=1, cutoff=0)[0]
-        raise UserError(f"dataset.format: {name!r} is none of {', '.join(FORMATS)}; nearest is {nearest!r}")
+    if name not in formats:
+        nearest = get_close_matches(name, formats, n=1, cutoff=0)[0]
+        raise UserError(f"dataset.format: {name!r} is none of {', '.join(formats)}; nearest is {nearest!r}")
 
 
-def format_by_name(name: str, columns: Collection[str]) -> RowFormat:
+def format_by_name(name: str, columns: Collection[str], formats: Mapping[str, AnyFormat]) -> AnyFormat:
     """Look up the format of a row by its name.
 
     Raises:
         ValueError: there is no such format, or the row does not have its columns.
     """
-    check_format_name(name)
-    missing = [column for column in FORMATS[name].columns if column not in columns]
+    check_format_name(name, formats)
+    missing = [column for column in formats[name].columns if column not in columns]
     if missing:
         raise ValueError(
             f"dataset.format: {name!r} needs the column {missing[0]!r}, the rows have {listed(columns)}; "
             f"name yours with dataset.column_map, such as {{{missing[0]}: {next(iter(columns), 'question')}}}"
         )
-    return FORMATS[name]
+    return formats[name]
 
 
 def renamed(values: Mapping[str, Any], column_map: Mapping[str, str]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """A data set ready to train on: rows of token ids, which of them are supervised, and what became of the rows."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Self, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -14,10 +15,8 @@ from custom_components.runtime.errors import UserError
 _MOST_ROWS = 2**31
 
 
-class ChatDataset(Dataset):
-    """Gives rows as `{"tokens": list[int], "labels": list[int]}`, and holds them as flat arrays.
-
-    `labels[i]` is `tokens[i]` if that token is supervised, else torchtune's ignore index; labels are not shifted yet.
+class TokenizedRows(Dataset):
+    """Holds rows of token ids as flat arrays. What a row is, and how it is given, is for subclasses to say.
 
     Args:
         tokens: the ids of all rows, end to end.
@@ -61,14 +60,9 @@ class ChatDataset(Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        row = slice(*self._ends[self._rows[index] : self._rows[index] + 2])
-        labels = np.where(self._is_supervised[row], self._tokens[row], CROSS_ENTROPY_IGNORE_IDX)
-        return {"tokens": self._tokens[row].tolist(), "labels": labels.tolist()}
-
-    def rows(self, indices: Sequence[int]) -> "ChatDataset":
+    def rows(self, indices: Sequence[int]) -> Self:
         """Make a data set of some of the rows, which may repeat; the arrays are shared."""
-        return ChatDataset(**self.arrays, rows=self._rows[indices], summaries=self.summaries)
+        return type(self)(**self.arrays, rows=self._rows[indices], summaries=self.summaries)
 
     @property
     def digest(self) -> str:
@@ -80,18 +74,38 @@ class ChatDataset(Dataset):
 
     def prompt_digest(self, index: int) -> bytes | None:
         """Hash what comes before a row's first supervised token; None if that is nothing but BOS."""
-        row = slice(*self._ends[self._rows[index] : self._rows[index] + 2])
+        row = self._row(index)
         num_tokens = int(self._is_supervised[row].argmax())
         return hashlib.sha256(self._tokens[row][:num_tokens].tobytes()).digest() if num_tokens > 1 else None
 
     def content_digest(self, index: int) -> bytes:
         """Hash a row's tokens and which of them are supervised; equal rows have equal hashes."""
-        row = slice(*self._ends[self._rows[index] : self._rows[index] + 2])
+        row = self._row(index)
         # note: hashes the inverse, torchtune's mask. Validation rows are drawn by this hash, and resumed runs check it.
         return hashlib.sha256(self._tokens[row].tobytes() + (~self._is_supervised[row]).tobytes()).digest()
 
+    def _row(self, index: int) -> slice:
+        return slice(*self._ends[self._rows[index] : self._rows[index] + 2])
 
-def split_validation(dataset: ChatDataset, val_fraction: float, seed: int) -> tuple[ChatDataset, ChatDataset]:
+    def _tokens_and_labels(self, row: slice) -> dict[str, list[int]]:
+        labels = np.where(self._is_supervised[row], self._tokens[row], CROSS_ENTROPY_IGNORE_IDX)
+        return {"tokens": self._tokens[row].tolist(), "labels": labels.tolist()}
+
+
+class ChatDataset(TokenizedRows):
+    """Gives rows as `{"tokens": list[int], "labels": list[int]}`.
+
+    `labels[i]` is `tokens[i]` if that token is supervised, else torchtune's ignore index; labels are not shifted yet.
+    """
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self._tokens_and_labels(self._row(index))
+
+
+Rows = TypeVar("Rows", bound=TokenizedRows)
+
+
+def split_validation(dataset: Rows, val_fraction: float, seed: int) -> tuple[Rows, Rows]:
     """Split off about `val_fraction` of the rows, drawn by `seed`; returns the rows to train on and the others.
 
     Equal rows are drawn together, so that no validation row is trained on as another row.
@@ -113,12 +127,15 @@ def split_validation(dataset: ChatDataset, val_fraction: float, seed: int) -> tu
     return dataset.rows(training), dataset.rows(validation)
 
 
-def mixed(parts: Sequence[tuple[ChatDataset, float]]) -> ChatDataset:
+def joined_arrays(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Join the arrays of several parts, those of the first part's rows first."""
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "ends"}
+    lengths = np.concatenate([np.diff(part["ends"]) for part in parts])
+    return joined | {"ends": np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])}
+
+
+def mixed(parts: Sequence[tuple[Rows, float]]) -> Rows:
     """Join parts, each row as often as its part's weight; a fraction takes evenly spread rows."""
-    tokens = np.concatenate([part._tokens for part, _ in parts])
-    is_supervised = np.concatenate([part._is_supervised for part, _ in parts])
-    lengths = np.concatenate([np.diff(part._ends) for part, _ in parts])
-    ends = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
     rows, summaries, num_before = [], [], 0
     for part, weight in parts:
         num_taken = round(len(part) * weight)
@@ -132,4 +149,6 @@ def mixed(parts: Sequence[tuple[ChatDataset, float]]) -> ChatDataset:
         num_before += len(part)
         is_weighted = len(parts) > 1 or weight != 1
         summaries.append(replace(summary, weight=weight, num_taken=num_taken if is_weighted else None))
-    return ChatDataset(tokens, is_supervised, ends, np.concatenate(rows), summaries)
+    first = parts[0][0]
+    arrays = joined_arrays([part.arrays for part, _ in parts])
+    return type(first)(**arrays, rows=np.concatenate(rows), summaries=summaries)

@@ -164,11 +164,11 @@ def test_columns_of_no_format_get_the_column_map_that_names_them(row, column_map
 
 
 def test_a_format_by_name():
-    assert format_by_name("text", ["text"]) is FORMATS["text"]
+    assert format_by_name("text", ["text"], FORMATS) is FORMATS["text"]
     with pytest.raises(ValueError, match="'share_gpt' is none of messages, .*; nearest is 'sharegpt'"):
-        format_by_name("share_gpt", ["conversations"])
+        format_by_name("share_gpt", ["conversations"], FORMATS)
     with pytest.raises(ValueError, match="'alpaca' needs the column 'output', the rows have 'answer', 'instruction'"):
-        format_by_name("alpaca", ["instruction", "answer"])
+        format_by_name("alpaca", ["instruction", "answer"], FORMATS)
 
 
 def test_renamed_columns():

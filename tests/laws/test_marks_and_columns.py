@@ -195,7 +195,7 @@ def test_L32_preferences_and_judged_answers_are_refused_with_what_they_are(tmp_p
     assert [*dataset] == [*read(tmp_path, ROWS["prompt_completion"])]
     assert str(dataset.summaries[0]).endswith("columns not used: rejected")
     for label in (False, True, "False"):
-        with pytest.raises(UserError, match=r"rows\.jsonl:1: 'label' holds .* as in KTO's sets; .*preference recipe"):
+        with pytest.raises(UserError, match=r"rows\.jsonl:1: 'label' holds .* as in KTO's sets; .*lora_dpo_single"):
             read(tmp_path, ROWS["prompt_completion"] | {"label": label})
 
 
