@@ -1,6 +1,6 @@
 """One optimizer step's gradients, and the loss of rows that are not trained on.
 
-Dimensions: `T` tokens of all rows of a forward, `D` embed_dim.
+Dimensions: `T` tokens of all rows of a forward, `P` supervised positions, `D` embed_dim.
 """
 
 import math
@@ -54,19 +54,24 @@ def supervised_loss(
     options = options or ForwardOptions()
 
     def loss_of(batch: Batch) -> Tensor:
-        with options.activations_kept:
-            hidden_1TD = final_hidden_states(
-                model,
-                batch.tokens_1T,
-                RowLengths(batch.row_lengths, batch.boundaries),
-                batch.positions_1T,
-                num_recomputed_layers=options.num_recomputed_layers,
-                neftune_noise_alpha=options.neftune_noise_alpha,
-            )
-        hidden_PD = hidden_1TD[0].index_select(0, batch.supervised_P)
+        hidden_PD = supervised_hidden_states(model, batch, options)
         return loss_function(hidden_PD, model.output, batch.labels_1T[0].index_select(0, batch.supervised_P))
 
     return loss_of
+
+
+def supervised_hidden_states(model: TransformerDecoder, batch: Batch, options: ForwardOptions) -> Tensor:
+    """Compute what a batch's supervised positions give the output head: (P, D)."""
+    with options.activations_kept:
+        hidden_1TD = final_hidden_states(
+            model,
+            batch.tokens_1T,
+            RowLengths(batch.row_lengths, batch.boundaries),
+            batch.positions_1T,
+            num_recomputed_layers=options.num_recomputed_layers,
+            neftune_noise_alpha=options.neftune_noise_alpha,
+        )
+    return hidden_1TD[0].index_select(0, batch.supervised_P)
 
 
 def accumulate_gradients(batches: Sequence[Batch], loss_of: LossOf, scaler: GradScaler, device: torch.device) -> Tensor:
