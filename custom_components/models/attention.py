@@ -101,7 +101,7 @@ class SelfAttention(nn.Module):
             input_BSD: the normalized hidden states.
             mask: None: causal over each of the B rows. A boolean (B, S, L) tensor: True where position s attends to l;
                 with a cache, L is how far it is filled. :class:`RowLengths`: B is 1, the sequence is rows end to end.
-            input_pos: positions for the rotary embedding, (B, S); default 0 .. S-1.
+            input_pos: positions for the rotary embedding, see :class:`RotaryPositions`; default 0 .. S-1.
 
         Returns:
             (B, S, D).

@@ -27,8 +27,12 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, *sizes: Any, **settings: Any) -> None:
         super().__init__(*sizes, **settings)
-        self.register_buffer("base_squared_norms", None, persistent=False)
-        self.initialize_dora_magnitude()
+        self.magnitude = nn.Parameter(torch.empty(self.out_dim, dtype=self.lora_a.weight.dtype))
+        self.register_buffer("base_squared_norms", torch.empty(self.out_dim, dtype=torch.float32), persistent=False)
+        if not self.weight.is_meta:
+            self.initialize_dora_magnitude()
+        # note: a function, not a method, which a deep copy of the layer would bind to the original.
+        self.register_load_state_dict_post_hook(_follow_loaded_weight)
 
     @property
     def peft_flags(self) -> dict[str, bool]:
@@ -36,14 +40,22 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def initialize_dora_magnitude(self) -> None:
-        """Set the magnitude to the lengths of the frozen weight's rows, so that the first output is the base's.
+        """Set the magnitude to the lengths of the rows of W + s B A, so that the output is plain LoRA's; in place.
 
-        torchtune's protocol. Call it whenever the frozen weight gets other values, before an optimizer takes the
-        parameters.
+        With B zero these are the rows of the frozen weight, and the output is the base's. torchtune's protocol: call it
+        after the frozen weight got values in any other way than by our loader or `load_state_dict`.
+
+        Raises:
+            RuntimeError: the weight, A or B is on the meta device.
         """
+        if self.weight.is_meta or self.lora_a.weight.is_meta or self.lora_b.weight.is_meta:
+            raise RuntimeError("Cannot initialize DoRA magnitude: the weight, A or B is still on the meta device")
         self.base_changed()
+        squared_norms_O = self.base_squared_norms
+        if self.lora_b.weight.any():
+            squared_norms_O = self.squared_row_norms(self.plain_output(self.lora_a.weight.to(self.weight.dtype)))
         # As `row_norms` takes the root, so that the first ratio of the two is exactly 1.
-        self.magnitude = nn.Parameter(self.base_squared_norms.sqrt().to(self.lora_a.weight.dtype))
+        self.magnitude.copy_(squared_norms_O.sqrt())
 
     def allocate_adapter(self, device: torch.device) -> None:
         super().allocate_adapter(device)
@@ -51,6 +63,7 @@ class DoRALinear(LoRALinear):
 
     def initialize_adapter(self, device: torch.device) -> None:
         super().initialize_adapter(device)
+        self.magnitude = nn.Parameter(torch.empty_like(self.magnitude, device=device))
         self.initialize_dora_magnitude()
 
     @torch.no_grad()
@@ -70,7 +83,13 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def row_norms(self, base_of_a_RO: Tensor) -> Tensor:
-        """Compute the lengths of the rows of W + s B A, (out_dim,), in fp32 and without building that sum.
+        """Compute the lengths of the rows of W + s B A, (out_dim,), none of them 0: see :meth:`squared_row_norms`."""
+        # A row of zeros, as of a padded vocabulary, stays one: its magnitude is 0, and 0 over this is 0.
+        return self.squared_row_norms(base_of_a_RO).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+    @torch.no_grad()
+    def squared_row_norms(self, base_of_a_RO: Tensor) -> Tensor:
+        """Compute the squared lengths of the rows of W + s B A, (out_dim,), in fp32 and without building that sum.
 
         ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b for a row w of W and its row b of B. They are
         constants of the backward (section 4.3 of the paper).
@@ -81,8 +100,7 @@ class DoRALinear(LoRALinear):
         a_RI = self.lora_a.weight.to(base_of_a_RO.dtype).float()
         scaled_b_OR = self.lora_b.weight.float() * self.scaling
         change_O = (scaled_b_OR * (2 * base_of_a_RO.float().T + scaled_b_OR @ (a_RI @ a_RI.T))).sum(dim=1)
-        # A row of zeros, as of a padded vocabulary, stays one: its magnitude is 0, and 0 over this is 0.
-        return (self.base_squared_norms + change_O).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        return (self.base_squared_norms + change_O).clamp(min=0)
 
     @torch.no_grad()
     def output_ratio_O(self, dtype: torch.dtype) -> Tensor:
@@ -94,3 +112,18 @@ class DoRALinear(LoRALinear):
         norms_O = torch.linalg.vector_norm(changed_OI, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
         changed_OI.mul_((self.magnitude.float() / norms_O).unsqueeze(1))
         merged_OI.add_(changed_OI.sub_(base_OI), alpha=factor)
+
+
+def _follow_loaded_weight(layer: DoRALinear, _incompatible_keys: Any) -> None:
+    """Take the norms of a weight that `load_state_dict` gave. A magnitude that was given, or trained, is kept.
+
+    One that is still the lengths of the old weight's rows becomes that of the new one's.
+    """
+    if layer.weight.is_meta:
+        return
+    old_norms_O = layer.base_squared_norms
+    layer.base_changed()
+    if layer.magnitude.is_meta or old_norms_O.is_meta or layer.lora_b.weight.is_meta:
+        return
+    if torch.equal(layer.magnitude, old_norms_O.sqrt().to(layer.magnitude.dtype)):
+        layer.initialize_dora_magnitude()

@@ -19,11 +19,14 @@ class RotaryPositions(RotaryPositionalEmbeddings):
         return torch.view_as_complex(self.cache.float())  # a model may be cast to 16 bits, buffers included
 
     def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
-        """(B, S, N, H) -> (B, S, N, H), at positions (B, S); default 0 .. S-1."""
+        """(B, S, N, H) -> (B, S, N, H), at positions (B, S), or (S,) for every row; default 0 .. S-1.
+
+        While decoding, S is 1 and torchtune gives one position a row, (B,).
+        """
         if torch.compiler.is_compiling():  # which fuses torchtune's operations, and cannot read complex numbers
             return super().forward(x, input_pos=input_pos)
-        rotations_BSP = self.rotations_SP[: x.shape[1]] if input_pos is None else self.rotations_SP[input_pos]
-        return _Rotate.apply(x, rotations_BSP.unsqueeze(-2))
+        rotations = self.rotations_SP[: x.shape[1]] if input_pos is None else self.rotations_SP[input_pos]
+        return _Rotate.apply(x, rotations.view(-1, x.shape[1], 1, rotations.shape[-1]))
 
 
 class _Rotate(torch.autograd.Function):

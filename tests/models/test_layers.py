@@ -26,10 +26,14 @@ def test_rms_norm_equals_torchtunes(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("positions", [None, [[4, 0, 1], [7, 2, 2]]])
-def test_rotary_positions_equal_torchtunes_to_the_bit(dtype, positions):
-    heads = torch.randn(2, 3, 4, 16, dtype=dtype, requires_grad=True)
-    grad_output = torch.randn(2, 4, 3, 16, dtype=dtype).transpose(1, 2)
+@pytest.mark.parametrize(
+    ("num_tokens", "positions"),
+    [(3, None), (3, [[4, 0, 1], [7, 2, 2]]), (3, [4, 5, 6]), (1, [5, 3]), (1, [5]), (1, 5), (1, [[5], [3]])],
+)
+def test_rotary_positions_equal_torchtunes_to_the_bit(dtype, num_tokens, positions):
+    """torchtune's generation gives one position a row while decoding, and a scalar for a prompt of one token."""
+    heads = torch.randn(2, num_tokens, 4, 16, dtype=dtype, requires_grad=True)
+    grad_output = torch.randn(2, 4, num_tokens, 16, dtype=dtype).transpose(1, 2)
     results = []
     for rope in (RotaryPositions(16, 8), torchtune.modules.RotaryPositionalEmbeddings(16, 8)):
         output = rope(heads, input_pos=None if positions is None else torch.tensor(positions))
