@@ -11,7 +11,7 @@ ROOMS = {
     "runtime": "",
     "config": "runtime",
     "transforms": "runtime",
-    "models": "runtime",
+    "models": "runtime transforms",  # for one name: torchtune has its tokenizer's builder beside its models'
     "datasets": "runtime transforms",
     "weights": "runtime models",
     "training": "runtime config datasets models",

@@ -130,7 +130,8 @@ def _parameters(node: Any, marker: ComponentNode) -> tuple[Mapping[str, inspect.
         parameters = inspect.signature(target).parameters
     except Exception:  # noqa: BLE001 - importing a user's module can fail in any way; component_problems reports it
         return {}, {}
-    return parameters, _type_hints(target)
+    ours = {name: parameter for name, parameter in parameters.items() if name not in marker.of_others}
+    return ours, _type_hints(target)
 
 
 def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:

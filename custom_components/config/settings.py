@@ -82,6 +82,7 @@ class ComponentNode:
     Attributes:
         ours: the component to name where another does not fit.
         supplied: the arguments that the recipe adds.
+        of_others: arguments of our component that are for other tools' recipes only, and unknown keys here.
         libraries: starts of the paths that fit, beside this project's and the user's own.
         methods: of what the component makes, those that the recipe calls, with their number of arguments.
         attributes: of what the component makes, those that the recipe reads.
@@ -90,6 +91,7 @@ class ComponentNode:
 
     ours: str
     supplied: tuple[str, ...] = ()
+    of_others: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     methods: Mapping[str, int] = field(default_factory=dict)
     attributes: tuple[str, ...] = ()
@@ -103,6 +105,7 @@ TOKENIZER = ComponentNode(
 DATASET = ComponentNode(
     "custom_components.datasets.chat_dataset",
     supplied=("tokenizer",),
+    of_others=("packed",),
     methods={"__len__": 0, "__getitem__": 1, "rows": 1, "content_digest": 1, "prompt_digest": 1},
     attributes=("lengths", "digest", "summaries"),
 )

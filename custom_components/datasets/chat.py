@@ -14,7 +14,9 @@ from custom_components.datasets.source_list import SourceName, WeightedSource
 from custom_components.datasets.source_reader import SourceReader, laid_out, source_readers
 from custom_components.datasets.summary import DatasetSummary
 from custom_components.datasets.tokenized_rows import ChatDataset, mixed
-from custom_components.transforms.llama2_chat import EncodedDialog, Llama2ChatTransform
+from custom_components.runtime.errors import UserError
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.turn_encoding import EncodedDialog
 
 
 def chat_dataset(
@@ -33,6 +35,7 @@ def chat_dataset(
     on_uneven_turns: OnUnevenTurns = "error",
     on_empty_answer: OnEmptyAnswer = "drop",
     cache_dir: str | Path | None = None,
+    packed: bool = False,
 ) -> ChatDataset:
     """Read and tokenize a source of dialogs, or several.
 
@@ -52,10 +55,13 @@ def chat_dataset(
         on_bad_row: "skip" drops and counts rows that cannot be read as a dialog; "error" names the first of each kind.
         on_uneven_turns, on_empty_answer: see :class:`DialogRules`.
         cache_dir: tokens of local files are kept here for later runs; None: they are not kept.
+        packed: a key of torchtune's recipes; only False works. Our recipes have a `packed` of their own.
 
     Raises:
         UserError: a source or row cannot be read, named by file and line; or no row has a token to train on.
     """
+    if packed:
+        raise UserError("dataset.packed: true is not done by chat_dataset; wrap it in torchtune's PackedDataset")
     readers = source_readers(
         ChatReader,
         tokenizer,

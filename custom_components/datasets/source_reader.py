@@ -21,8 +21,9 @@ from custom_components.datasets.token_cache import TokenCache
 from custom_components.datasets.tokenized_rows import TokenizedRows, joined_arrays
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.dialogs import ChatMessage
-from custom_components.transforms.llama2_chat import EncodedDialog, Llama2ChatTransform
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.templates import Turn
+from custom_components.transforms.turn_encoding import EncodedDialog
 
 _NUM_ROWS_PER_ENCODE = 1024
 

@@ -7,8 +7,21 @@ from pathlib import Path
 from torchtune.modules import TransformerDecoder
 
 from custom_components.models import shapes as llama_shapes
-from custom_components.models.llama import lora_llama
+from custom_components.models.llama import llama, lora_llama, trained_linear
 
+
+def trained_llama(shape: llama_shapes.LlamaShape) -> TransformerDecoder:
+    """Build a Llama-architecture model without adapters, all of whose weights are trained."""
+    return llama(shape, trained_linear)
+
+
+# Those that torchtune has too have its names.
+llama2_7b = partial(trained_llama, llama_shapes.LLAMA2_7B)
+llama2_13b = partial(trained_llama, llama_shapes.LLAMA2_13B)
+llama2_70b = partial(trained_llama, llama_shapes.LLAMA2_70B)
+qlora_llama2_7b = partial(lora_llama, llama_shapes.LLAMA2_7B, quantize_base=True)
+qlora_llama2_13b = partial(lora_llama, llama_shapes.LLAMA2_13B, quantize_base=True)
+qlora_llama2_70b = partial(lora_llama, llama_shapes.LLAMA2_70B, quantize_base=True)
 lora_llama2_7b = partial(lora_llama, llama_shapes.LLAMA2_7B)
 lora_llama2_13b = partial(lora_llama, llama_shapes.LLAMA2_13B)
 lora_llama2_70b = partial(lora_llama, llama_shapes.LLAMA2_70B)
@@ -27,7 +40,7 @@ def lora_llama_from_config(
     use_dora: bool = False,
     quantize_base: bool = False,
     *,
-    adapter_dtype: str = "fp32",
+    adapter_dtype: str | None = None,
     use_rslora: bool = False,
 ) -> TransformerDecoder:
     """Build `lora_llama` with the shape that the checkpoint's own config.json or params.json states.

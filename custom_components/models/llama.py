@@ -97,6 +97,13 @@ def _feed_forward(shape: LlamaShape, name: str, linear: LinearMaker) -> FeedForw
     )
 
 
+def trained_linear(place: LinearPlace) -> nn.Module:
+    """Make a layer whose weight is trained, for any place."""
+    if place.tied_to is not None:
+        return TiedLinear(place.tied_to)
+    return nn.Linear(place.in_dim, place.out_dim, bias=False)
+
+
 def frozen_linear(place: LinearPlace, *, quantize_base: bool) -> nn.Module:
     """Make a frozen layer for any place; with `quantize_base` in NF4, except for the head and odd shapes."""
     if place.tied_to is not None:
@@ -119,7 +126,7 @@ def lora_llama(
     use_dora: bool = False,
     quantize_base: bool = False,
     *,
-    adapter_dtype: str = "fp32",
+    adapter_dtype: str | None = None,
     use_rslora: bool = False,
 ) -> TransformerDecoder:
     """Build a Llama-architecture model with frozen weights and LoRA adapters.
@@ -133,8 +140,7 @@ def lora_llama(
         use_dora: adapters are :class:`DoRALinear`.
         quantize_base: NF4 for the linear weights of attention and feed-forward that divide into blocks; embeddings and
             output head stay as they are.
-        adapter_dtype: "fp32", or "bf16" for recipes that refuse parameters of two dtypes.
-        use_rslora: see :class:`LoRALinear`.
+        adapter_dtype, use_rslora: see :class:`LoRALinear`.
 
     Raises:
         ValueError: for an attention module that does not exist.

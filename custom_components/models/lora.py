@@ -68,7 +68,8 @@ class LoRALinear(FrozenLinear):
         dropout: probability of dropping an input of the update while training.
         quantize_base, weight: as in :class:`FrozenLinear`.
         adapter_dtype: dtype of the adapter's parameters, and so of the optimizer's state. They are cast to the input's
-            dtype for the products. "fp32" whatever the compute dtype: in bf16 small updates round away.
+            dtype for the products. None: torch's default dtype, which is fp32 whatever the compute dtype, because in
+            bf16 small updates round away. torchtune's recipes build models under their own `dtype`, and want it here.
         use_rslora: scale by alpha / sqrt(rank).
 
     `lora_a.weight` is (rank, in_dim), `lora_b.weight` is (out_dim, rank).
@@ -87,7 +88,7 @@ class LoRALinear(FrozenLinear):
         *,
         quantize_base: bool = False,
         weight: Tensor | None = None,
-        adapter_dtype: str = "fp32",
+        adapter_dtype: str | None = None,
         use_rslora: bool = False,
     ) -> None:
         super().__init__(in_dim, out_dim, quantize_base=quantize_base, weight=weight)
@@ -96,7 +97,7 @@ class LoRALinear(FrozenLinear):
         self.dropout = dropout
         self.use_rslora = use_rslora
         self.disabled = False  # set inside torchtune's `disable_adapter`
-        dtype = PRECISION_STR_TO_DTYPE[adapter_dtype]
+        dtype = None if adapter_dtype is None else PRECISION_STR_TO_DTYPE[adapter_dtype]
         self.lora_a = nn.Linear(in_dim, rank, bias=False, dtype=dtype)
         self.lora_b = nn.Linear(rank, out_dim, bias=False, dtype=dtype)
         self.initialize_parameters()

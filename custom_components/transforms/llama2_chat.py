@@ -1,11 +1,11 @@
 """From messages to token ids and which of them are supervised, exactly as Meta trained Llama 2's chat models."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, ClassVar, Literal, TypedDict, Unpack
 
 from torchtune.modules import TransformerDecoder
 
@@ -20,15 +20,9 @@ from custom_components.transforms.dialogs import (
 )
 from custom_components.transforms.templates import MarkedTemplate, Turn
 from custom_components.transforms.tokenizer import Tokenizer
+from custom_components.transforms.turn_encoding import EncodedDialog, encoded_turns
 
 TrainOn = Literal["assistant", "last_assistant", "all"]
-
-
-class EncodedDialog(NamedTuple):
-    """A dialog's ids, and for each of them whether it is trained on."""
-
-    tokens: list[int]
-    is_supervised: list[bool]
 
 
 class _Changes(TypedDict, total=False):
@@ -140,8 +134,9 @@ class Llama2ChatTransform:
 
         Args:
             sample: `{"messages": [...]}`, dicts with role and content or torchtune Messages.
-            inference: leave the last turn open, for the model to answer. An empty assistant message at the end, as
-                torchtune's generate recipe adds it, means the same as none.
+            inference: leave the last turn open, for the model to answer. An answer that is started already is left
+                open too, for the model to continue. An empty assistant message at the end, as torchtune's generate
+                recipe adds it, means the same as none.
 
         Returns:
             the sample without its messages, and `tokens`, a list of ids, and `mask`, True where not trained on.
@@ -156,16 +151,27 @@ class Llama2ChatTransform:
         dialog = chat_messages(messages)
         if not inference:
             check_torchtune_masks(messages, trains_prompts=self.train_on == "all")
-        [encoded] = self.encode_turns([self.render(dialog)])
+        turns = self.render(dialog)
+        if inference and dialog[-1].role == "assistant":
+            turns[-1] = self._opened(turns[-1])
+        [encoded] = self.encode_turns([turns])
         rest = {key: value for key, value in sample.items() if key != "messages"}
         # torchtune's mask has the opposite polarity of everything here.
         mask = [not is_supervised for is_supervised in encoded.is_supervised]
         return {**rest, "tokens": encoded.tokens[: self.max_seq_len], "mask": mask[: self.max_seq_len]}
 
-    def tokenize_messages(self, messages: Sequence[Any], add_end_tokens: bool = True) -> tuple[list[int], list[bool]]:
-        """Give the tokens and mask of `__call__`, as torchtune's tokenizer protocol has it."""
+    def tokenize_messages(
+        self, messages: Sequence[Any], *, add_start_tokens: bool = True, add_end_tokens: bool = True
+    ) -> tuple[list[int], list[bool]]:
+        """Give the tokens and mask of `__call__`, as torchtune's tokenizer protocol has it.
+
+        Args:
+            add_start_tokens: False: without the BOS of the first turn.
+            add_end_tokens: False: without the EOS of the last, as `inference`.
+        """
         row = self({"messages": messages}, inference=not add_end_tokens)
-        return row["tokens"], row["mask"]
+        start = 0 if add_start_tokens else 1
+        return row["tokens"][start:], row["mask"][start:]
 
     def render(self, dialog: Sequence[ChatMessage]) -> list[Turn]:
         """Write a dialog in the template, with the transform's system prompt if it has none of its own.
@@ -188,14 +194,14 @@ class Llama2ChatTransform:
     def encode_turns(self, rendered_dialogs: Sequence[Sequence[Turn]]) -> list[EncodedDialog]:
         """Tokenize many rendered dialogs at once, which is faster than one by one; rows are not cut."""
         turns = [turn for dialog_turns in rendered_dialogs for turn in dialog_turns]
-        encoded_turns = iter(self._encode_turns(turns))
+        encoded = encoded_turns(self.tokenizer, turns, self._marks, trains_prompts=self.train_on == "all")
         encoded_dialogs = []
         for dialog_turns in rendered_dialogs:
-            encoded = EncodedDialog([], [])
-            for turn in islice(encoded_turns, len(dialog_turns)):
-                encoded.tokens.extend(turn.tokens)
-                encoded.is_supervised.extend(turn.is_supervised)
-            encoded_dialogs.append(encoded)
+            dialog = EncodedDialog([], [])
+            for turn in islice(encoded, len(dialog_turns)):
+                dialog.tokens.extend(turn.tokens)
+                dialog.is_supervised.extend(turn.is_supervised)
+            encoded_dialogs.append(dialog)
         return encoded_dialogs
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
@@ -214,35 +220,30 @@ class Llama2ChatTransform:
         """Show ids as text, see :meth:`Tokenizer.text_of_pieces`."""
         return self.tokenizer.text_of_pieces(token_ids)
 
-    def _encode_turns(self, turns: Sequence[Turn]) -> Iterable[EncodedDialog]:
-        """Tokenize each turn as BOS + prompt + answer + EOS; positions determine what is supervised."""
-        marks = self._marks
-        # The newline keeps SentencePiece from putting its dummy space before an answer that follows a text.
-        joined = [bool(turn.prompt) and not turn.prompt.endswith(marks) for turn in turns]
-        answers = [("\n" if join else "") + (turn.answer or "") for turn, join in zip(turns, joined, strict=True)]
-        prompts_ids = self.tokenizer.encode([turn.prompt for turn in turns], marks)
-        answers_ids = self.tokenizer.encode(answers, marks)
-        num_newline_ids = len(self.tokenizer.newline_ids)
-        for turn, join, prompt_ids, answer_ids in zip(turns, joined, prompts_ids, answers_ids, strict=True):
-            tokens = [self.bos_id, *prompt_ids]
-            is_supervised = [False] + [self.train_on == "all" and not turn.is_prompt_masked] * len(prompt_ids)
-            if turn.answer is not None:
-                closed_ids = [*answer_ids[num_newline_ids if join else 0 :], self.eos_id]
-                tokens += closed_ids
-                is_supervised += [turn.is_supervised] * len(closed_ids)
-            yield EncodedDialog(tokens, is_supervised)
-
     @property
     def _marks(self) -> tuple[str, ...]:
         """List the added tokens that the template's own text contains."""
         texts = self._template.marks.values() if isinstance(self._template, MarkedTemplate) else ()
         return tuple(added for added in self.tokenizer.added_tokens.ids if any(added in text for text in texts))
 
+    @property
+    def _after_answer(self) -> str:
+        """The text that the template puts after every answer."""
+        return self._template.marks["after_answer"] if isinstance(self._template, MarkedTemplate) else ""
+
+    def _opened(self, turn: Turn) -> Turn:
+        """Leave a turn's answer open, to be continued.
+
+        Spaces at its end are left out: SentencePiece joins a space with the word after it.
+        """
+        assert turn.answer is not None
+        started = turn.answer.removesuffix(self._after_answer).rstrip(" ")
+        return replace(turn, answer=started, is_continued=True)
+
     def _token_after_answers(self) -> list[int]:
         """Find the added token that the template puts after every answer, if it does."""
-        after = self._template.marks["after_answer"] if isinstance(self._template, MarkedTemplate) else ""
         marks = sorted(self._marks, key=len, reverse=True)
-        return [self.tokenizer.added_tokens.ids[mark] for mark in marks if after.startswith(mark)][:1]
+        return [self.tokenizer.added_tokens.ids[mark] for mark in marks if self._after_answer.startswith(mark)][:1]
 
 
 def _is_empty_answer(message: Any) -> bool:

@@ -17,12 +17,14 @@ class Turn:
     Attributes:
         is_supervised: False: the answer is shown and not trained.
         is_prompt_masked: the prompt is not trained even where prompts are.
+        is_continued: the answer is only started, for a model to continue: it has no EOS.
     """
 
     prompt: str
     answer: str | None
     is_supervised: bool = True
     is_prompt_masked: bool = False
+    is_continued: bool = False
 
 
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")

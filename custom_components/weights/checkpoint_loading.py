@@ -122,7 +122,7 @@ def _check_same_model(model: TransformerDecoder, base: BaseCheckpoint) -> None:
         if value != (stated := getattr(base.shape, name)):
             raise UserError(
                 f"checkpoint_dir: {str(base.directory)!r} has {name} {stated}, the config's model "
-                f"has {value}; name its builder, or ...builders.lora_llama_from_config, in model._component_"
+                f"has {value}; in model._component_ name its builder or custom_components.models.lora_llama_from_config"
             )
 
 

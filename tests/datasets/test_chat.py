@@ -159,6 +159,13 @@ def test_the_cache_gives_the_same_rows_and_notices_every_change(tmp_path, tiny_t
             chat_dataset(tiny_tokenizer, source, cache_dir=tmp_path / "cache")
 
 
+def test_packed_is_torchtune_s_key_and_only_false_works(tmp_path, tiny_tokenizer):
+    source = write(tmp_path / "r.jsonl", SHORT)
+    assert len(chat_dataset(tiny_tokenizer, source, packed=False)) == 1
+    with pytest.raises(UserError, match="dataset.packed: true is not done by chat_dataset"):
+        chat_dataset(tiny_tokenizer, source, packed=True)
+
+
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, tiny_tokenizer, capsys):
     (tmp_path / "file").write_text("")
     dataset = chat_dataset(tiny_tokenizer, write(tmp_path / "r.jsonl", SHORT), cache_dir=tmp_path / "file")

@@ -66,6 +66,41 @@ def test_inference_leaves_the_last_turn_open(tiny_tokenizer):
     assert all(open_turn["mask"])
 
 
+CHATML = {
+    "system": "<|im_start|>system\n{content}<|im_end|>\n",
+    "user": "<|im_start|>user\n{content}<|im_end|>\n",
+    "assistant": "<|im_start|>assistant\n{content}<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("template", ["llama2", "alpaca", "none", CHATML])
+@pytest.mark.parametrize("started", ["Hi there", "Hi there ", "Hi"])
+def test_inference_leaves_a_started_answer_open(template, started):
+    """Its tokens are those of the dialog with a longer answer, up to there: what the model saw in training."""
+    tokenizer = Llama2ChatTransform(TINY_TOKENIZER, prompt_template=template)
+    question = [*HELLO, {"role": "user", "content": "Who?"}]
+    prompt = [*question, {"role": "assistant", "content": started}]
+    whole = tokenizer({"messages": [*question, {"role": "assistant", "content": "Hi there you"}]})["tokens"]
+    tokens = tokenizer({"messages": prompt}, inference=True)["tokens"]
+    assert tokens == whole[: len(tokens)] and tokens[-1] != tokenizer.eos_id
+    assert tokenizer.decode(tokens).endswith(started.strip())
+    assert tokens.count(tokenizer.eos_id) == 1  # of the first answer
+    assert tokenizer.tokenize_messages(prompt, add_end_tokens=False)[0] == tokens
+
+
+def test_start_and_end_tokens_are_left_out_where_torchtune_s_protocol_says_so(tiny_tokenizer):
+    """add_start_tokens is of the first turn's BOS, add_end_tokens of the last turn's EOS."""
+    tokens, mask = tiny_tokenizer.tokenize_messages([*HELLO, *HELLO])
+    without_start = tiny_tokenizer.tokenize_messages([*HELLO, *HELLO], add_start_tokens=False)
+    assert without_start == (tokens[1:], mask[1:])
+    question = [*HELLO, HELLO[0]]
+    tokens, mask = tiny_tokenizer.tokenize_messages(question, add_end_tokens=False)
+    assert tiny_tokenizer.tokenize_messages(question, add_start_tokens=False, add_end_tokens=False) == (
+        tokens[1:],
+        mask[1:],
+    )
+
+
 def test_other_columns_are_kept(tiny_tokenizer):
     assert tiny_tokenizer({"messages": HELLO, "source": "here"})["source"] == "here"
 
