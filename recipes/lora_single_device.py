@@ -17,6 +17,7 @@ from custom_components.datasets.training_data import Data
 from custom_components.generation.sample_answers import answer_sample_prompts, show_answers
 from custom_components.memory.fitting import describe_fit, fit_to_device, fitted_settings, forward_options, tried_fit
 from custom_components.memory.step_limit import StepLimit
+from custom_components.models.hidden_states import num_layers_with_backward
 from custom_components.models.nf4_product import DENSE_WEIGHT_MEMORY
 from custom_components.runs.adapter_card import TrainingFacts, adapter_card
 from custom_components.runs.checkpoints import delete_checkpoints_after, save_run_checkpoint, try_to_save
@@ -42,8 +43,8 @@ from custom_components.training.state import TrainingState
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.adapter_settings import adapter_settings
 from custom_components.weights.adapters import (
-    adapter_settings,
     check_adapter_fits,
     check_adapter_was_trained,
     copy_into_adapter,
@@ -92,7 +93,7 @@ def recipe_main() -> None:
             copy_into_adapter(model, start_adapter)
         describe_model(model, device, dtype_words, is_base_quantized=settings.quantize_base)
         fit = tried_fit(fit, model, asked, lengths, max_seq_len, device)
-        describe_fit(fit, asked, len(model.layers))
+        describe_fit(fit, asked, num_layers_with_backward(model))
         prompt_format = PromptFormat(settings.prompt_template, data.tokenizer.system_prompt, data.tokenizer.stop_pieces)
         run = Run(fitted_settings(asked, fit), base, prompt_format, device, dtype, directory, memory)
         answers_before = answer_sample_prompts(model, data.tokenizer, settings.sample_prompts)

@@ -4,8 +4,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from tests.support.checkpoints import write_checkpoint
@@ -37,6 +39,30 @@ def peft(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = pytest.importorskip("peft")
     monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
     return module
+
+
+@pytest.fixture
+def peft_model(peft: ModuleType) -> Callable[..., Any]:
+    """A function that puts a LoRA adapter with random values on transformers' model of a checkpoint.
+
+    `num_embeddings` resizes its vocabulary first.
+    """
+    transformers = pytest.importorskip("transformers")
+
+    def build(checkpoint: Path, num_embeddings: int | None = None, **config: object) -> Any:
+        torch.manual_seed(0)
+        base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        if num_embeddings is not None:
+            base.resize_token_embeddings(num_embeddings)
+        settings = {"r": 3, "lora_alpha": 9, "target_modules": ["q_proj", "k_proj"], "init_lora_weights": False}
+        model = peft.get_peft_model(base, peft.LoraConfig(**settings | config))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "magnitude" in name or "trainable_tokens_delta" in name:
+                    parameter.mul_(1 + 0.3 * torch.rand(parameter.shape))
+        return model.eval()
+
+    return build
 
 
 @pytest.fixture

@@ -33,6 +33,19 @@ def path_text(value: Any) -> Any:
     return value
 
 
+def regular_expression(pattern: str) -> str:
+    """Refuse a text that is not a regular expression.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"a regular expression ({error})") from None
+    return pattern
+
+
 def _in_home(path: Path) -> Path:
     try:
         return path.expanduser()

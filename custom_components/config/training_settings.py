@@ -18,6 +18,7 @@ from custom_components.config.settings import (
     Settings,
     Words,
     path_text,
+    regular_expression,
 )
 from custom_components.runtime.errors import UserError
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # note: it takes seconds, and `--help` is to come at once
     import torch
 
 _PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Pattern = Annotated[str, AfterValidator(regular_expression)]
 _OPTIMIZER_KEYS = ("lr", "weight_decay", "betas", "eps")
 
 MODEL = ComponentNode(
@@ -71,6 +73,9 @@ class TrainingSettings(Settings):
     apply_lora_to_output: bool = False
     use_dora: bool = False
     use_rslora: bool = False
+    rank_pattern: dict[_Pattern, PositiveInt] | None = None
+    alpha_pattern: dict[_Pattern, _PositiveNumber] | None = None
+    layers_to_transform: list[NonNegativeInt] | None = None
     quantize_base: bool
     model: Annotated[dict[str, Any], MODEL]
 
@@ -131,6 +136,9 @@ class TrainingSettings(Settings):
     def training_hyperparameters(self) -> dict[str, object]:
         """Name what shaped the training, besides the adapter's own sizes, by keys of the config; None: no effect."""
         return {
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            "layers_to_transform": self.layers_to_transform,
             "epochs": self.epochs,
             "max_steps_per_epoch": self.max_steps_per_epoch,
             "max_steps": self.max_steps,
@@ -166,6 +174,9 @@ class TrainingSettings(Settings):
                 "lora_attn_modules",
                 "[] with apply_lora_to_mlp and apply_lora_to_output false leaves nothing to train",
             )
+        for key in ("rank_pattern", "alpha_pattern", "layers_to_transform"):
+            if getattr(self, key) is not None and key not in self.model:
+                yield key, f"does not reach the model; write {key}: ${{{key}}} in its node"
         if self.warmup_steps is not None and self.warmup_ratio > 0:
             yield (
                 "warmup_steps",

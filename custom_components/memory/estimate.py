@@ -12,6 +12,7 @@ from custom_components.config.components import instantiate
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.memory.simulated_step import StepMemory, simulated_step
 from custom_components.models import nf4
+from custom_components.models.hidden_states import num_layers_with_backward
 from custom_components.models.lora import FrozenLinear
 from custom_components.runtime.devices import NUM_LOADING_THREADS
 
@@ -38,7 +39,7 @@ class MemoryEstimate:
         optimizer_bytes: the optimizer's state.
         loading_bytes: the weights that are being read while the base is loaded.
         step: the memory of a forward and backward.
-        num_layers: of the model.
+        num_layers: those that have a backward.
         overhead_bytes: memory besides tensors.
         heap_share: heap bytes per byte of a step's tensors.
     """
@@ -111,7 +112,7 @@ def estimate_memory(
         step=simulated_step(
             model, dtype, device_type, tuple(row_lengths), instantiate(settings.loss), settings.neftune_noise_alpha
         ),
-        num_layers=len(model.layers),
+        num_layers=num_layers_with_backward(model),
         overhead_bytes=overhead_bytes,
         heap_share=_HEAP_SHARE[device_type],
     )

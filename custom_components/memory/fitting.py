@@ -13,6 +13,7 @@ from custom_components.config.components import instantiate
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.batching import collate
 from custom_components.memory.estimate import estimate_memory, optimizer_bytes_per_parameter
+from custom_components.models.hidden_states import num_layers_with_backward
 from custom_components.runtime.process_memory import usable_bytes
 from custom_components.runtime.terminal import say
 from custom_components.training.gradients import NOWHERE_ELSE, ForwardOptions, accumulate_gradients, supervised_loss
@@ -28,7 +29,7 @@ class Fit:
     Attributes:
         batch_size: rows of a forward; with packs, packs.
         gradient_accumulation_steps: forwards of an optimizer step.
-        num_recomputed_layers: the first so many layers keep only their input for the backward.
+        num_recomputed_layers: the first so many layers that have a backward keep only their input for it.
         words: the reason for the choice; empty if the config left nothing to choose.
     """
 
@@ -57,7 +58,7 @@ def fit_to_device(
         lengths: of the rows, in tokens.
         max_seq_len: the tokens of a pack.
     """
-    num_layers = len(model.layers)
+    num_layers = num_layers_with_backward(model)
     checkpointing = settings.enable_activation_checkpointing
     if settings.batch_size != "auto" and checkpointing != "auto":
         return Fit(settings.batch_size, settings.gradient_accumulation_steps, num_layers if checkpointing else 0)
@@ -147,7 +148,7 @@ def tried_fit(
 
     fit = first_fitting(
         fit,
-        len(model.layers),
+        num_layers_with_backward(model),
         may_recompute=settings.enable_activation_checkpointing == "auto",
         may_shrink=settings.batch_size == "auto",
         try_step=try_step,

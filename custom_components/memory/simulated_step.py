@@ -1,13 +1,14 @@
 """The memory of a training step, found by running the step's own code on tensors that have shapes but no values.
 
-What autograd saves and what is temporary are measured on the real step, not modelled a second time. Layers are alike,
-so two or three are enough to extrapolate.
+What autograd saves and what is temporary are measured on the real step, not modelled a second time. Layers with the
+same adapters are alike, so two or three are enough to extrapolate.
 """
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torchtune.modules import RMSNorm, TransformerDecoder
 
 from custom_components.datasets.batching import Batch
 from custom_components.models import nf4
-from custom_components.models.lora import FrozenLinear
+from custom_components.models.hidden_states import first_layer_with_backward
+from custom_components.models.lora import FrozenLinear, adapter_modules
 from custom_components.training.gradients import ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 
@@ -63,11 +65,11 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a step needs besides the weights and the optimizer's state, by layers.
+    """Bytes that a step needs besides the weights and the optimizer's state, by layers that have a backward.
 
     Attributes:
         fixed_bytes: the tokens' embeddings, the loss, temporary tensors.
-        kept_layer_bytes: tensors that one layer keeps for the backward, and its adapters' gradients.
+        kept_layer_bytes: tensors that one layer keeps for the backward, and its adapters' gradients; the mean of all.
         recomputed_layer_bytes: the same for a layer that is recomputed.
         recomputing_bytes: temporary tensors while one layer is recomputed.
     """
@@ -78,7 +80,7 @@ class StepMemory:
     recomputing_bytes: int
 
     def peak_bytes(self, num_layers: int, num_recomputed_layers: int) -> int:
-        """Compute the peak for a model of `num_layers` of which the first `num_recomputed_layers` are recomputed."""
+        """Compute the peak for `num_layers` with a backward, the first `num_recomputed_layers` of them recomputed."""
         kept = (num_layers - num_recomputed_layers) * self.kept_layer_bytes
         peak = self.fixed_bytes + kept + num_recomputed_layers * self.recomputed_layer_bytes
         if num_recomputed_layers == 0:
@@ -98,13 +100,19 @@ def simulated_step(
     """Measure the memory of one forward and backward over rows of these lengths, every token supervised.
 
     Args:
-        model: on the meta device, with two layers or more; it is not changed.
+        model: on the meta device; it is not changed.
         dtype: of the computation.
         device_type: "cpu" or "cuda", which compute attention differently.
     """
 
-    def peak_bytes(num_layers: int, num_recomputed_layers: int) -> int:
-        short_model = _with_layers(model, num_layers)
+    # Of every kind one layer; the first of all has something trained, which gives the others a backward.
+    with_backward = list(model.layers[first_layer_with_backward(model) :]) or list(model.layers[:1])
+    layers = {_adapters_of(layer): layer for layer in reversed(with_backward)}
+    first = _adapters_of(with_backward[0])
+
+    @cache
+    def peak_bytes(kinds: tuple[_Adapters, ...], num_recomputed_layers: int) -> int:
+        short_model = _with_layers(model, [layers[kind] for kind in kinds])
         with torch.device("meta"):
             for module in short_model.modules():
                 _give_shapes(module, dtype)
@@ -116,23 +124,34 @@ def simulated_step(
                 accumulate_gradients([batch], loss_of, no_scaler, torch.device("meta"))
         return memory.peak_bytes
 
-    two_kept, three_kept = peak_bytes(2, 0), peak_bytes(3, 0)
-    two_recomputed, three_recomputed = peak_bytes(2, 2), peak_bytes(3, 3)
-    kept_layer_bytes = three_kept - two_kept
-    recomputed_layer_bytes = three_recomputed - two_recomputed
+    def kept_bytes(kind: _Adapters) -> int:
+        return peak_bytes((first, kind, kind), 0) - peak_bytes((first, kind), 0)
+
+    def recomputed_bytes(kind: _Adapters) -> int:
+        return peak_bytes((first, kind, kind), 3) - peak_bytes((first, kind), 2)
+
+    kinds = [_adapters_of(layer) for layer in with_backward]
     return StepMemory(
-        fixed_bytes=two_kept - 2 * kept_layer_bytes,
-        kept_layer_bytes=kept_layer_bytes,
-        recomputed_layer_bytes=recomputed_layer_bytes,
-        recomputing_bytes=two_recomputed - 2 * recomputed_layer_bytes,
+        fixed_bytes=peak_bytes((first, first), 0) - 2 * kept_bytes(first),
+        kept_layer_bytes=round(sum(map(kept_bytes, kinds)) / len(kinds)),
+        recomputed_layer_bytes=round(sum(map(recomputed_bytes, kinds)) / len(kinds)),
+        recomputing_bytes=peak_bytes((first, first), 2) - 2 * recomputed_bytes(first),
     )
 
 
-def _with_layers(model: TransformerDecoder, num_layers: int) -> TransformerDecoder:
-    """Copy the model with so many of its layers."""
+# The adapters of a layer: their modules and ranks.
+_Adapters = tuple[tuple[str, int], ...]
+
+
+def _adapters_of(layer: nn.Module) -> _Adapters:
+    return tuple((name, module.rank) for name, module in adapter_modules(layer).items())
+
+
+def _with_layers(model: TransformerDecoder, layers: Sequence[nn.Module]) -> TransformerDecoder:
+    """Copy the model with these layers in the place of its own."""
     short_model = copy.copy(model)
     short_model._modules = {name: copy.deepcopy(module) for name, module in model._modules.items() if name != "layers"}
-    short_model.layers = nn.ModuleList(copy.deepcopy(model.layers[0]) for _ in range(num_layers))
+    short_model.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
     return short_model.train()
 
 

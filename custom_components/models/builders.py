@@ -1,6 +1,6 @@
 """Llama models with LoRA adapters by name: the sizes of :mod:`shapes`, put together by :mod:`llama`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,11 +42,14 @@ def lora_llama_from_config(
     *,
     adapter_dtype: str | None = None,
     use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
 ) -> TransformerDecoder:
     """Build `lora_llama` with the shape that the checkpoint's own config.json or params.json states.
 
     Raises:
-        UserError: the directory or its config does not exist, or the model is not a plain Llama.
+        UserError: the directory or its config does not exist, or the model is not a plain Llama; see `lora_llama`.
     """
     return lora_llama(
         llama_shapes.shape_from_checkpoint(Path(checkpoint_dir)),
@@ -60,4 +63,7 @@ def lora_llama_from_config(
         quantize_base,
         adapter_dtype=adapter_dtype,
         use_rslora=use_rslora,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        layers_to_transform=layers_to_transform,
     )

@@ -26,19 +26,34 @@ def final_hidden_states(
 
     Args:
         mask, positions: see :class:`SelfAttention`.
-        num_recomputed_layers: the first so many layers keep only their input for the backward, which computes the
-            rest again.
+        num_recomputed_layers: the first so many layers that have a backward keep only their input for it; it computes
+            the rest again.
         neftune_noise_alpha: noise on the embeddings while the model trains, see :func:`neftune_noise`.
     """
     hidden = model.tok_embeddings(tokens)
     if neftune_noise_alpha is not None and model.training:
         hidden = hidden + neftune_noise(hidden, mask, neftune_noise_alpha)
+    first = first_layer_with_backward(model)
     for index, layer in enumerate(model.layers):
-        if index < num_recomputed_layers:
+        if first <= index < first + num_recomputed_layers:
             hidden = checkpoint(layer, hidden, mask=mask, input_pos=positions, use_reentrant=False)
         else:
             hidden = layer(hidden, mask=mask, input_pos=positions)
     return model.norm(hidden)
+
+
+def first_layer_with_backward(model: TransformerDecoder) -> int:
+    """Find the first layer through which gradients flow: those below it have nothing trained, nor has their input."""
+    trains_embedding = any(parameter.requires_grad for parameter in model.tok_embeddings.parameters())
+    for index, layer in enumerate(model.layers):
+        if trains_embedding or any(parameter.requires_grad for parameter in layer.parameters()):
+            return index
+    return len(model.layers)
+
+
+def num_layers_with_backward(model: TransformerDecoder) -> int:
+    """Count the layers through which gradients flow."""
+    return len(model.layers) - first_layer_with_backward(model)
 
 
 def neftune_noise(embeddings: Tensor, mask: Tensor | RowLengths | None, alpha: float) -> Tensor:

@@ -1,9 +1,9 @@
 """Functions that put a Llama together from its parts, as torchtune's TransformerDecoder with its parameter names."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -15,11 +15,14 @@ from custom_components.models import nf4
 from custom_components.models.attention import SelfAttention
 from custom_components.models.dora import DoRALinear
 from custom_components.models.feed_forward import FeedForward
-from custom_components.models.lora import FrozenLinear, LoRALinear
+from custom_components.models.linear_names import hugging_face_module, matching_pattern
+from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
 from custom_components.models.rms_norm import RMSNorm
 from custom_components.models.rotary import RotaryPositions
 from custom_components.models.shapes import LlamaShape
+from custom_components.runtime.errors import UserError
 
+T = TypeVar("T")
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 HUGGING_FACE_SPELLINGS = {"o_proj": "output_proj"}
 
@@ -39,6 +42,11 @@ class LinearPlace:
     in_dim: int
     out_dim: int
     tied_to: nn.Embedding | None = None
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the transformer layer; None for the head."""
+        return None if self.role == "output" else int(self.name.split(".")[1])
 
 
 # Makes the layer for a place: a module from (..., in_dim) to (..., out_dim), or for a tied head torchtune's TiedLinear.
@@ -128,6 +136,9 @@ def lora_llama(
     *,
     adapter_dtype: str | None = None,
     use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
 ) -> TransformerDecoder:
     """Build a Llama-architecture model with frozen weights and LoRA adapters.
 
@@ -141,19 +152,25 @@ def lora_llama(
         quantize_base: NF4 for the linear weights of attention and feed-forward that divide into blocks; embeddings and
             output head stay as they are.
         adapter_dtype, use_rslora: see :class:`LoRALinear`.
+        rank_pattern, alpha_pattern: rank and alpha of layers that differ from `lora_rank` and `lora_alpha`, by regular
+            expressions of the end of a layer's name, Hugging Face's (`layers.0.self_attn.q_proj`) or torchtune's. The
+            first that matches counts.
+        layers_to_transform: numbers of the layers that have adapters; None: all. The output head is none of them.
 
     Raises:
         ValueError: for an attention module that does not exist.
+        UserError: for a layer that does not exist, or a pattern that gives no adapter its value.
     """
     adapted_modules = {HUGGING_FACE_SPELLINGS.get(name, name) for name in lora_attn_modules}
     if unknown := adapted_modules - set(ATTENTION_MODULES):
         raise ValueError(f"lora_attn_modules: {sorted(unknown)} are none of {list(ATTENTION_MODULES)}")
     variant = DoRALinear if use_dora else LoRALinear
+    adapted_layers = _adapted_layers(layers_to_transform, shape.num_layers)
 
     def linear(place: LinearPlace) -> nn.Module:
         is_adapted = {
-            "attention": place.name.rpartition(".")[2] in adapted_modules,
-            "feed_forward": apply_lora_to_mlp,
+            "attention": place.layer in adapted_layers and place.name.rpartition(".")[2] in adapted_modules,
+            "feed_forward": place.layer in adapted_layers and apply_lora_to_mlp,
             "output": apply_lora_to_output,
         }[place.role]
         if not is_adapted:
@@ -161,8 +178,8 @@ def lora_llama(
         return variant(
             place.in_dim,
             place.out_dim,
-            lora_rank,
-            lora_alpha,
+            _value_of(place.name, rank_pattern, lora_rank),
+            _value_of(place.name, alpha_pattern, lora_alpha),
             lora_dropout,
             quantize_base=quantize_base and _can_quantize(place),
             weight=None if place.tied_to is None else place.tied_to.weight,
@@ -171,6 +188,7 @@ def lora_llama(
         )
 
     model = llama(shape, linear)
+    _check_that_patterns_count(model, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern})
     set_trainable_params(model, get_adapter_params(model))
     if quantize_base:
         # For torchtune's own recipes, which save the state dict: it has NF4 weights in the compute dtype.
@@ -178,3 +196,30 @@ def lora_llama(
             partial(reparametrize_as_dtype_state_dict_post_hook, dtype=model.tok_embeddings.weight.dtype)
         )
     return model
+
+
+def _adapted_layers(layers_to_transform: int | Sequence[int] | None, num_layers: int) -> Collection[int | None]:
+    if layers_to_transform is None:
+        return range(num_layers)
+    layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    if missing := [layer for layer in layers if not 0 <= layer < num_layers]:
+        raise UserError(f"layers_to_transform: {missing} are none of the model's layers, 0 to {num_layers - 1}")
+    return set(layers)
+
+
+def _value_of(module: str, patterns: Mapping[str, T] | None, default: T) -> T:
+    """Look up the value that patterns give a layer, by torchtune's name of it."""
+    pattern = matching_pattern(patterns or {}, (hugging_face_module(module), module))
+    return default if pattern is None else (patterns or {})[pattern]
+
+
+def _check_that_patterns_count(model: nn.Module, patterns_by_key: Mapping[str, Mapping[str, object] | None]) -> None:
+    modules = list(adapter_modules(model))
+    for key, patterns in patterns_by_key.items():
+        matching = {matching_pattern(patterns or {}, (hugging_face_module(module), module)) for module in modules}
+        if unused := [pattern for pattern in patterns or {} if pattern not in matching]:
+            example = f", such as {hugging_face_module(modules[0])}" if modules else ""
+            raise UserError(
+                f"{key}: {unused[0]!r} is the first match of no adapted layer; a pattern is a regular expression of "
+                f"the end of a layer's name{example}"
+            )

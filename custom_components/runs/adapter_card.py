@@ -12,7 +12,7 @@ from custom_components.training.state import Progress
 from custom_components.transforms.dialogs import chat_messages
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.transforms.templates import dialog_turns, prompt_template
-from custom_components.weights.adapters import AdapterSettings
+from custom_components.weights.adapter_settings import AdapterSettings
 from custom_components.weights.card import (
     FIRST_SECTION,
     LAST_SECTION,
@@ -169,7 +169,12 @@ def how_to_load_adapter(adapter: AdapterSettings, base: str) -> str:
     Args:
         base: what transformers and vLLM load: a name on the hub, or a path.
     """
-    is_plain = not ("use_dora" in adapter.flags or "lm_head" in adapter.target_modules)
+    is_plain = not (
+        "use_dora" in adapter.flags
+        or "lm_head" in adapter.target_modules
+        or adapter.rank_pattern  # vLLM takes one rank and one alpha for all layers: vllm/lora/peft_helper.py
+        or adapter.alpha_pattern
+    )
     vllm_rank = next((rank for rank in _VLLM_RANKS if rank >= adapter.rank), None)
     if is_plain and vllm_rank is not None:
         fourth = f"""

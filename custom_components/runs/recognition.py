@@ -34,7 +34,7 @@ _CONFIG_KEYS = {
 # And the flags of a variant, such as use_dora. PEFT itself writes many more.
 _ADAPTER_CONFIG_KEYS = {
     *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules"),
-    *("bias", "fan_in_fan_out", "inference_mode"),
+    *("bias", "fan_in_fan_out", "inference_mode", "rank_pattern", "alpha_pattern", "layers_to_transform"),
 }
 _RECORD_HEAD = b'{"step": '
 # Width and height in pixels of the plots of before 0.2, which name no author: PNG specification, section 11.2.2, IHDR.

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torchtune.modules import TransformerDecoder
 
+from custom_components.models.linear_names import TARGETS, hugging_face_module
 from custom_components.models.llama import ATTENTION_MODULES, lora_llama
 from custom_components.models.lora import FrozenLinear, adapter_modules
 from custom_components.weights.adapter_files import StoredAdapter
-from custom_components.weights.adapters import check_adapter_fits, check_same_base, copy_into_adapter, target_names
+from custom_components.weights.adapter_settings import target_names
+from custom_components.weights.adapters import check_adapter_fits, check_same_base, copy_into_adapter
 from custom_components.weights.checkpoint_files import BaseCheckpoint
 from custom_components.weights.checkpoint_loading import check_base_weights, load_base_weights
-from custom_components.weights.peft_format import BASE_WEIGHTS, TARGETS
 
 
 def lora_settings(stored: StoredAdapter) -> dict[str, Any]:
@@ -19,15 +20,19 @@ def lora_settings(stored: StoredAdapter) -> dict[str, Any]:
 
     An adapter on some of the layers only, or on some of a feed-forward's three, is built by :func:`model_for_adapter`.
     """
+    config = stored.config
+    names = [hugging_face_module(name) for name in stored.modules]
     targets = {TARGETS[target] for target in target_names(stored.modules)}
     return {
         "lora_attn_modules": [name for name in ATTENTION_MODULES if name in targets],
         "apply_lora_to_mlp": bool(targets & {"w1", "w2", "w3"}),
         "apply_lora_to_output": "output" in targets,
-        "lora_rank": stored.config.rank,
-        "lora_alpha": stored.config.alpha,
-        "use_rslora": stored.config.use_rslora,
+        "lora_rank": config.rank,
+        "lora_alpha": config.alpha,
+        "use_rslora": config.use_rslora,
         "use_dora": stored.use_dora,
+        "rank_pattern": {name: config.rank_of(name) for name in names if config.rank_of(name) != config.rank},
+        "alpha_pattern": {name: config.alpha_of(name) for name in names if config.alpha_of(name) != config.alpha},
     }
 
 
@@ -47,10 +52,10 @@ def model_for_adapter(base: BaseCheckpoint, stored: StoredAdapter | None, quanti
                 parent, _, child = name.rpartition(".")
                 frozen = FrozenLinear(layer.in_dim, layer.out_dim, quantize_base=layer.quantize_base)
                 setattr(model.get_submodule(parent), child, frozen)
-    if brought := [name for name in BASE_WEIGHTS if name in stored.tensors]:
+    if stored.base_weights:
         sources = check_base_weights(model, base)
-        for name in brought:
-            source = sources.get(name, sources["tok_embeddings.weight"])  # tied: one weight
+        for name in stored.base_weights:
+            source = sources["tok_embeddings.weight" if name == "output.weight" and name not in sources else name]
             check_same_base(name, stored.tensors[name].read(), source.read())
     return model
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from custom_components.runtime.errors import UserError
@@ -20,6 +21,7 @@ from custom_components.weights.peft_format import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_PARAMETERS,
     PeftConfig,
+    is_unused,
     parameter_name,
     peft_key,
     read_peft_config,
@@ -41,8 +43,7 @@ class StoredAdapter:
     Attributes:
         directory: the adapter's.
         path: of the file of its tensors.
-        tensors: by the name of the model's parameter. Where PEFT wrote some of the base's `BASE_WEIGHTS` too, those as
-            well.
+        tensors: by the name of the model's parameter. Where PEFT wrote some of the base's weights too, those as well.
         is_peft: the file has PEFT's names and Hugging Face's row order; otherwise torchtune's.
     """
 
@@ -56,6 +57,11 @@ class StoredAdapter:
     def modules(self) -> set[str]:
         """List the model's modules that have an adapter, by name."""
         return {match["module"] for name in self.tensors if (match := _TUNE_NAME.fullmatch(name))}
+
+    @property
+    def base_weights(self) -> list[str]:
+        """List the base's weights that PEFT wrote too, by name; they have to be the checkpoint's."""
+        return [name for name in self.tensors if not _TUNE_NAME.fullmatch(name)]
 
     @property
     def use_dora(self) -> bool:
@@ -117,7 +123,9 @@ def _directory_with_config(adapter_dir: Path) -> Path:
             f"{adapter_dir}: holds an adapter without {ADAPTER_CONFIG_NAME}; write one with r, lora_alpha and "
             'target_modules, say {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}'
         )
-    inside = [adapter_dir / "adapter", *reversed(_by_number(adapter_dir.glob("epoch_*")))]
+    # Of our runs, of torchtune's and of transformers' Trainer.
+    numbered = [path for pattern in ("epoch_*", "checkpoint-*") for path in _by_number(adapter_dir.glob(pattern))[::-1]]
+    inside = [adapter_dir / "adapter", *numbered]
     found = next((str(path) for path in inside if (path / ADAPTER_CONFIG_NAME).is_file()), "the adapter/ of a run")
     raise UserError(f"adapter_dir: {str(adapter_dir)!r} has no {ADAPTER_CONFIG_NAME}; name {found}")
 
@@ -138,12 +146,25 @@ def _read(adapter_dir: Path, path: Path, config: PeftConfig) -> StoredAdapter:
     is_peft = not any(_TUNE_NAME.fullmatch(tensor.stored_name) for tensor in stored)
     tensors: dict[str, StoredTensor] = {}
     for tensor in stored:
+        if is_unused(tensor.stored_name):
+            continue
         name = parameter_name(tensor.stored_name) if is_peft else tensor.stored_name
         if name is None or not (is_peft or _TUNE_NAME.fullmatch(name)):
-            raise UserError(f"{path}: {tensor.stored_name!r} has no place in a Llama's adapter")
-        if name in tensors:
+            raise UserError(f"{path}: {tensor.stored_name!r} has no place in a Llama's adapter{_trained_whole(config)}")
+        if name in tensors and not _is_same_base_weight(name, tensor, tensors[name]):
             raise UserError(f"{path}: {tensor.stored_name!r} and {tensors[name].stored_name!r} are the same tensor")
         tensors[name] = tensor
-    if not tensors:
+    if not any(_TUNE_NAME.fullmatch(name) for name in tensors):
         raise UserError(f"{path}: holds no tensors; was the adapter saved whole?")
     return StoredAdapter(adapter_dir, path, config, tensors, is_peft)
+
+
+def _trained_whole(config: PeftConfig) -> str:
+    if not config.modules_to_save:
+        return ""
+    return f"; {config.path} says modules_to_save {config.modules_to_save}, and whole trained modules cannot be loaded"
+
+
+def _is_same_base_weight(name: str, tensor: StoredTensor, other: StoredTensor) -> bool:
+    """Tell whether two entries are one of the base's weights, which PEFT stores twice in some cases."""
+    return _TUNE_NAME.fullmatch(name) is None and torch.equal(tensor.read(), other.read())

@@ -2,8 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,41 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear, TransformerDecoder
 
+from custom_components.models.linear_names import hugging_face_module
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
 from custom_components.weights.adapter_files import WEIGHTS_NAME, StoredAdapter, rope_heads
+from custom_components.weights.adapter_settings import adapter_settings, target_names
 from custom_components.weights.names import halve_rope_rows
-from custom_components.weights.peft_format import (
-    ADAPTER_CONFIG_NAME,
-    BASE_WEIGHTS,
-    TARGETS,
-    hugging_face_module,
-    peft_module,
-)
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """The sizes and the variant of a model's adapters.
-
-    Attributes:
-        target_modules: the kinds of linear layers that have an adapter, by PEFT's names.
-        flags: the variant, see :attr:`LoRALinear.peft_flags`.
-    """
-
-    target_modules: list[str]
-    rank: int
-    alpha: float
-    dropout: float
-    flags: Mapping[str, bool]
-
-
-def adapter_settings(model: TransformerDecoder) -> AdapterSettings:
-    """Read the settings off a model that has adapters, which are all alike."""
-    modules = adapter_modules(model)
-    first = next(iter(modules.values()))
-    return AdapterSettings(target_names(modules), first.rank, first.alpha, first.dropout, first.peft_flags)
+from custom_components.weights.peft_format import ADAPTER_CONFIG_NAME, BASE_WEIGHTS, peft_module
 
 
 def save_adapter(
@@ -73,7 +45,7 @@ def save_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        **settings.flags,
+        **settings.peft_entries,
     }
     num_kv_heads = model.layers[0].attn.num_kv_heads
     tensors = {}
@@ -108,13 +80,13 @@ def copy_into_adapter(model: TransformerDecoder, tensors: Mapping[str, Tensor]) 
     Raises:
         UserError: the adapter brings embeddings or an output head other than the model's.
     """
-    for name in BASE_WEIGHTS:
-        if name in tensors and not (base_weight := _base_weight(model, name)).is_meta:
-            check_same_base(name, tensors[name], base_weight)
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if name not in BASE_WEIGHTS:
-                model.get_parameter(name).copy_(tensor)
+            if name in parameters and parameters[name].requires_grad:
+                parameters[name].copy_(tensor)
+            elif not (base_weight := _base_weight(model, name)).is_meta:
+                check_same_base(name, tensor, base_weight)
 
 
 def check_adapter_fits(model: TransformerDecoder, stored: StoredAdapter) -> dict[str, Tensor]:
@@ -171,14 +143,37 @@ def _problems_of_settings(model: TransformerDecoder, stored: StoredAdapter) -> l
     if not adapter_modules(model):
         return ["the model has no adapters"]
     built, config = adapter_settings(model), stored.config
+    targets = sorted(target_names(stored.modules)), sorted(target_names(adapter_modules(model)))
     settings = {
-        "lora_rank": (config.rank, built.rank),
-        "lora_alpha": (config.alpha, built.alpha),
         "use_rslora": (config.use_rslora, "use_rslora" in built.flags),
         "use_dora": (stored.use_dora, "use_dora" in built.flags),
-        "target_modules": (sorted(target_names(stored.modules)), sorted(built.target_modules)),
+        "target_modules": targets,
     }
-    return [f"{key} is {theirs}, the model's {ours}" for key, (theirs, ours) in settings.items() if theirs != ours]
+    return [
+        *_different_sizes("lora_rank", config.rank_of, lambda module: module.rank, model, stored),
+        *_different_sizes("lora_alpha", config.alpha_of, lambda module: module.alpha, model, stored),
+        *(f"{key} is {theirs}, the model's {ours}" for key, (theirs, ours) in settings.items() if theirs != ours),
+    ]
+
+
+def _different_sizes(
+    key: str,
+    size_of: Callable[[str], float],
+    built_size: Callable[[LoRALinear], float],
+    model: TransformerDecoder,
+    stored: StoredAdapter,
+) -> list[str]:
+    """Compare a size of the layers that have an adapter in both, by name where they do not all differ alike."""
+    sizes = {
+        hugging_face_module(name): (size_of(hugging_face_module(name)), built_size(module))
+        for name, module in adapter_modules(model).items()
+        if name in stored.modules
+    }
+    different = {name: pair for name, pair in sizes.items() if pair[0] != pair[1]}
+    if different and len({*sizes.values()}) == 1:
+        [(theirs, ours)] = {*sizes.values()}
+        return [f"{key} is {theirs}, the model's {ours}"]
+    return [f"{key} of {name} is {theirs}, the model's {ours}" for name, (theirs, ours) in different.items()]
 
 
 def _problems_of_tensors(model: TransformerDecoder, stored: StoredAdapter) -> list[str]:
@@ -187,13 +182,13 @@ def _problems_of_tensors(model: TransformerDecoder, stored: StoredAdapter) -> li
         for name, module in adapter_modules(model).items()
         for parameter in module.adapter_params()
     }
-    brought = {name: tuple(_base_weight(model, name).shape) for name in BASE_WEIGHTS if name in stored.tensors}
+    brought = {name: tuple(_base_weight(model, name).shape) for name in stored.base_weights}
     problems = [f"{stored.key(name)} is missing" for name in expected if name not in stored.tensors]
     for name, tensor in stored.tensors.items():
         shape = (expected | brought).get(name)
         if shape is None:
             problems.append(f"{tensor.stored_name} has no place in the model")
-        elif tensor.shape != shape:
+        elif tensor.shape != shape and not (name in BASE_WEIGHTS and tensor.shape[1:] == shape[1:]):
             problems.append(f"{tensor.stored_name} has shape {tensor.shape}, the model {shape}")
     linears = [name for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
     targeted = {name for name in linears if stored.config.targets(hugging_face_module(name))}
@@ -207,9 +202,15 @@ def _problems_of_tensors(model: TransformerDecoder, stored: StoredAdapter) -> li
 
 
 def check_same_base(name: str, of_adapter: Tensor, of_model: Tensor) -> None:
+    """Compare a weight that an adapter brings along with the base's; of embeddings the rows that both have.
+
+    Raises:
+        UserError: they are not the same.
+    """
+    num_rows = min(len(of_adapter), len(of_model))
     # note: equal up to a rounding to bfloat16 on either side. Anything else is another base model.
-    if of_adapter.shape != of_model.shape or not torch.allclose(
-        of_model.cpu().float(), of_adapter.float(), rtol=2**-8, atol=1e-6
+    if of_adapter.shape[1:] != of_model.shape[1:] or not torch.allclose(
+        of_model[:num_rows].cpu().float(), of_adapter[:num_rows].float(), rtol=2**-8, atol=1e-6
     ):
         raise UserError(
             f"the adapter holds the {name} of its base model, and it is not checkpoint_dir's: it was trained on "
@@ -218,11 +219,6 @@ def check_same_base(name: str, of_adapter: Tensor, of_model: Tensor) -> None:
 
 
 def _base_weight(model: TransformerDecoder, name: str) -> Tensor:
-    is_embedding = name == "tok_embeddings.weight" or isinstance(model.output, TiedLinear)
-    return model.tok_embeddings.weight if is_embedding else model.output.weight
-
-
-def target_names(modules: Iterable[str]) -> list[str]:
-    """Give PEFT's target_modules for the names of modules, in the order in which a layer computes them."""
-    names = {name.rpartition(".")[2] for name in modules}
-    return [target for target, name in TARGETS.items() if name in names]
+    if name == "output.weight" and isinstance(model.output, TiedLinear):
+        name = "tok_embeddings.weight"
+    return model.get_parameter(name)

@@ -6,21 +6,20 @@ Format: huggingface/peft 0.21.2, src/peft/utils/save_and_load.py (keys), src/pef
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from custom_components.models.dora import DoRALinear
+from custom_components.models.linear_names import TARGETS, hugging_face_module, matching_pattern
 from custom_components.models.lora import LoRALinear
 from custom_components.runtime.errors import UserError
-from custom_components.weights.names import HUGGING_FACE_NAMES, TUNE_NAMES_OF_HUGGING_FACE, translated_name
+from custom_components.weights.names import TUNE_NAMES_OF_HUGGING_FACE, translated_name
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
-TARGETS = {
-    **{"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"},
-    **{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "lm_head": "output"},
-}
-BASE_WEIGHTS = ("tok_embeddings.weight", "output.weight")  # with an adapter on the head PEFT saves it too
+# Weights of the base that PEFT saves along: with an adapter on the head, a resized vocabulary, or `modules_to_save`.
+BASE_WEIGHTS = ("tok_embeddings.weight", "output.weight")
 
 # PEFT's name of every parameter that an adapter may have.
 ADAPTER_PARAMETERS = {**LoRALinear.peft_names, **DoRALinear.peft_names}
@@ -32,17 +31,21 @@ _PEFT_KEY = re.compile(
     r"(?:base_model\.model\.)?(?:_orig_mod\.)?(?P<module>.+?)"
     rf"\.(?P<part>{'|'.join(_TUNE_PARTS)})(?:\.default)?(?:\.weight)?"
 )
-# `BASE_WEIGHTS`: wrapped in an adapter, or plain where the vocabulary was resized.
+# `BASE_WEIGHTS` and norms: wrapped in an adapter, or plain for a resized vocabulary and for `modules_to_save`.
 _PEFT_BASE_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?:_orig_mod\.)?(?P<module>lm_head|model\.embed_tokens)(?:\.base_layer)?\.weight"
+    r"(?:base_model\.model\.)?(?:_orig_mod\.)?(?P<module>lm_head|model\.embed_tokens|(?:model\.)?(?:\w+\.)*\w*norm)"
+    r"(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.weight"
 )
+# What `modules_to_save` was before it was trained, stored where the vocabulary was resized.
+_UNUSED_KEY = re.compile(r".*\.original_module\.weight")
 
 # With one of these entries, the tensors of the file are not the whole adapter.
 _UNSUPPORTED = (
-    *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "target_parameters"),
-    *("lora_bias", "layers_pattern", "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
-    *("arrow_config", "kasa_config", "velora_config", "monteclora_config"),
+    *("trainable_token_indices", "target_parameters", "lora_bias", "layer_replication", "use_qalora", "use_bdlora"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
 )
+# Llama's layers have no biases: nothing of them can be in the file.
+_BIASES = (None, "none", "all", "lora_only")
 # These change the frozen weights as well, which an adapter's file does not hold.
 _UNSUPPORTED_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -55,6 +58,9 @@ class PeftConfig:
         target_modules: a regular expression of whole module names, or ends of them; "all-linear": all but the head.
         exclude_modules: of the same form; these are not adapted whatever `target_modules` says.
         layers_to_transform: numbers of the layers that are adapted; None: all.
+        layers_pattern: names of lists of layers to which `layers_to_transform` refers; empty: any.
+        rank_pattern, alpha_pattern: rank and alpha of other layers, by regular expressions of their names' ends.
+        modules_to_save: ends of the names of modules that were trained whole, and are not adapted.
     """
 
     path: Path
@@ -63,20 +69,38 @@ class PeftConfig:
     target_modules: str | list[str]
     exclude_modules: str | list[str]
     layers_to_transform: list[int] | None
+    layers_pattern: list[str]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    modules_to_save: list[str]
     use_rslora: bool
     use_dora: bool
+
+    def rank_of(self, module: str) -> int:
+        """Give the rank of a linear layer with an adapter, by Hugging Face's name of it."""
+        return self.rank_pattern.get(matching_pattern(self.rank_pattern, (module,)) or "", self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """Give the alpha of a linear layer with an adapter, by Hugging Face's name of it."""
+        return self.alpha_pattern.get(matching_pattern(self.alpha_pattern, (module,)) or "", self.alpha)
 
     def targets(self, module: str) -> bool:
         """Tell whether a linear layer, by Hugging Face's name (model.layers.0.self_attn.q_proj), has an adapter."""
         if self.exclude_modules and _matches(self.exclude_modules, module):
             return False
+        if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save):
+            return False
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             return module != "lm_head"
-        if self.layers_to_transform is not None and isinstance(self.target_modules, list):
-            layer = re.search(r"\.(\d+)\.", module)
-            if layer is None or int(layer[1]) not in self.layers_to_transform:
-                return False
-        return _matches(self.target_modules, module)
+        # Layers are chosen by number only among modules that are named by the end of their name.
+        if isinstance(self.target_modules, str) or module in self.target_modules or self.layers_to_transform is None:
+            return _matches(self.target_modules, module)
+        return _matches(self.target_modules, module) and self._layer_of(module) in self.layers_to_transform
+
+    def _layer_of(self, module: str) -> int | None:
+        starts = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
+        matches = (re.match(rf"{start}\.(?P<layer>\d+)\.", module) for start in starts)
+        return next((int(match["layer"]) for match in matches if match), None)
 
 
 def read_peft_config(adapter_dir: Path) -> PeftConfig:
@@ -102,6 +126,10 @@ def read_peft_config(adapter_dir: Path) -> PeftConfig:
             target_modules=_names(entries, "target_modules"),
             exclude_modules=_names(entries, "exclude_modules") if entries.get("exclude_modules") else [],
             layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
+            layers_pattern=_list_of_names(entries, "layers_pattern"),
+            rank_pattern=_numbers_by_pattern(entries, "rank_pattern", int),
+            alpha_pattern=_numbers_by_pattern(entries, "alpha_pattern", (int, float)),
+            modules_to_save=_list_of_names(entries, "modules_to_save"),
             use_rslora=bool(entries.get("use_rslora")),
             use_dora=bool(entries.get("use_dora")),
         )
@@ -110,7 +138,7 @@ def read_peft_config(adapter_dir: Path) -> PeftConfig:
             raise
         raise UserError(f"{path}: not a LoRA adapter's config ({type(error).__name__}: {error})") from None
     unsupported = [f"{key} is {entries[key]!r}" for key in _UNSUPPORTED if entries.get(key)]
-    if (bias := entries.get("bias", "none")) != "none":
+    if (bias := entries.get("bias")) not in _BIASES:
         unsupported.append(f"bias is {bias!r}, Llama's layers have none")
     if str(initialization := entries.get("init_lora_weights")).lower().startswith(_UNSUPPORTED_INITIALIZATIONS):
         unsupported.append(f"init_lora_weights is {initialization!r}, which changes the base model too")
@@ -130,24 +158,20 @@ def peft_module(module: str) -> str:
     return f"base_model.model.{hugging_face_module(module)}"
 
 
+def is_unused(key: str) -> bool:
+    """Tell whether PEFT stores a tensor that it does not compute with."""
+    return _UNUSED_KEY.fullmatch(key) is not None
+
+
 def parameter_name(key: str) -> str | None:
     """Find the model's parameter for a key, in any spelling that PEFT writes; None: no Llama has it."""
-    if match := _PEFT_KEY.fullmatch(key):
-        part = _TUNE_PARTS[match["part"]]
-        is_known = match["module"].rpartition(".")[2] in TARGETS
-    elif match := _PEFT_BASE_KEY.fullmatch(key):
-        part, is_known = "weight", True
-    else:
+    if match := _PEFT_BASE_KEY.fullmatch(key):
+        return translated_name(f"{match['module']}.weight", TUNE_NAMES_OF_HUGGING_FACE)
+    match = _PEFT_KEY.fullmatch(key)
+    if match is None or match["module"].rpartition(".")[2] not in TARGETS:
         return None
     weight = translated_name(f"{match['module']}.weight", TUNE_NAMES_OF_HUGGING_FACE)
-    return f"{weight.removesuffix('.weight')}.{part}" if is_known and weight else None
-
-
-def hugging_face_module(module: str) -> str:
-    """Give Hugging Face's name: model.layers.0.self_attn.q_proj for layers.0.attn.q_proj."""
-    name = translated_name(f"{module}.weight", HUGGING_FACE_NAMES)
-    assert name, module
-    return name.removesuffix(".weight")
+    return f"{weight.removesuffix('.weight')}.{_TUNE_PARTS[match['part']]}" if weight else None
 
 
 def _matches(targets: str | list[str], module: str) -> bool:
@@ -161,6 +185,22 @@ def _number(entries: dict[str, Any], key: str, kinds: Any) -> Any:
     if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{key} is {value!r}")
     return value
+
+
+def _list_of_names(entries: dict[str, Any], key: str) -> list[str]:
+    if not entries.get(key):
+        return []
+    names = _names(entries, key)
+    return [names] if isinstance(names, str) else names
+
+
+def _numbers_by_pattern(entries: dict[str, Any], key: str, kinds: Any) -> dict[str, Any]:
+    values = entries.get(key) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{key} is {values!r}")
+    for pattern in values:
+        re.compile(pattern)
+    return {pattern: _number(values, pattern, kinds) for pattern in values}
 
 
 def _names(entries: dict[str, Any], key: str) -> str | list[str]:

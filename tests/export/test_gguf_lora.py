@@ -56,6 +56,7 @@ def llama_cpp_updates(path: Path) -> dict[str, torch.Tensor]:
     [
         {},
         {"use_rslora": True, "apply_lora_to_output": True},
+        {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}, "layers_to_transform": [1]},
         {"lora_attn_modules": ["q_proj"], "apply_lora_to_mlp": False, "lora_rank": 8},
     ],
 )

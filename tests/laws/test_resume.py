@@ -29,6 +29,7 @@ TRAINING = ("run", "recipes/lora_single_device.py")
 RUN = [
     *("epochs=3", "lora_dropout=0.2", "packed=true", "max_seq_len=64", "batch_size=1", "gradient_accumulation_steps=2"),
     *("save_every_n_steps=2", "val_fraction=0.2", "run_val_every_n_steps=3", "neftune_noise_alpha=5"),
+    *("rank_pattern={k_proj: 3}", "alpha_pattern={k_proj: 5}", "layers_to_transform=[1]"),
 ]
 
 

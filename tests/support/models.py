@@ -10,13 +10,13 @@ from torchtune.modules import TransformerDecoder
 from custom_components.models import nf4
 from custom_components.models.builders import lora_llama_from_config
 from custom_components.models.dora import DoRALinear
+from custom_components.models.linear_names import hugging_face_module
 from custom_components.models.lora import LoRALinear, adapter_modules
 from custom_components.weights.adapted_model import load_model_for_inference
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import load_base_weights
 from custom_components.weights.names import halve_rope_rows
-from custom_components.weights.peft_format import hugging_face_module
 
 CPU = torch.device("cpu")
 ALL_ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]

@@ -18,7 +18,7 @@ from custom_components.runs.adapter_card import TrainingFacts, adapter_card
 from custom_components.training.state import Progress
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
-from custom_components.weights.adapters import adapter_settings
+from custom_components.weights.adapter_settings import adapter_settings
 from custom_components.weights.card import CARD_NAME, TrainedSteps
 from custom_components.weights.checkpoint_files import BaseCheckpoint
 from tests.support.paths import PROJECT, TINY_TOKENIZER

@@ -1,0 +1,28 @@
+"""Hugging Face's names of a Llama's linear layers, and patterns of them.
+
+Pattern: huggingface/peft 0.21.2, src/peft/utils/other.py, `get_pattern_key`.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+
+# torchtune's name of a linear layer by Hugging Face's.
+TARGETS = {
+    **{"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"},
+    **{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "lm_head": "output"},
+}
+_HUGGING_FACE_NAMES = {tune: hf for hf, tune in TARGETS.items()} | {"attn": "self_attn"}
+
+
+def hugging_face_module(module: str) -> str:
+    """Give Hugging Face's name of a linear layer: model.layers.0.self_attn.q_proj for layers.0.attn.q_proj."""
+    name = ".".join(_HUGGING_FACE_NAMES.get(part, part) for part in module.split("."))
+    return name if module == "output" else f"model.{name}"
+
+
+def matching_pattern(patterns: Iterable[str], names: Collection[str]) -> str | None:
+    """Find the first regular expression that matches the end of one of a module's names, whole parts of it."""
+    for pattern in patterns:
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            return pattern
+    return None
