@@ -1,8 +1,11 @@
 """The sizes of Llama-architecture models, by name and from a checkpoint's own config."""
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.json_files import read_json_object
@@ -76,20 +79,18 @@ def _shape_from_hugging_face(config: dict[str, Any], path: Path) -> LlamaShape:
     # transformers 5 writes rope_parameters where 4 wrote rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    # At a factor of 1 these leave every frequency as it is; transformers, modeling_rope_utils.py.
+    scales_rope = not (rope_type in ("linear", "dynamic", "llama3") and rope.get("factor") == 1)
     refusals = {
         "model_type": config.get("model_type") not in ("llama", None) and config.get("model_type"),
         "hidden_act": config.get("hidden_act", "silu") != "silu" and config.get("hidden_act"),
         "attention_bias": config.get("attention_bias", False),
         "mlp_bias": config.get("mlp_bias", False),
         "sliding_window": config.get("sliding_window"),
-        "rope scaling": rope_type != "default" and rope_type,
+        "rope scaling": rope_type != "default" and scales_rope and rope_type,
         "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
     }
-    for name, value in refusals.items():
-        if value:
-            raise UserError(
-                f"{path}: {name} = {value!r} is not supported; this package trains plain Llama architectures"
-            )
+    _refuse(refusals, path)
     try:
         num_heads, embed_dim = config["num_attention_heads"], config["hidden_size"]
         shape = LlamaShape(
@@ -114,23 +115,55 @@ def _shape_from_hugging_face(config: dict[str, Any], path: Path) -> LlamaShape:
     return shape
 
 
+def _refuse(refusals: dict[str, Any], path: Path) -> None:
+    for name, value in refusals.items():
+        if value:
+            raise UserError(
+                f"{path}: {name} = {value!r} is not supported; this package trains plain Llama architectures"
+            )
+
+
 def _shape_from_meta(params: dict[str, Any], path: Path) -> LlamaShape:
     """Read Meta's params.json; for the feed-forward's width see meta-llama/llama @689c7f2, model.py, FeedForward."""
+    # Llama 3.1's scaled frequencies, its quantized models; Mistral's names for windows and experts.
+    keys = ("use_scaled_rope", "quantization_args", "lora_args", "sliding_window", "moe", "vision_chunk_size")
+    _refuse({key: params.get(key) for key in keys}, path)
     try:
         embed_dim, num_heads = params["dim"], params["n_heads"]
         multiple_of = params.get("multiple_of", 256)
         intermediate_dim = int(params.get("ffn_dim_multiplier", 1.0) * int(2 * (4 * embed_dim) / 3))
-        return LlamaShape(
-            # Llama 2's params.json has -1, because its tokenizer states the size: 32,000 pieces.
-            vocab_size=params["vocab_size"] if params.get("vocab_size", -1) > 0 else LLAMA2_7B.vocab_size,
+        rounded_dim = multiple_of * ((intermediate_dim + multiple_of - 1) // multiple_of)
+        # Llama 2's params.json has -1 and CodeLlama's has none, because the tokenizer states the size.
+        vocab_size = params.get("vocab_size", -1)
+        shape = LlamaShape(
+            vocab_size=vocab_size if vocab_size > 0 else _num_rows_of_meta_embedding(path.parent),
             num_layers=params["n_layers"],
             num_heads=num_heads,
             num_kv_heads=params.get("n_kv_heads") or num_heads,
             embed_dim=embed_dim,
-            intermediate_dim=multiple_of * ((intermediate_dim + multiple_of - 1) // multiple_of),
+            intermediate_dim=params.get("hidden_dim") or rounded_dim,
             max_seq_len=LLAMA2_7B.max_seq_len,
             rope_base=params.get("rope_theta", 10_000.0),
             norm_eps=params["norm_eps"],
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing; is this Meta's params.json?") from None
+    if params.get("head_dim", shape.head_dim) != shape.head_dim:
+        raise UserError(
+            f"{path}: head_dim {params['head_dim']} times {num_heads} heads is not dim {embed_dim}: not supported"
+        )
+    return shape
+
+
+def _num_rows_of_meta_embedding(directory: Path) -> int:
+    """Read the size of the vocabulary off the weights; Llama 2's where they are not there or damaged.
+
+    Shards split the embedding's columns: each has all rows. What is wrong with a file is said when it is loaded.
+    """
+    for file in sorted(directory.glob("consolidated.*.pth"))[:1]:
+        try:
+            embedding = torch.load(file, map_location="meta", weights_only=True, mmap=True)["tok_embeddings.weight"]
+            return len(embedding)
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
+            break
+    return LLAMA2_7B.vocab_size

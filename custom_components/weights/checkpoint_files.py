@@ -97,11 +97,10 @@ def open_checkpoint(checkpoint_dir: Path) -> BaseCheckpoint:
 
 
 def _tensors_of_checkpoint(checkpoint_dir: Path, shape: LlamaShape) -> dict[str, StoredTensor]:
-    if any(checkpoint_dir.glob("*.safetensors")) or (checkpoint_dir / "model.safetensors.index.json").exists():
-        files = _weight_files(checkpoint_dir, "model.safetensors.index.json", "*.safetensors")
-        tensors = [tensor for file in files for tensor in tensors_of_file(file)]
-    elif any(checkpoint_dir.glob("pytorch_model*.bin")) or (checkpoint_dir / "pytorch_model.bin.index.json").exists():
-        files = _weight_files(checkpoint_dir, "pytorch_model.bin.index.json", "pytorch_model*.bin")
+    if files := (
+        _weight_files(checkpoint_dir, "model.safetensors.index.json", "*.safetensors")
+        or _weight_files(checkpoint_dir, "pytorch_model.bin.index.json", "pytorch_model*.bin")
+    ):
         tensors = [tensor for file in files for tensor in tensors_of_file(file)]
     elif files := sorted(checkpoint_dir.glob("consolidated.*.pth")):
         return _by_tune_name(_joined_meta_shards(files), TUNE_NAMES_OF_META)
@@ -131,12 +130,18 @@ def _interleaved(tensor: StoredTensor, shape: LlamaShape) -> StoredTensor:
     return StoredTensor(tensor.file, tensor.stored_name, tensor.shape, read)
 
 
+# How the names of files begin that may be beside a model.
+_NO_MODEL = ("adapter_", "optimizer", "consolidated")
+
+
 def _weight_files(checkpoint_dir: Path, index_name: str, pattern: str) -> list[Path]:
     index_path = checkpoint_dir / index_name
-    if not index_path.exists():
-        # note: some repositories hold an adapter beside the model.
-        return sorted(path for path in checkpoint_dir.glob(pattern) if not path.name.startswith("adapter_"))
     whole = checkpoint_dir / index_name.removesuffix(".index.json")
+    if not index_path.exists():
+        # note: some repositories hold an adapter beside the model, its optimizer's state, or its weights as Meta's.
+        # transformers reads the file of this name.
+        beside = (path for path in checkpoint_dir.glob(pattern) if not path.name.startswith(_NO_MODEL))
+        return [whole] if whole.exists() else sorted(beside)
     if whole.exists():
         raise UserError(
             f"checkpoint_dir: {str(checkpoint_dir)!r} holds two models, {whole.name} and the shards of {index_name}; "

@@ -1,5 +1,7 @@
 """Loading checkpoints of every layout, and refusing what is not one."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -156,3 +158,70 @@ def test_a_tokenizer_larger_than_the_embedding_is_an_error_a_smaller_one_is_said
 def test_an_adapter_directory_without_adapter(tmp_path):
     with pytest.raises(UserError, match=r"has no adapter_config\.json"):
         open_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("beside", ["consolidated.safetensors", "optimizer.safetensors", "model.fp16.safetensors"])
+def test_a_model_s_own_file_is_read_and_not_what_is_beside_it(make_checkpoint, beside):
+    checkpoint = make_checkpoint()
+    expected = logits(checkpoint)
+    save_file({"layers.0.attention.wq.weight": torch.zeros(2, 2)}, checkpoint / beside)
+    assert torch.equal(logits(checkpoint), expected)
+
+
+def test_an_optimizer_s_state_is_no_model(make_checkpoint):
+    checkpoint = make_checkpoint()
+    expected = logits(checkpoint)
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    save_file({"state.0": torch.zeros(2)}, checkpoint / "optimizer.safetensors")
+    with pytest.raises(UserError, match=r"no \*\.safetensors"):
+        logits(checkpoint)
+    torch.save(tensors, checkpoint / "pytorch_model.bin")
+    assert torch.equal(logits(checkpoint), expected)
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic", "llama3"])
+def test_a_rope_scaling_of_factor_one_is_none(make_checkpoint, rope_type):
+    """As transformers computes it."""
+    transformers = pytest.importorskip("transformers")
+    scaling = {"rope_type": rope_type, "factor": 1.0}
+    if rope_type == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    checkpoint = make_checkpoint(rope_scaling=scaling)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(checkpoint), theirs(TOKENS).logits, atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match=f"rope scaling = '{rope_type}' is not supported"):
+        open_checkpoint(make_checkpoint("scaled", rope_scaling=scaling | {"factor": 2.0}))
+
+
+def test_meta_s_vocabulary_is_the_rows_of_its_embedding(make_checkpoint):
+    """CodeLlama's params.json has no vocab_size, Llama 2's has -1."""
+    expected = logits(make_checkpoint(intermediate_size=256))
+    for num_shards, change in ((1, {}), (2, {"vocab_size": -1})):
+        checkpoint = make_checkpoint(f"meta{num_shards}", intermediate_size=256)
+        as_meta_checkpoint(checkpoint, num_shards)
+        params = json.loads((checkpoint / "params.json").read_text())
+        del params["vocab_size"]
+        (checkpoint / "params.json").write_text(json.dumps(params | change))
+        assert open_checkpoint(checkpoint).shape.vocab_size == 1024
+        assert torch.equal(logits(checkpoint), expected)
+
+
+def test_meta_s_params_say_what_they_say(make_checkpoint):
+    checkpoint = make_checkpoint(intermediate_size=192)
+    expected = logits(checkpoint)
+    as_meta_checkpoint(checkpoint, 1)
+    params = json.loads((checkpoint / "params.json").read_text())
+
+    def write(**changes):
+        (checkpoint / "params.json").write_text(json.dumps(params | changes))
+
+    with pytest.raises(UserError, match="w1"):
+        logits(checkpoint)
+    write(hidden_dim=192, use_scaled_rope=False)
+    assert torch.equal(logits(checkpoint), expected)
+    for key, value in {"use_scaled_rope": True, "sliding_window": 4096, "moe": {"num_experts": 8}}.items():
+        write(hidden_dim=192, **{key: value})
+        with pytest.raises(UserError, match=f"params.json: {key} = .* is not supported"):
+            open_checkpoint(checkpoint)
