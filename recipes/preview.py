@@ -4,63 +4,132 @@ tune run recipes/preview.py --config configs/llama2_7b_qlora.yaml row=17
 """
 
 import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 
-from custom_components.config.components import instantiate
+from custom_components.config.components import component, instantiate
 from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import PreviewSettings
-from custom_components.datasets.row_preview import label_table, length_histogram, rendered_row
-from custom_components.datasets.summary import account
-from custom_components.datasets.tokenized_rows import ChatDataset, split_validation
+from custom_components.datasets.chat import ChatReader, chat_dataset, chat_readers
+from custom_components.datasets.preview_page import PreviewPage, page_file
+from custom_components.datasets.preview_text import marks_of_stdout, row_text
+from custom_components.datasets.row_preview import ShownRow, length_histogram, rows_of_dataset, rows_of_files
+from custom_components.datasets.summary import counted
+from custom_components.datasets.tokenized_rows import split_validation
+from custom_components.datasets.training_data import Data
 from custom_components.runtime.errors import UserError, run_recipe
+from custom_components.runtime.terminal import say
 from custom_components.training.plan import long_warmup, plan_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
 
 
 def recipe_main() -> None:
     settings = load_settings(PreviewSettings, sys.argv[1:])
-    tokenizer = instantiate(settings.tokenizer)
-    if settings.checkpoint_dir.is_dir():
-        with torch.device("meta"):
-            tokenizer = fit_tokenizer(tokenizer, instantiate(settings.model))
+    with page_file(settings.output_file) as page:
+        tokenizer = fitted_tokenizer(settings)
+        try:
+            data = open_data(settings, tokenizer)
+        except UserError:  # the rows are shown nevertheless, as far as they can be read
+            show_rows(rows_to_train_on(settings, tokenizer, None), page)
+            raise
+        show_rows(rows_to_train_on(settings, tokenizer, data), page)
+        if settings.row is None:
+            show_rows(rows_to_validate_on(settings, tokenizer, data), page)
+        print("----")
+        say(data.account)
+        print(f"\nrows by tokens\n{length_histogram(data.train.lengths)}\n")
+        say(planned := plan_words(settings, data))
+        page.add_text("What becomes of the rows", data.account)
+        page.add_text("Rows by tokens", length_histogram(data.train.lengths), is_drawing=True)
+        page.add_text("The run", planned)
+    if settings.output_file is not None:
+        print(f"page {settings.output_file}")
+
+
+def fitted_tokenizer(settings: PreviewSettings) -> Llama2ChatTransform:
+    """Make the tokenizer, held against the model if its checkpoint is here already."""
+    # What the adapter learns with is what validation and generation use.
+    tokenizer = instantiate(settings.tokenizer).with_system_prompt(settings.dataset.get("system_prompt"))
+    if not settings.checkpoint_dir.is_dir():
+        return tokenizer
+    with torch.device("meta"):
+        return fit_tokenizer(tokenizer, instantiate(settings.model))
+
+
+def open_data(settings: PreviewSettings, tokenizer: Llama2ChatTransform) -> Data:
+    """Open the rows to train on, and those to validate on, if any, as training does."""
     dataset = instantiate(settings.dataset, tokenizer=tokenizer)
     if settings.val_fraction is not None:
-        dataset, dataset_val = split_validation(dataset, settings.val_fraction, settings.seed)
-        print(f"{len(dataset_val)} rows are kept for validation")
-
-    show_rows(dataset, tokenizer, settings)
-    print(account(dataset.summaries))
-    print(f"\nrows by tokens\n{length_histogram(dataset.lengths)}\n")
-    show_plan(dataset, tokenizer, settings)
+        return Data(*split_validation(dataset, settings.val_fraction, settings.seed), tokenizer)
+    if settings.dataset_val is not None:
+        return Data(dataset, instantiate(settings.dataset_val, tokenizer=tokenizer), tokenizer)
+    return Data(dataset, None, tokenizer)
 
 
-def show_rows(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: PreviewSettings) -> None:
-    """Print the first rows as text, or a single one with its table of ids and labels."""
-    if settings.row is not None and settings.row >= len(dataset):
-        raise UserError(f"row: {settings.row} is not there, the data set has the rows 0 to {len(dataset) - 1}")
-    indices = range(min(settings.num_rows, len(dataset))) if settings.row is None else [settings.row]
-    for index in indices:
-        row = dataset[index]
-        num_supervised = sum(label >= 0 for label in row["labels"])
-        print(f"---- row {index}: {len(row['tokens'])} tokens, {num_supervised} supervised")
-        print(rendered_row(row, tokenizer, colour=sys.stdout.isatty()))
-        if settings.row is not None:
-            print(label_table(row, tokenizer))
-    print("----")
+def rows_to_train_on(
+    settings: PreviewSettings, tokenizer: Llama2ChatTransform, data: Data | None
+) -> Iterator[ShownRow]:
+    """Show the first rows of the training files, or a single one; without `data`, which cannot be read as a whole."""
+    wanted = range(settings.num_rows) if settings.row is None else range(settings.row, settings.row + 1)
+    held_out: Collection[bytes] = ()
+    if data is not None and data.validation is not None and settings.val_fraction is not None:
+        held_out = {data.validation.content_digest(index) for index in range(len(data.validation))}
+    with_tokens = settings.row is not None
+    if is_ours(settings.dataset):
+        readers = readers_of(settings.dataset, tokenizer)
+        yield from rows_of_files(readers, wanted, with_tokens=with_tokens, held_out=held_out)
+    elif data is not None:
+        yield from rows_of_dataset(data.train, tokenizer, wanted, with_tokens=with_tokens)
 
 
-def show_plan(dataset: ChatDataset, tokenizer: Llama2ChatTransform, settings: PreviewSettings) -> None:
-    """Print the optimizer steps that the run would take, and how full they are."""
-    lengths = dataset.lengths
-    plan = plan_of(settings, lengths, tokenizer.max_seq_len, has_validation=False)
+def rows_to_validate_on(settings: PreviewSettings, tokenizer: Llama2ChatTransform, data: Data) -> Iterator[ShownRow]:
+    """Show the first rows of `dataset_val`, if there is one."""
+    wanted = range(settings.num_rows)
+    if settings.dataset_val is None or data.validation is None:
+        return
+    if is_ours(settings.dataset_val):
+        readers = readers_of(settings.dataset_val, tokenizer)
+        yield from rows_of_files(readers, wanted, with_tokens=False, kind="validation row")
+    else:
+        yield from rows_of_dataset(data.validation, tokenizer, wanted, with_tokens=False, kind="validation row")
+
+
+def is_ours(node: Mapping[str, Any]) -> bool:
+    """Tell whether a data set is read from files by `chat_dataset`, and not by a component of the user's own."""
+    return component(node["_component_"]) is chat_dataset
+
+
+def readers_of(node: Mapping[str, Any], tokenizer: Llama2ChatTransform) -> list[ChatReader]:
+    """Find the sources of a `chat_dataset` node."""
+    return chat_readers(tokenizer, **{key: value for key, value in node.items() if key != "_component_"})
+
+
+def show_rows(rows: Iterable[ShownRow], page: PreviewPage) -> None:
+    marks = marks_of_stdout()
+    for row in rows:
+        print(row_text(row, marks))
+        page.add_row(row)
+
+
+def plan_words(settings: PreviewSettings, data: Data) -> str:
+    """Describe the optimizer steps that the run would take, and how full they are."""
+    lengths = data.train.lengths
+    is_auto = settings.batch_size == "auto"  # gradient_accumulation_steps then counts the rows of a step
+    settings = settings.model_copy(update={"batch_size": 1}) if is_auto else settings
+    plan = plan_of(settings, lengths, data.tokenizer.max_seq_len, has_validation=False)
     forward_sizes = [sum(lengths[row] for row in rows) for step in plan.steps for rows in step.forwards]
-    print(
-        f"{len(plan.steps)} optimizer steps, {plan.num_warmup_steps} of them warm-up; {len(forward_sizes)} forwards of "
-        f"{min(forward_sizes)} to {max(forward_sizes)} tokens, {sum(forward_sizes) // len(forward_sizes)} on average"
+    forwards = (
+        f"{len(forward_sizes)} forwards of {min(forward_sizes)} to {max(forward_sizes)} tokens, "
+        f"{sum(forward_sizes) // len(forward_sizes)} on average"
     )
-    if words := long_warmup(plan, settings.optimizer["lr"]):
-        print(words)
+    steps = (
+        f"{counted(len(plan.steps), 'optimizer step')}, {plan.num_warmup_steps} of them warm-up; "
+        f"{'as many rows a forward as fit' if is_auto else forwards}"
+    )
+    warning = long_warmup(plan, settings.optimizer["lr"])
+    return f"{steps}\n{warning}" if warning else steps
 
 
 if __name__ == "__main__":

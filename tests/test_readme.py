@@ -52,6 +52,7 @@ def in_place(command, adapter, tmp_path):
         overrides += [f"output_dir={tmp_path / 'merged'}"]
     else:
         overrides += [*IN_PLACE_OF_7B, f"output_dir={tmp_path / 'out'}"]
+        overrides += [f"output_file={tmp_path / 'rows.html'}"] if recipe == "preview" else []
     return overrides
 
 

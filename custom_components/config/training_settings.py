@@ -206,9 +206,11 @@ class PreviewSettings(TrainingSettings):
     """Settings of recipes/preview.py: a training config, and which rows to show."""
 
     row: NonNegativeInt | None = Field(
-        None, description="this row alone, with its table of ids and labels; null: the first"
+        None,
+        description="this row of the files alone, counted from 0, with its table of ids and labels; null: the first",
     )
     num_rows: PositiveInt = Field(3, description="how many of the first rows to show")
+    output_file: PathText | None = Field(None, description="also write what is shown as a page with colours, HTML")
 
 
 def refuse_cuda_only_settings(settings: TrainingSettings, device: "torch.device") -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import PositiveInt
@@ -72,6 +72,17 @@ def chat_dataset(
         **{"on_uneven_turns": on_uneven_turns, "on_empty_answer": on_empty_answer},
     )
     return mixed([(reader.cached(cache_dir), reader.settings.weight) for reader in readers])
+
+
+def chat_readers(
+    tokenizer: Llama2ChatTransform,
+    source: SourceName | list[SourceName | WeightedSource],
+    cache_dir: str | Path | None = None,
+    column_map: dict[str, str] | None = None,
+    **settings: Any,
+) -> "list[ChatReader]":
+    """Find the sources that :func:`chat_dataset` reads with the same arguments, to look at their rows one by one."""
+    return source_readers(ChatReader, tokenizer, source, column_map=column_map or {}, **settings)
 
 
 class ChatReader(SourceReader[ChatDataset]):

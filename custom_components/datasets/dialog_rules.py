@@ -10,13 +10,13 @@ from custom_components.transforms.dialogs import ChatMessage
 OnUnevenTurns = Literal["error", "merge", "drop_leading"]
 OnEmptyAnswer = Literal["drop", "error"]
 
-OPEN_QUESTION = "open last questions left out"
+OPEN_QUESTION = "open last question{s} left out"
 ROW_WITHOUT_ANSWER = "dropped (empty answer)"
-EMPTY_ANSWER = "empty answers within a dialog shown and not trained"
+EMPTY_ANSWER = "empty answer{s} within a dialog shown and not trained"
 EMPTY_QUESTION = "with an empty question"
-MERGED = "turns joined to the turn of the same role before them"
-LEADING = "answers before the first question left out"
-UNTRAINED_ANSWER = "answers marked as not trained"
+MERGED = "turn{s} joined to the turn before, of the same role"
+LEADING = "answer{s} before the first question left out"
+UNTRAINED_ANSWER = "answer{s} marked as not trained"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from custom_components.datasets.row_messages import RowMessage, RowNotes, listed
 from custom_components.transforms.dialogs import ChatMessage
 
 EQUAL_ANSWERS = "dropped (both answers are the same)"
-SHARED_MARK = "marks of answers that both dialogs of a pair share and that are not compared"
+SHARED_MARK = "mark{s} of answers that both dialogs of a pair share, not compared"
 
 PairConverter = Callable[[dict[str, Any], RowNotes, str], list[RowMessage]]
 

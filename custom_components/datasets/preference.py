@@ -70,7 +70,8 @@ class _PairsReader(SourceReader[PreferenceDataset]):
 
     def loss(self, row: Sequence[EncodedDialog]) -> str | None:
         """Leave out pairs that cutting has made equal, or that differ only in white space that no token has."""
-        chosen, rejected = map(self.cut, row)
+        cut = self.tokenizer.max_seq_len
+        chosen, rejected = ((dialog.tokens[:cut], dialog.is_supervised[:cut]) for dialog in row)
         return EQUAL_ANSWERS if chosen == rejected else None
 
     def arrays(self, rows: Sequence[Sequence[EncodedDialog]]) -> dict[str, np.ndarray]:

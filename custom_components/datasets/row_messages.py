@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,7 +32,7 @@ class RowNotes:
     """What was left out of a row or read in its own way, to be said in the account.
 
     Attributes:
-        counted: things that happened, one entry each time.
+        counted: things that happened, one entry each time, with `{s}` where their plural has an s.
         unused_columns, unused_keys: columns of the row, and keys of its messages, that have no part in training.
         foreign_marks: dialog marks in a text that is trained as prose.
     """
@@ -76,8 +77,8 @@ def row_messages(value: Any, column: str, notes: RowNotes) -> list[RowMessage]:
 
 def answer_text(value: Any, notes: RowNotes) -> Any:
     """Give an answer that is a number or a truth value, such as a classifier's label, as its text in JSON."""
-    if isinstance(value, bool | int):
-        notes.counted.append("answers that are a number or true or false, trained as text")
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        notes.counted.append("answer{s} given as a number or as true or false, trained as text")
         return json.dumps(value)
     return value
 

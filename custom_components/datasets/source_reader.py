@@ -1,11 +1,10 @@
 """The rows of one source to a data set of tokens, with an account of what became of each row."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -13,36 +12,19 @@ from tqdm import tqdm
 from custom_components.datasets.dialog_rules import DialogRules
 from custom_components.datasets.file_readers import BadRow, Row
 from custom_components.datasets.row_formats import Formats, check_format_name
-from custom_components.datasets.row_messages import RowNotes
+from custom_components.datasets.row_tokenizer import RowReader, RowTokenizer, TokenizedChunk
 from custom_components.datasets.source_list import SourceName, WeightedSource, weighted_sources
 from custom_components.datasets.sources import Source, find_source
 from custom_components.datasets.summary import DatasetSummary
 from custom_components.datasets.token_cache import TokenCache
 from custom_components.datasets.tokenized_rows import TokenizedRows, joined_arrays
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.dialogs import ChatMessage
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
-from custom_components.transforms.templates import Turn
 from custom_components.transforms.turn_encoding import EncodedDialog
 
-_NUM_ROWS_PER_ENCODE = 1024
+_NUM_RECORDS_PER_CHUNK = 1024
 
 Rows_co = TypeVar("Rows_co", bound=TokenizedRows, covariant=True)
-
-
-class RowReader(Protocol):
-    """Reads the rows of one source, in the format of the first row that has one."""
-
-    @property
-    def format_found(self) -> str:
-        """The name of that format; empty before it is known."""
-
-    def dialogs(self, row: Row) -> tuple[Sequence[Sequence[ChatMessage]], RowNotes]:
-        """Give the dialogs of a row, none if nothing of it is to be trained, and what there is to say of it.
-
-        Raises:
-            ValueError: the row is bad.
-        """
 
 
 @dataclass(frozen=True)
@@ -83,83 +65,64 @@ class SourceReader(ABC, Generic[Rows_co]):
         cache = TokenCache(cache_dir, self.source.files.paths if self.source.files else [], decisive)
         if (stored := cache.load()) is not None:
             arrays, counts = stored
-            return self.dataset(arrays, self.summary(counts))
+            return self.dataset(arrays, self._summary(counts))
         dataset = self.read()
         cache.store(dataset.arrays, vars(dataset.summaries[0]))
         return dataset
 
-    def summary(self, counts: Mapping[str, Any]) -> DatasetSummary:
+    def read(self) -> Rows_co:
+        """Read and tokenize the source's rows.
+
+        Raises:
+            UserError: a row is bad or too long and that is an error, or no row has a token to train on.
+        """
+        summary, rows = self._summary({}), self.row_tokenizer()
+        parts: list[dict[str, np.ndarray]] = []
+        first_text = ""
+        try:
+            for chunk in self._tokenized_chunks(rows, summary):
+                summary.add(chunk.summary)
+                first_text = first_text or chunk.first_text
+                if chunk.refusal:
+                    raise UserError(chunk.refusal)
+                parts += [chunk.arrays] if chunk.arrays else []
+        except UserError as error:
+            raise UserError(*summary.bad_row_lines(), *error.messages) from None
+        if rows.refuses(summary):
+            raise UserError(*summary.bad_row_lines())
+        if not parts:
+            raise self._nothing_to_train_on(summary, first_text)
+        summary.format = rows.rows.format_found
+        return self.dataset(joined_arrays(parts), summary)
+
+    def row_tokenizer(self) -> RowTokenizer:
+        """Make what turns the source's records into tokens."""
+        reader = self.row_reader(DialogRules(self.settings.on_uneven_turns, self.settings.on_empty_answer))
+        return RowTokenizer(self.tokenizer, self.settings, reader, self.arrays, self.loss)
+
+    def records(self) -> Iterator[Row | BadRow]:
+        """Read the source's records, up to `max_rows`."""
+        return self.source.records(self.settings.max_rows)
+
+    def _summary(self, counts: Mapping[str, Any]) -> DatasetSummary:
         files = self.source.files.account if self.source.files else ""
         names = {"source": self.source.name, "split": self.source.split, "files": files}
         return DatasetSummary(**{**counts, **names})
 
-    def read(self) -> Rows_co:
-        settings, summary = self.settings, self.summary({})
-        reader = self.row_reader(DialogRules(settings.on_uneven_turns, settings.on_empty_answer))
-        chunks: list[dict[str, np.ndarray]] = []
-        first_text = ""
-        try:
-            rendered = self.rendered(reader, summary)
-            while chunk := list(islice(rendered, _NUM_ROWS_PER_ENCODE)):
-                kept = []
-                for location, row in self.encode(chunk):
-                    first_text = first_text or self.tokenizer.decode(row[0].tokens)[:200]
-                    if self.keeps(location, row, summary):
-                        kept.append([self.cut(dialog) for dialog in row])
-                if kept:
-                    chunks.append(self.arrays(kept))
-                    summary.num_kept += len(kept)
-        except UserError as error:
-            raise UserError(*summary.bad_row_lines(), *error.messages) from None
-        if self.is_refused(summary):
-            raise UserError(*summary.bad_row_lines())
-        if not chunks:
-            raise self.nothing_to_train_on(summary, first_text)
-        summary.format = reader.format_found
-        return self.dataset(joined_arrays(chunks), summary)
+    def _tokenized_chunks(self, rows: RowTokenizer, summary: DatasetSummary) -> Iterator[TokenizedChunk]:
+        """Tokenize chunk after chunk.
 
-    def cut(self, dialog: EncodedDialog) -> EncodedDialog:
-        cut = self.tokenizer.max_seq_len
-        return EncodedDialog(dialog.tokens[:cut], dialog.is_supervised[:cut])
-
-    def rows(self, summary: DatasetSummary) -> Iterator[Row]:
-        def count(bad_row: BadRow) -> None:
-            location, _, reason = str(bad_row).partition(": ")
-            summary.num_rows += 1
-            summary.count_bad_row(location, reason)
-
-        return self.source.rows(count)
-
-    def rendered(self, reader: RowReader, summary: DatasetSummary) -> Iterator[tuple[str, list[list[Turn]]]]:
-        """Render the dialogs of the rows that have any; yields each row with its location.
-
-        After a bad row that is an error, the rows that follow are read only to name every kind of bad row at once.
+        Args:
+            summary: of the chunks before. After a bad row that is an error, the rows that follow are read only to name
+                every kind of bad row at once.
         """
-        rows = islice(self.rows(summary), self.settings.max_rows)
-        for row in tqdm(rows, desc=f"tokenizing {self.source.name}", unit="row", leave=False, delay=2, disable=None):
-            summary.num_rows += 1
-            try:
-                dialogs, notes = reader.dialogs(row)
-                turns = [self.tokenizer.render(dialog) for dialog in dialogs]
-            except ValueError as error:
-                summary.count_bad_row(row.location, str(error))
-            else:
-                summary.count_notes(row.location, notes)
-                if turns and not self.is_refused(summary):
-                    yield row.location, turns
-            if self.settings.streaming and self.is_refused(summary):
+        name = f"tokenizing {self.source.name}"
+        for chunk in _chunks(tqdm(self.records(), desc=name, unit="row", leave=False, delay=2, disable=None)):
+            yield rows.tokenized(chunk, is_refused=rows.refuses(summary))
+            if self.settings.streaming and rows.refuses(summary):
                 return  # the rest would be fetched only to find more bad rows
 
-    def is_refused(self, summary: DatasetSummary) -> bool:
-        return self.settings.on_bad_row == "error" and summary.num_bad > 0
-
-    def encode(self, rendered: Sequence[tuple[str, list[list[Turn]]]]) -> Iterator[tuple[str, list[EncodedDialog]]]:
-        """Tokenize rendered rows; yields each with its location."""
-        encoded = iter(self.tokenizer.encode_turns([turns for _, row in rendered for turns in row]))
-        for location, row in rendered:
-            yield location, list(islice(encoded, len(row)))
-
-    def nothing_to_train_on(self, summary: DatasetSummary, first_text: str) -> UserError:
+    def _nothing_to_train_on(self, summary: DatasetSummary, first_text: str) -> UserError:
         reasons = f": of {summary.num_rows} rows " + ", ".join(summary.losses())
         limit = f" within max_seq_len {self.tokenizer.max_seq_len}" if summary.num_overlong or first_text else ""
         first = f"; the first is {first_text!r}" if first_text else ""
@@ -167,31 +130,6 @@ class SourceReader(ABC, Generic[Rows_co]):
             f"{self.source.key}: no row of {summary.source!r} has a token to train on{limit}{reasons}{first}",
             *summary.bad_row_lines(),
         )
-
-    def keeps(self, location: str, row: Sequence[EncodedDialog], summary: DatasetSummary) -> bool:
-        """Decide whether a row is trained on, and count it."""
-        cut = self.tokenizer.max_seq_len
-        overlong = [dialog.tokens for dialog in row if cut is not None and len(dialog.tokens) > cut]
-        if overlong and self.settings.on_overlong == "error":
-            text = self.tokenizer.decode(overlong[0])[:60]
-            raise UserError(f"{location}: has {len(overlong[0])} tokens, max_seq_len is {cut}: {text!r}")
-        if overlong and self.settings.on_overlong == "drop":
-            summary.num_overlong += 1
-            return False
-        # The first token is never predicted, so it does not count as supervised.
-        nums_supervised = [sum(dialog.is_supervised[1:cut]) for dialog in row]
-        if not all(nums_supervised):
-            summary.num_unsupervised += 1
-            return False
-        if (reason := self.loss(row)) is not None:
-            summary.notes[reason] = summary.notes.get(reason, 0) + 1
-            return False
-        nums_tokens = [len(dialog.tokens[:cut]) for dialog in row]
-        summary.num_truncated += bool(overlong)
-        summary.num_tokens += sum(nums_tokens)
-        summary.num_supervised_tokens += sum(nums_supervised)
-        summary.longest_row_tokens = max(summary.longest_row_tokens, *nums_tokens)
-        return True
 
 
 def laid_out(dialogs: Sequence[EncodedDialog]) -> dict[str, np.ndarray]:
@@ -227,3 +165,20 @@ def source_readers(
         found = find_source(part.source, part.split, part.subset, part.revision, part.streaming, key)
         readers.append(reader(found, part, tokenizer.with_system_prompt(part.system_prompt)))
     return readers
+
+
+def _chunks(records: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
+    """Cut records into chunks; what was read before an error is a chunk of its own, so that nothing is lost."""
+    chunk: list[Row | BadRow] = []
+    try:
+        for record in records:
+            chunk.append(record)
+            if len(chunk) == _NUM_RECORDS_PER_CHUNK:
+                yield chunk
+                chunk = []
+    except UserError:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk

@@ -41,14 +41,29 @@ class Source:
             UserError: a file is broken as a whole, named by its line if it has any, or there is no row at all.
             BadRow: a single record is broken, named by its line, unless `on_bad_row` returns.
         """
-        num_rows = num_bad_rows = 0
-        for row in self._records():
-            if isinstance(row, BadRow):
-                num_bad_rows += 1
-                on_bad_row(row)
+        for record in self.records():
+            if isinstance(record, BadRow):
+                on_bad_row(record)
             else:
-                num_rows += 1
-                yield row
+                yield record
+
+    def records(self, max_rows: int | None = None) -> Iterator[Row | BadRow]:
+        """Read the rows one by one, with the broken records between them.
+
+        Args:
+            max_rows: end after so many rows; broken records do not count.
+
+        Raises:
+            UserError: a file is broken as a whole, named by its line if it has any, or there is no row at all.
+        """
+        num_rows = num_bad_rows = 0
+        for record in self._records():
+            is_bad = isinstance(record, BadRow)
+            num_bad_rows += is_bad
+            num_rows += not is_bad
+            yield record
+            if num_rows == max_rows:
+                return
         if num_rows == 0:
             reason = f": all {num_bad_rows} records are broken" if num_bad_rows else ""
             raise UserError(f"{self.key}: {self.name!r} has no rows{reason}")

@@ -5,11 +5,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from custom_components.datasets.row_messages import RowNotes
+from custom_components.runtime.terminal import visible
 
 # What tells apart two bad rows of one kind: quoted values, numbers, and all after a quote that is cut.
 _VALUES = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+")
 _CUT_VALUE = re.compile(r"['\"\[{(].*", re.DOTALL)
 _MAX_KINDS = 8
+_COUNTS = (
+    *("num_rows", "num_kept", "num_bad", "num_overlong", "num_unsupervised", "num_truncated"),
+    *("num_tokens", "num_supervised_tokens"),
+)
 
 
 @dataclass
@@ -20,7 +25,7 @@ class DatasetSummary:
         files: which of a folder's files are read and which are not.
         num_taken: rows of an epoch, if the source is one of several or has a weight.
         bad_rows: for each kind of bad row, how many there are, and the first with its place.
-        notes: things that were left out or read in their own way, and how often.
+        notes: things that were left out or read in their own way, with `{s}` for their plural, and how often.
         unused_columns, unused_keys: columns of rows, and keys of messages, that have no part in training.
         foreign_marks: for each kind of dialog marks in text that is trained as prose, in how many, and the first.
     """
@@ -46,6 +51,20 @@ class DatasetSummary:
     unused_keys: list[str] = field(default_factory=list)
     foreign_marks: dict[str, tuple[int, str]] = field(default_factory=dict)
 
+    def add(self, later: "DatasetSummary") -> None:
+        """Add the counts of rows that come after these."""
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.longest_row_tokens = max(self.longest_row_tokens, later.longest_row_tokens)
+        for note, count in later.notes.items():
+            self.notes[note] = self.notes.get(note, 0) + count
+        for kinds, more in ((self.bad_rows, later.bad_rows), (self.foreign_marks, later.foreign_marks)):
+            for kind, (count, first) in more.items():
+                num_before, first = kinds.get(kind, (0, first))
+                kinds[kind] = (num_before + count, first)
+        _add_names(self.unused_columns, later.unused_columns)
+        _add_names(self.unused_keys, later.unused_keys)
+
     def count_bad_row(self, location: str, reason: str) -> None:
         kind = _CUT_VALUE.sub("", _VALUES.sub("", reason))
         self.num_bad += 1
@@ -54,15 +73,15 @@ class DatasetSummary:
     def count_notes(self, location: str, notes: RowNotes) -> None:
         for note in notes.counted:
             self.notes[note] = self.notes.get(note, 0) + 1
-        for names, found in ((self.unused_columns, notes.unused_columns), (self.unused_keys, notes.unused_keys)):
-            names += [name for name in dict.fromkeys(found) if name not in names]
+        _add_names(self.unused_columns, notes.unused_columns)
+        _add_names(self.unused_keys, notes.unused_keys)
         for mark in notes.foreign_marks:
             _count(self.foreign_marks, mark, location)
 
     def bad_row_lines(self) -> list[str]:
         """Give the first bad row of each kind with its place and reason, and how many there are like it."""
         lines = [
-            first + (f" (and {count - 1} more such rows)" if count > 1 else "")
+            first + (f" (and {counted(count - 1, 'more such row')})" if count > 1 else "")
             for count, first in self.bad_rows.values()
         ]
         more = f"and {len(lines) - _MAX_KINDS} more kinds of bad rows"
@@ -77,20 +96,20 @@ class DatasetSummary:
             "truncated": self.num_truncated,
             **self.notes,
         }
-        return [f"{count} {what}" for what, count in counts.items() if count]
+        return [f"{count} {what.format(s='' if count == 1 else 's')}" for what, count in counts.items() if count]
 
     def __str__(self) -> str:
         counts = ", ".join(
             [
-                f"{self.name} ({self.format}): {self.num_rows} rows, {self.num_kept} kept",
+                f"{self.name} ({self.format}): {counted(self.num_rows, 'row')}, {self.num_kept} kept",
                 *([] if self.num_taken is None else [f"{self.num_taken} taken (weight {self.weight:g})"]),
                 *(["plain text, every token is trained"] if self.format == "text" else []),
                 *self.losses(),
-                f"{self.num_tokens} tokens, {self.num_supervised_tokens} supervised",
+                f"{counted(self.num_tokens, 'token')}, {self.num_supervised_tokens} supervised",
                 f"longest {self.longest_row_tokens}",
             ]
         )
-        return "\n  ".join([counts, *(f"bad: {line}" for line in self.bad_row_lines()), *self._remarks()])
+        return visible("\n  ".join([counts, *(f"bad: {line}" for line in self.bad_row_lines()), *self._remarks()]))
 
     @property
     def name(self) -> str:
@@ -102,7 +121,7 @@ class DatasetSummary:
             yield self.files
         for mark, (count, place) in self.foreign_marks.items():
             yield (
-                f"warning: {mark!r} in {count} text{'s' if count > 1 else ''}, the first {place}: marks of a dialog "
+                f"warning: {mark!r} in {counted(count, 'text')}, the first {place}: marks of a dialog "
                 "are trained as prose, prompts included; give such rows as messages, or with [INST] or ### Human: marks"
             )
         if self.unused_keys:
@@ -116,8 +135,17 @@ def account(summaries: Sequence[DatasetSummary]) -> str:
     lines = [str(summary) for summary in summaries]
     if len(summaries) > 1:
         num_taken = [summary.num_kept if summary.num_taken is None else summary.num_taken for summary in summaries]
-        lines.append(f"{len(summaries)} sources: {sum(num_taken)} rows")
+        lines.append(f"{len(summaries)} sources: {counted(sum(num_taken), 'row')}")
     return "\n".join(lines)
+
+
+def counted(count: int, noun: str) -> str:
+    """Write a number of things: `1 row`, `2 rows`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _add_names(names: list[str], found: Sequence[str]) -> None:
+    names += [name for name in dict.fromkeys(found) if name not in names]
 
 
 def _count(counts: dict[str, tuple[int, str]], kind: str, first: str) -> None:

@@ -13,7 +13,7 @@ from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
 
 # Part of every key: raise it whenever the same inputs would give other tokens or other arrays.
-_VERSION = 4
+_VERSION = 5
 
 
 class TokenCache:

@@ -81,8 +81,7 @@ class TokenizedRows(Dataset):
     def content_digest(self, index: int) -> bytes:
         """Hash a row's tokens and which of them are supervised; equal rows have equal hashes."""
         row = self._row(index)
-        # note: hashes the inverse, torchtune's mask. Validation rows are drawn by this hash, and resumed runs check it.
-        return hashlib.sha256(self._tokens[row].tobytes() + (~self._is_supervised[row]).tobytes()).digest()
+        return row_digest(self._tokens[row], self._is_supervised[row])
 
     def _row(self, index: int) -> slice:
         return slice(*self._ends[self._rows[index] : self._rows[index] + 2])
@@ -100,6 +99,12 @@ class ChatDataset(TokenizedRows):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return self._tokens_and_labels(self._row(index))
+
+
+def row_digest(tokens: np.ndarray, is_supervised: np.ndarray) -> bytes:
+    """Hash a row; see :meth:`TokenizedRows.content_digest`."""
+    # note: hashes the inverse, torchtune's mask. Validation rows are drawn by this hash, and resumed runs check it.
+    return hashlib.sha256(tokens.tobytes() + (~is_supervised).tobytes()).digest()
 
 
 Rows = TypeVar("Rows", bound=TokenizedRows)
@@ -128,7 +133,9 @@ def split_validation(dataset: Rows, val_fraction: float, seed: int) -> tuple[Row
 
 
 def joined_arrays(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Join the arrays of several parts, those of the first part's rows first."""
+    """Join the arrays of several parts, those of the first part's rows first; of a single part nothing is copied."""
+    if len(parts) == 1:
+        return dict(parts[0])
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "ends"}
     lengths = np.concatenate([np.diff(part["ends"]) for part in parts])
     return joined | {"ends": np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])}

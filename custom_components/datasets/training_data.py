@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from custom_components.datasets.batching import Batch, BatchPlan, collate
-from custom_components.datasets.summary import account
+from custom_components.datasets.summary import account, counted
 from custom_components.datasets.tokenized_rows import ChatDataset
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 
@@ -45,7 +45,7 @@ class Data:
 def _validation_lines(train: ChatDataset, validation: ChatDataset) -> Iterator[str]:
     num_rows = len(validation)
     if validation.arrays["tokens"] is train.arrays["tokens"]:
-        yield f"{num_rows} rows are kept for validation"
+        yield f"{counted(num_rows, 'row')} {_are(num_rows)} kept for validation"
     else:
         yield f"validation: {account(validation.summaries)}"
     trained_rows = {train.content_digest(index) for index in range(len(train))}
@@ -53,6 +53,12 @@ def _validation_lines(train: ChatDataset, validation: ChatDataset) -> Iterator[s
     new_rows = [index for index in range(num_rows) if validation.content_digest(index) not in trained_rows]
     num_asked = sum(validation.prompt_digest(index) in trained_prompts for index in new_rows)
     if num_known := num_rows - len(new_rows):
-        yield f"{num_known} of the {num_rows} validation rows are also trained on: their loss is not that of new rows"
+        known = f"{num_known} of the {num_rows} validation rows"
+        yield f"{known} {_are(num_known)} also trained on: the loss is not that of new rows alone"
     if num_asked:
-        yield f"{num_asked} of the {num_rows} validation rows have a prompt that is trained on with another answer"
+        have = "has" if num_asked == 1 else "have"
+        yield f"{num_asked} of the {num_rows} validation rows {have} a prompt that is trained on with another answer"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"

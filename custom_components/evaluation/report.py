@@ -2,14 +2,11 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from custom_components.runtime.atomic_files import whole_file
-from custom_components.runtime.disk_errors import disk_errors_of
-from custom_components.runtime.errors import UserError
+from custom_components.runtime.output_file import replaced_file
 
 _NUM_COLUMNS = 80
 
@@ -65,29 +62,9 @@ def results_file(path: Path | None) -> Iterator[dict[str, Any]]:
     if path is None:
         yield results
         return
-    _check_no_other_file(path)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(disk_errors_of("output_file", path, "free space there, or name a file on another disk"))
-        try:
-            aside = stack.enter_context(whole_file(path))
-            aside.touch()
-        except OSError as error:
-            raise UserError(
-                f"output_file: {str(path)!r} cannot be written ({error.strerror}); name another file"
-            ) from None
+    with replaced_file(path, _is_results, "the results of an evaluation") as aside:
         yield results
         aside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _check_no_other_file(path)
-
-
-def _check_no_other_file(path: Path) -> None:
-    if path.is_dir():
-        raise UserError(f"output_file: {str(path)!r} cannot be written (it is a directory); name a file")
-    if os.path.lexists(path) and (path.is_symlink() or not _is_results(path)):
-        raise UserError(
-            f"output_file: {str(path)!r} exists and is not the results of an evaluation, which could be replaced; "
-            "delete it or name another file"
-        )
 
 
 def _is_results(path: Path) -> bool:

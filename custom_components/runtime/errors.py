@@ -5,8 +5,10 @@ import sys
 from collections.abc import Callable
 
 from custom_components.runtime.starting import STOPPED_LINE, leave_at_once, take_interrupts
+from custom_components.runtime.terminal import allow_any_text, is_stdout_closed
 
 EXIT_CODE_USER_ERROR = 2
+EXIT_CODE_CLOSED_STDOUT = 141  # 128 + SIGPIPE, as of other programs whose reader has left
 
 
 class UserError(ValueError):
@@ -24,15 +26,17 @@ class UserError(ValueError):
 def run_recipe(recipe_main: Callable[[], None]) -> None:
     """Run a recipe's main function and exit with the code for how it ended.
 
-    0 when done, 2 after a :class:`UserError` (its lines on stderr, no traceback), 130 and 143 after SIGINT and SIGTERM.
-    Anything else is a bug and keeps its traceback.
+    0 when done, 2 after a :class:`UserError` (its lines on stderr, no traceback), 130 and 143 after SIGINT and SIGTERM,
+    141 when nobody reads its output any more, as after `| head`. Anything else is a bug and keeps its traceback.
     """
     import torch  # note: not at the top of a file that `--help` and the first error lines need at once
 
     take_interrupts()
     signal.signal(signal.SIGTERM, _raise_system_exit)
+    allow_any_text()
     try:
         recipe_main()
+        sys.stdout.flush()
     except UserError as error:
         print_errors(error)
         sys.exit(EXIT_CODE_USER_ERROR)
@@ -40,6 +44,10 @@ def run_recipe(recipe_main: Callable[[], None]) -> None:
         reason = str(error).splitlines()[0]
         print(f"error: {reason} Lower batch_size or max_seq_len, or set quantize_base=true", file=sys.stderr)
         sys.exit(EXIT_CODE_USER_ERROR)
+    except BrokenPipeError:
+        if not is_stdout_closed():
+            raise
+        sys.exit(EXIT_CODE_CLOSED_STDOUT)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, leave_at_once)  # threads may still have to end
         print(STOPPED_LINE, file=sys.stderr)

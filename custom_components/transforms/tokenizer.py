@@ -120,6 +120,11 @@ class Tokenizer:
             return self.processor.id_to_piece(token)
         return next((added.text for added in self.added_tokens.tokens if added.index == token), None)
 
+    def is_control(self, token: int) -> bool:
+        """Tell whether a token is one that text cannot spell, such as BOS and EOS, or one that the checkpoint adds."""
+        is_piece = 0 <= token < self.num_pieces
+        return not is_piece or self.processor.is_control(token) or self.processor.is_unknown(token)
+
     def text_of_pieces(self, token_ids: Sequence[int]) -> str:
         """Show ids as text: control tokens by name, spaces kept, broken characters replaced."""
         parts: list[bytes] = []

@@ -186,4 +186,4 @@ def test_guanaco(test_data, tiny_tokenizer):
     """Two rows have an empty question, and one of several turns an empty answer: all are kept."""
     [summary] = chat_dataset(tiny_tokenizer, str(test_data("guanaco_llama2_1k/train.parquet"))).summaries
     assert (summary.num_rows, summary.num_kept) == (1000, 1000)
-    assert summary.notes == {"with an empty question": 2, "empty answers within a dialog shown and not trained": 1}
+    assert summary.notes == {"with an empty question": 2, "empty answer{s} within a dialog shown and not trained": 1}

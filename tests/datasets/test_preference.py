@@ -82,7 +82,7 @@ def test_L27_every_format_gives_the_same_pair_and_is_said(read, tiny_tokenizer, 
             [pair] = dataset
             assert pair["chosen"] == encoded(tiny_tokenizer, *QUESTION, *said(GOOD))
             assert pair["rejected"] == encoded(tiny_tokenizer, *QUESTION, *said(BAD))
-            assert f"({name}): 1 rows, 1 kept" in str(dataset.summaries[0])
+            assert f"({name}): 1 row, 1 kept" in str(dataset.summaries[0])
 
 
 def test_a_system_message_is_both_dialogs(read, tiny_tokenizer):
@@ -127,7 +127,7 @@ def test_L02_of_several_turns_only_those_that_differ_are_compared(read, tiny_tok
             {"instruction": "Q", "chosen_response": "A", "rejected_response": "B"},
             "'dataset.column_map={prompt: instruction, chosen: chosen_response, rejected: rejected_response}'",
         ),
-        ({"prompt": "Q", "chosen": "A", "rejected": 3.5}, "'rejected' holds 3.5 where text is due"),
+        ({"prompt": "Q", "chosen": "A", "rejected": float("nan")}, "'rejected' holds nan where text is due"),
         ({"chosen": "A", "rejected": "B"}, "'chosen' is text without a question"),
         (
             {"chosen": QUESTION + said("A"), "rejected": [{"role": "user", "content": "Else?"}, *said("A")]},
@@ -169,7 +169,7 @@ def test_L32_what_becomes_of_imperfect_pairs_is_counted(read):
         "1 dropped (empty answer)",
         "1 dropped (marked as not trained)",
         "1 dropped (bad rows)",
-        "1 open last questions left out",
+        "1 open last question left out",
         "columns not used: score_chosen",
     ):
         assert words in account
@@ -184,7 +184,7 @@ def test_uneven_turns_follow_the_rules(read, tiny_tokenizer):
     dataset = read(row, on_uneven_turns="merge")
     joined = {"role": "user", "content": "What is up?\n\nWhat is up?"}
     assert dataset[0]["chosen"] == encoded(tiny_tokenizer, joined, *said(GOOD))
-    assert "1 turns joined" in str(dataset.summaries[0])  # once, not for each of the two dialogs
+    assert "1 turn joined" in str(dataset.summaries[0])  # once, not for each of the two dialogs
 
 
 def test_L05_each_dialog_is_cut_and_pairs_without_an_answer_left_are_dropped(read, tiny_tokenizer):

@@ -129,7 +129,7 @@ def test_L32_the_summary_says_the_rows_taken_of_each_source_and_their_sum(first,
     sources = [{"source": first, "weight": 0.5}, {"source": second, "weight": 3, "column_map": column_map}]
     lines = account(chat_dataset(tiny_tokenizer, sources).summaries).splitlines()
     assert "4 rows, 4 kept, 2 taken (weight 0.5)" in lines[0]
-    assert "1 rows, 1 kept, 3 taken (weight 3)" in lines[1]
+    assert "1 row, 1 kept, 3 taken (weight 3)" in lines[1]
     assert lines[2] == "2 sources: 5 rows"
     assert "taken" not in account(chat_dataset(tiny_tokenizer, first).summaries)
 

@@ -22,7 +22,7 @@ TRAINING_PATHS = [
 # Every path of every recipe.
 PATHS = {
     "lora_single_device": ("configs/tiny_qlora.yaml", TrainingSettings, TRAINING_PATHS),
-    "preview": ("configs/tiny_qlora.yaml", PreviewSettings, TRAINING_PATHS),
+    "preview": ("configs/tiny_qlora.yaml", PreviewSettings, [*TRAINING_PATHS, "output_file"]),
     "estimate": ("configs/tiny_qlora.yaml", TrainingSettings, TRAINING_PATHS),
     "generate": (
         "configs/generate.yaml",

@@ -141,13 +141,14 @@ def test_L30_a_merge_on_a_full_disk(inputs, disk, tmp_path, monkeypatch, format,
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("recipe", ["evaluate", "generate"])
+@pytest.mark.parametrize("recipe", ["evaluate", "generate", "preview"])
 def test_L30_an_output_file_on_a_full_disk(inputs, disk, recipe):
     folder = disk(BLOCK_BYTES)
     (folder / "filler").write_bytes(bytes(BLOCK_BYTES))
-    read = {"evaluate": "dataset.source", "generate": "prompts_file"}[recipe]
+    read = "prompts_file" if recipe == "generate" else "dataset.source"
+    config = {"preview": "llama_qlora"}.get(recipe, recipe)
     code, _, err = run_here(
-        *(recipe, "--config", str(PROJECT / f"configs/{recipe}.yaml"), f"checkpoint_dir={inputs / 'base'}"),
+        *(recipe, "--config", str(PROJECT / f"configs/{config}.yaml"), f"checkpoint_dir={inputs / 'base'}"),
         *("device=cpu", f"{read}={inputs / 'rows.jsonl'}", f"output_file={folder / 'out'}"),
         *(["max_new_tokens=1"] if recipe == "generate" else ["cache_dir=null"]),
     )

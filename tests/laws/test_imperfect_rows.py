@@ -52,7 +52,7 @@ DIALOG_FORMATS = ["messages", "conversations", "prompt", "[INST]", "### Human"]
 def test_L32_an_open_last_question_is_left_out_and_counted(tmp_path, name):
     dataset = read(tmp_path, in_format(name, "a", "b", "c"), in_format(name, "a", "b"))
     assert [row["tokens"] for row in dataset] == [tokens_of("a", "b")] * 2
-    assert "1 open last questions left out" in str(dataset.summaries[0])
+    assert "1 open last question left out" in str(dataset.summaries[0])
 
 
 @pytest.mark.parametrize("name", ["messages", "conversations", "[INST]"])
@@ -69,7 +69,7 @@ def test_L02_an_empty_answer_in_a_dialog_is_shown_and_not_trained(tmp_path, name
     first = row["tokens"].index(TRANSFORM.eos_id) + 1
     assert not any(label >= 0 for label in row["labels"][:first]) and any(label >= 0 for label in row["labels"][first:])
     assert "1 dropped (empty answer)" in str(dataset.summaries[0])
-    assert "1 empty answers within a dialog shown and not trained" in str(dataset.summaries[0])
+    assert "1 empty answer within a dialog shown and not trained" in str(dataset.summaries[0])
     with pytest.raises(UserError, match=r"rows\.jsonl:1: message \d.*, of role 'assistant', is empty"):
         read(tmp_path, in_format(name, "a", "", "c", "d"), on_empty_answer="error")
 
@@ -111,7 +111,7 @@ def test_L32_uneven_turns_are_refused_with_the_key_that_repairs_them(tmp_path):
         read(tmp_path, leading, on_uneven_turns="merge")
     dropped = read(tmp_path, leading, doubled, on_uneven_turns="drop_leading")
     assert [row["tokens"] for row in dropped] == [tokens_of("user", "assistant"), merged[0]["tokens"]]
-    assert "1 answers before the first question left out" in str(dropped.summaries[0])
+    assert "1 answer before the first question left out" in str(dropped.summaries[0])
     with pytest.raises(UserError, match="message 2 and message 3 are one turn, but only one is marked"):
         read(tmp_path, {"messages": [user, assistant, assistant | {"weight": 0}]}, on_uneven_turns="merge")
 
@@ -157,7 +157,9 @@ def test_L27_a_completion_that_repeats_the_prompt_is_the_dialog(tmp_path):
         assert [*read(tmp_path, {"prompt": prompt, "completion": completion})] == plain
 
 
-@pytest.mark.parametrize(("value", "text"), [(3, "3"), (-1, "-1"), (0, "0"), (True, "true"), (False, "false")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(3, "3"), (-1, "-1"), (0, "0"), (0.5, "0.5"), (1e-7, "1e-07"), (True, "true"), (False, "false")]
+)
 def test_L27_numbers_and_truth_values_are_answers_by_their_text(tmp_path, value, text):
     for row in (
         {"prompt": "a", "completion": value},
@@ -166,7 +168,23 @@ def test_L27_numbers_and_truth_values_are_answers_by_their_text(tmp_path, value,
     ):
         dataset = read(tmp_path, row)
         assert dataset[0]["tokens"] == tokens_of("a", text)
-        assert "1 answers that are a number or true or false, trained as text" in str(dataset.summaries[0])
+        assert "1 answer given as a number or as true or false, trained as text" in str(dataset.summaries[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_L27_an_answer_that_is_not_a_number_is_a_bad_row(tmp_path, value):
+    """pandas writes a missing answer so."""
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: 'completion' holds (nan|inf) where text is due"):
+        read(tmp_path, {"prompt": "a", "completion": value})
+
+
+def test_L32_one_thing_is_counted_in_the_singular(tmp_path):
+    open_question, row = in_format("messages", "a", "b", "c"), in_format("messages", "a", "b")
+    one, two = read(tmp_path, open_question), read(tmp_path, open_question, open_question)
+    assert ": 1 row, 1 kept, 1 open last question left out, " in str(one.summaries[0])
+    assert ": 2 rows, 2 kept, 2 open last questions left out, " in str(two.summaries[0])
+    with pytest.raises(UserError, match=r"\(and 1 more such row\)$"):
+        read(tmp_path, row, {"x": 1}, {"x": 1})
 
 
 # ---- The first row does not decide for all

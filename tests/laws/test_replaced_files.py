@@ -123,22 +123,30 @@ def answering(folder: Path, output_file: Path) -> list[str]:
     ]
 
 
-WRITERS = {"evaluate": evaluation, "generate": answering}
+def previewing(folder: Path, output_file: Path) -> list[str]:
+    return [
+        *("--config", str(PROJECT / "configs/llama_qlora.yaml"), f"checkpoint_dir={folder / 'base'}", "cache_dir=null"),
+        *(f"dataset.source={folder / 'rows.jsonl'}", f"output_file={output_file}"),
+    ]
+
+
+WRITERS = {"evaluate": evaluation, "generate": answering, "preview": previewing}
+CONFIGS = {"evaluate": "evaluate.yaml", "generate": "generate.yaml", "preview": "llama_qlora.yaml"}
 
 
 @pytest.mark.parametrize("recipe", WRITERS)
 def test_an_earlier_output_file(adapted, tmp_path, recipe):
-    """Results of an evaluation are replaced by those of the next; answers never."""
+    """Results of an evaluation, and the page of a preview, are replaced by those of the next; answers never."""
     command = [recipe, *WRITERS[recipe](adapted, tmp_path / "out.json")]
     assert run_here(*command)[0] == 0
     before = snapshot(tmp_path)
     code, _, err = run_here(*command)
-    assert code == (0 if recipe == "evaluate" else 2), err
+    assert code == (2 if recipe == "generate" else 0), err
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("recipe", WRITERS)
-@pytest.mark.parametrize("content", ["", "mine", "{}", '{"results": 1}', "[1]"])
+@pytest.mark.parametrize("content", ["", "mine", "{}", '{"results": 1}', "[1]", "<!doctype html>\n<title>Rows"])
 def test_L33_an_output_file_replaces_nothing_of_others(adapted, tmp_path, recipe, content):
     path = tmp_path / "out.json"
     path.write_text(content)
@@ -170,7 +178,7 @@ def test_L33_an_output_file_is_never_what_is_read(adapted, tmp_path, recipe, nam
 @pytest.mark.parametrize("recipe", WRITERS)
 def test_L33_the_config_is_no_output_file(adapted, tmp_path, recipe):
     config = tmp_path / "mine.yaml"
-    shutil.copyfile(PROJECT / f"configs/{recipe}.yaml", config)
+    shutil.copyfile(PROJECT / "configs" / CONFIGS[recipe], config)
     before = config.read_bytes()
     _, _, *overrides = WRITERS[recipe](adapted, config)
     code, _, err = run_here(recipe, "--config", str(config), *overrides)

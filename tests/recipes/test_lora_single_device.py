@@ -175,6 +175,6 @@ def test_real_weights_and_conversations(test_data, tmp_path):
         *("device=cpu", "max_steps_per_epoch=2", "lora_rank=32", f"output_dir={tmp_path / 'out'}", "cache_dir=null"),
     )
     assert result.returncode == 0, result.stderr
-    for words in ("1000 rows", "2 with an empty question", "1 empty answers within a dialog"):
+    for words in ("1000 rows", "2 with an empty question", "1 empty answer within a dialog"):
         assert words in result.stdout
     assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["r"] == 32

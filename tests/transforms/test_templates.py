@@ -6,8 +6,9 @@ import pytest
 from torchtune.data import AlpacaToMessages
 
 from custom_components.datasets.chat import chat_dataset
+from custom_components.datasets.preview_text import BRACKETS, spans_text
 from custom_components.datasets.prompt_files import row_dialog
-from custom_components.datasets.row_preview import rendered_row
+from custom_components.datasets.row_preview import row_spans
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.dialogs import chat_messages
 from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
@@ -29,36 +30,36 @@ def shown(template, dialog=DIALOG, **settings):
     tokenizer = Llama2ChatTransform(TINY_TOKENIZER, prompt_template=template, **settings)
     row = tokenizer({"messages": dialog})
     labels = [-100 if masked else token for token, masked in zip(row["tokens"], row["mask"], strict=True)]
-    return rendered_row({"tokens": row["tokens"], "labels": labels}, tokenizer, colour=False)
+    return spans_text(row_spans(row["tokens"], labels, tokenizer), BRACKETS)
 
 
 def test_human_response():
     assert shown("human_response", DIALOG[1:]) == (
-        "<s> ### HUMAN:\nOne?\n\n### RESPONSE:\n⟦Yes.</s>⟧<s> ### HUMAN:\nTwo?\n\n### RESPONSE:\n⟦No.</s>⟧"
+        "⟨s⟩ ### HUMAN:\nOne?\n\n### RESPONSE:\n⟦Yes.⟨/s⟩⟧⟨s⟩ ### HUMAN:\nTwo?\n\n### RESPONSE:\n⟦No.⟨/s⟩⟧"
     )
 
 
 def test_alpaca_brings_its_own_system_prompt():
     text = shown("alpaca", DIALOG[1:3])
-    assert text.startswith("<s> Below is an instruction that describes a task.")
-    assert text.endswith("\n\n### Instruction:\nOne?\n\n### Response:\n⟦Yes.</s>⟧")
+    assert text.startswith("⟨s⟩ Below is an instruction that describes a task.")
+    assert text.endswith("\n\n### Instruction:\nOne?\n\n### Response:\n⟦Yes.⟨/s⟩⟧")
 
 
 def test_ones_own_template_and_a_space_at_the_seam():
     """The space before an answer belongs to the answer's first piece, as the tokenizer would join them."""
-    assert shown(OWN) == "<s> S: Be kind.\nU: One?\nA:⟦ Yes.\n</s>⟧<s> U: Two?\nA:⟦ No.\n</s>⟧"
+    assert shown(OWN) == "⟨s⟩ S: Be kind.\nU: One?\nA:⟦ Yes.\n⟨/s⟩⟧⟨s⟩ U: Two?\nA:⟦ No.\n⟨/s⟩⟧"
 
 
 def test_none_leaves_the_text_alone():
     assert shown("none", [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]) == (
-        "<s> 2+2=⟦4</s>⟧"
+        "⟨s⟩ 2+2=⟦4⟨/s⟩⟧"
     )
 
 
 def test_train_on():
     assert shown("human_response", DIALOG[1:], train_on="last_assistant").count("⟦") == 1
-    assert shown("human_response", DIALOG[1:], train_on="last_assistant").endswith("⟦No.</s>⟧")
-    assert shown("human_response", DIALOG[1:3], train_on="all") == "<s>⟦ ### HUMAN:\nOne?\n\n### RESPONSE:\nYes.</s>⟧"
+    assert shown("human_response", DIALOG[1:], train_on="last_assistant").endswith("⟦No.⟨/s⟩⟧")
+    assert shown("human_response", DIALOG[1:3], train_on="all") == "⟨s⟩⟦ ### HUMAN:\nOne?\n\n### RESPONSE:\nYes.⟨/s⟩⟧"
 
 
 def test_weight_zero_is_shown_and_not_trained():
