@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torchtune.modules import RMSNorm, TransformerDecoder
 
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.batching import Batch, collate
 from custom_components.memory.estimate import MemoryEstimate, estimate_memory
 from custom_components.models import nf4
@@ -116,7 +116,7 @@ def measured_row(case: Case, dtype: torch.dtype, device: torch.device) -> str:
 def measure(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[float, float, MemoryEstimate]:
     """The median step's seconds, the peak of memory in GiB, and the estimate of it."""
     settings = load_settings(
-        TrainingSettings, ["--config", "configs/llama2_7b_qlora.yaml", f"quantize_base={str(case.quantized).lower()}"]
+        LoRASettings, ["--config", "configs/llama2_7b_qlora.yaml", f"quantize_base={str(case.quantized).lower()}"]
     )
     memory = PeakMemory(device)
     shape = getattr(llama_shapes, case.shape)

@@ -10,7 +10,7 @@ import torch
 
 from custom_components.config.components import instantiate
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings
+from custom_components.config.training_kinds import AnyTrainingSettings
 from custom_components.memory.estimate import estimate_memory
 from custom_components.memory.report import MANY_TOKENS, MemoryLine, card_table, memory_table
 from custom_components.runtime.devices import resolved_device, resolved_dtype
@@ -18,7 +18,7 @@ from custom_components.runtime.errors import run_recipe
 
 
 def recipe_main() -> None:
-    settings = load_settings(TrainingSettings, sys.argv[1:])
+    settings = load_settings(AnyTrainingSettings, sys.argv[1:])
     device = resolved_device(settings.device)
     dtype, dtype_words = resolved_dtype(settings.dtype, device)
     with torch.device("meta"):

@@ -11,14 +11,14 @@ import torch
 
 from custom_components.config.components import component, instantiate
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import PreviewSettings
+from custom_components.config.training_kinds import PreviewSettings
 from custom_components.datasets.chat import ChatReader, chat_dataset, chat_readers
 from custom_components.datasets.preview_page import PreviewPage, page_file
 from custom_components.datasets.preview_text import marks_of_stdout, row_text
 from custom_components.datasets.row_preview import ShownRow, length_histogram, rows_of_dataset, rows_of_files
 from custom_components.datasets.summary import counted
-from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.datasets.training_data import Data
+from custom_components.recipe_parts.opening import open_rows
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.terminal import say
 from custom_components.training.plan import long_warmup, plan_of
@@ -30,7 +30,7 @@ def recipe_main() -> None:
     with page_file(settings.output_file) as page:
         tokenizer = fitted_tokenizer(settings)
         try:
-            data = open_data(settings, tokenizer)
+            data = open_rows(settings, tokenizer)
         except UserError:  # the rows are shown nevertheless, as far as they can be read
             show_rows(rows_to_train_on(settings, tokenizer, None), page)
             raise
@@ -56,16 +56,6 @@ def fitted_tokenizer(settings: PreviewSettings) -> Llama2ChatTransform:
         return tokenizer
     with torch.device("meta"):
         return fit_tokenizer(tokenizer, instantiate(settings.model))
-
-
-def open_data(settings: PreviewSettings, tokenizer: Llama2ChatTransform) -> Data:
-    """Open the rows to train on, and those to validate on, if any, as training does."""
-    dataset = instantiate(settings.dataset, tokenizer=tokenizer)
-    if settings.val_fraction is not None:
-        return Data(*split_validation(dataset, settings.val_fraction, settings.seed), tokenizer)
-    if settings.dataset_val is not None:
-        return Data(dataset, instantiate(settings.dataset_val, tokenizer=tokenizer), tokenizer)
-    return Data(dataset, None, tokenizer)
 
 
 def rows_to_train_on(

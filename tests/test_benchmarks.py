@@ -11,8 +11,8 @@ from benchmarks.side_by_side_results import Result
 from benchmarks.step_log import StepEnd, StepLog, read_step_log
 from benchmarks.tool_process import ToolProcess, run_tool
 from benchmarks.training_job import LORA_ALPHA, LORA_RANK, TrainingJob
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.models.builders import lora_llama_from_config
 from custom_components.models.shapes import LlamaShape
 from custom_components.weights.adapter_files import open_adapter
@@ -116,7 +116,7 @@ def test_the_adapter_to_start_from_fits_and_is_the_same_in_both_formats(make_che
 def test_our_command_is_a_config_that_the_recipe_takes(tmp_path, monkeypatch):
     monkeypatch.chdir(PROJECT)
     words = side_by_side_ours.command(job(tmp_path, checkpointing=True))
-    settings = load_settings(TrainingSettings, words[words.index("--config") :])
+    settings = load_settings(LoRASettings, words[words.index("--config") :])
     assert (settings.batch_size, settings.gradient_accumulation_steps, settings.max_steps_per_epoch) == (2, 2, 4)
     assert settings.enable_activation_checkpointing is True and settings.dataset["max_rows"] == 8
 

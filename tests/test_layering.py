@@ -20,6 +20,7 @@ ROOMS = {
     "generation": "runtime transforms models",
     "evaluation": "runtime transforms datasets models generation",
     "export": "runtime transforms models weights",
+    "recipe_parts": "runtime config transforms datasets models weights training memory runs generation",
 }
 COMPONENTS = PROJECT / "custom_components"
 SOURCES = {

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
 
@@ -67,6 +67,8 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
     raw = read_yaml(config_path)
     renamed = rename_components(raw.values)
     link_knobs(raw.values)
+    # note: of the same keys, and more; a reader of several kinds of config reads what they have in common.
+    settings_type = cast(type[SettingsType], settings_type.for_config(raw.values))
     for override in overrides:
         apply_override(raw, override, settings_type, YamlLoader)
         renamed |= rename_components(raw.values)

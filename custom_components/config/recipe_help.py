@@ -51,6 +51,7 @@ def recipe_help(description: str, settings_type: type[Settings], config: Path | 
     """
     summary, _, rest = description.strip().partition("\n")
     written = written_keys(config.read_text(encoding="utf-8")) if config else {}
+    settings_type = settings_type.for_config(written)
     sections: dict[str, list[str]] = {}
     for written_key in written.values():
         sections.setdefault(written_key.section, [])

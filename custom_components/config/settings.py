@@ -135,6 +135,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    @classmethod
+    def for_config(cls, values: Mapping[str, Any]) -> "type[Settings]":
+        """Give the class to check a config's values with: this one, unless it stands for several."""
+        return cls
+
     def combination_problems(self) -> Iterator[tuple[str, str]]:
         """Find values that are valid alone but not together: their keys, each with a message."""
         return iter(())

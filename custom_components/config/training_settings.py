@@ -10,7 +10,6 @@ from custom_components.config.component_trials import find_logger_package, try_l
 from custom_components.config.settings import (
     DATASET,
     TOKENIZER,
-    AttentionModule,
     ComponentNode,
     Device,
     DtypeName,
@@ -18,7 +17,6 @@ from custom_components.config.settings import (
     Settings,
     Words,
     path_text,
-    regular_expression,
 )
 from custom_components.runtime.errors import UserError
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:  # note: it takes seconds, and `--help` is to come at once
     import torch
 
 _PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Pattern = Annotated[str, AfterValidator(regular_expression)]
 _OPTIMIZER_KEYS = ("lr", "weight_decay", "betas", "eps")
 
 MODEL = ComponentNode(
@@ -54,29 +51,20 @@ METRIC_LOGGER = ComponentNode(
 )
 
 
-class TrainingSettings(Settings):
-    """Settings of recipes/lora_single_device.py."""
-
-    alternatives = (("warmup_steps", "warmup_ratio"), ("dataset_val", "val_fraction"))
+class RunPaths(Settings):
+    """Where a training run reads and writes."""
 
     checkpoint_dir: PathText
     output_dir: PathText
     overwrite_output_dir: bool = False
     resume_from_checkpoint: bool | Annotated[str, AfterValidator(path_text)] = False
-    init_adapter_from: PathText | None = None
 
-    lora_rank: PositiveInt
-    lora_alpha: Annotated[float, Field(gt=0)]
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    lora_attn_modules: list[AttentionModule]
-    apply_lora_to_mlp: bool
-    apply_lora_to_output: bool = False
-    use_dora: bool = False
-    use_rslora: bool = False
-    rank_pattern: dict[_Pattern, PositiveInt] | None = None
-    alpha_pattern: dict[_Pattern, _PositiveNumber] | None = None
-    layers_to_transform: list[NonNegativeInt] | None = None
-    quantize_base: bool
+
+class TrainingSettings(RunPaths):
+    """What all training recipes have in common."""
+
+    alternatives = (("warmup_steps", "warmup_ratio"), ("dataset_val", "val_fraction"))
+
     model: Annotated[dict[str, Any], MODEL]
 
     max_seq_len: Annotated[int, Field(ge=8)] | None = None
@@ -107,7 +95,6 @@ class TrainingSettings(Settings):
     lr_scheduler: Annotated[dict[str, Any], LR_SCHEDULER]
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     warmup_steps: NonNegativeInt | None = None
-    lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     early_stopping_patience: PositiveInt | None = None
@@ -121,24 +108,14 @@ class TrainingSettings(Settings):
     compile: bool | Literal["auto"] = "auto"
     enable_activation_checkpointing: bool | Literal["auto"] = "auto"
     enable_activation_offloading: bool = False
-    quantized_cache: bool = False
-    verify_base: bool = False
 
     log_every_n_steps: PositiveInt = 1
     metric_logger: Annotated[dict[str, Any] | None, METRIC_LOGGER] = None
     sample_prompts: list[str] = []
 
-    @property
-    def quantized_cache_dir(self) -> Path | None:
-        """Give the directory where the 4-bit base is kept for the next start; None: it is not kept."""
-        return self.cache_dir if self.quantized_cache else None
-
     def training_hyperparameters(self) -> dict[str, object]:
-        """Name what shaped the training, besides the adapter's own sizes, by keys of the config; None: no effect."""
+        """Name what shaped the training, by keys of the config; None: no effect. The weights' sizes are not of it."""
         return {
-            "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self.alpha_pattern,
-            "layers_to_transform": self.layers_to_transform,
             "epochs": self.epochs,
             "max_steps_per_epoch": self.max_steps_per_epoch,
             "max_steps": self.max_steps,
@@ -151,7 +128,6 @@ class TrainingSettings(Settings):
             "lr_scheduler": self.lr_scheduler["_component_"].rpartition(".")[2],
             "warmup_steps": self.warmup_steps,
             "warmup_ratio": self.warmup_ratio or None,
-            "lora_plus_ratio": self.lora_plus_ratio,
             "neftune_noise_alpha": self.neftune_noise_alpha,
             "clip_grad_norm": self.clip_grad_norm,
             "seed": self.seed,
@@ -169,14 +145,6 @@ class TrainingSettings(Settings):
             yield f"dataset_val.system_prompt {validated!r} is not the one that is trained with, {trained!r}"
 
     def combination_problems(self) -> Iterator[tuple[str, str]]:
-        if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):
-            yield (
-                "lora_attn_modules",
-                "[] with apply_lora_to_mlp and apply_lora_to_output false leaves nothing to train",
-            )
-        for key in ("rank_pattern", "alpha_pattern", "layers_to_transform"):
-            if getattr(self, key) is not None and key not in self.model:
-                yield key, f"does not reach the model; write {key}: ${{{key}}} in its node"
         if self.warmup_steps is not None and self.warmup_ratio > 0:
             yield (
                 "warmup_steps",
@@ -190,8 +158,6 @@ class TrainingSettings(Settings):
                 f"{self.learning_rate} beside optimizer.lr {self.optimizer['lr']}: write ${{learning_rate}} there, or "
                 "give one of them",
             )
-        if self.quantized_cache and self.cache_dir is None:
-            yield "quantized_cache", "true without a cache_dir: there is nowhere to keep the base"
         if self.packed and self.group_by_length:
             yield "group_by_length", "true beside packed: a pack holds rows of all lengths; set one of the two to false"
         if self.dataset_val is not None and self.val_fraction is not None:
@@ -200,17 +166,6 @@ class TrainingSettings(Settings):
             yield "run_val_every_n_steps", "there is nothing to validate on; set dataset_val or val_fraction"
         if self.early_stopping_patience is not None and self.dataset_val is None and self.val_fraction is None:
             yield "early_stopping_patience", "there is nothing to validate on; set dataset_val or val_fraction"
-
-
-class PreviewSettings(TrainingSettings):
-    """Settings of recipes/preview.py: a training config, and which rows to show."""
-
-    row: NonNegativeInt | None = Field(
-        None,
-        description="this row of the files alone, counted from 0, with its table of ids and labels; null: the first",
-    )
-    num_rows: PositiveInt = Field(3, description="how many of the first rows to show")
-    output_file: PathText | None = Field(None, description="also write what is shown as a page with colours, HTML")
 
 
 def refuse_cuda_only_settings(settings: TrainingSettings, device: "torch.device") -> None:

@@ -23,6 +23,15 @@ class Data:
     tokenizer: Llama2ChatTransform
 
     @property
+    def lengths(self) -> Sequence[int]:
+        """The tokens of each row to train on."""
+        return self.train.lengths
+
+    @property
+    def has_validation(self) -> bool:
+        return self.validation is not None
+
+    @property
     def account(self) -> str:
         """What became of the rows of each source, and whether those to validate on are new to the run."""
         lines = [account(self.train.summaries)]

@@ -1,45 +1,28 @@
 """Run checkpoints: what a run saves to go on from, in `checkpoints/step_000200/`, whole or absent.
 
-Each has an `adapter/` of the usual form, the optimizer's state, the progress, and the config it was trained with.
+Each has the trained weights in a directory of the usual form, `adapter/` for example, the optimizer's state, the
+progress, and the config it was trained with.
 Everything else, rates, row order, dropout, is a function of the step.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import torch
-from torchtune.modules import TransformerDecoder
 
 from custom_components.runs.recognition import CHECKPOINT, RUN_CONFIG_NAME, STATE_NAME, STEP_DIRECTORY, TRIAL_NAME
+from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.disk_errors import RememberingFile, disk_errors_of
 from custom_components.runtime.errors import UserError
 from custom_components.training.state import TrainingState
-from custom_components.weights.adapters import save_adapter
 
 _ADVICE = "free space there, and go on from the last checkpoint, which is whole, with resume_from_checkpoint=true"
 # What a state has later that it has not before the first step: AdamW's two moments, and the best adapter.
 _NUM_TIMES_ADAPTER = 3
 _NUM_ZEROS = 2**20  # written at a time
-
-
-@dataclass(frozen=True)
-class BesideWeights:
-    """What a run saves beside its adapter's weights, the same at every step.
-
-    Attributes:
-        base_model: the base's name on the hub, or its directory.
-        adapter_texts: files of the adapter's directory, the prompt format for example: content by file name.
-        config: the text of the run's config.yaml.
-    """
-
-    base_model: str
-    adapter_texts: Mapping[str, str]
-    config: str
 
 
 def run_checkpoint_path(run_path: Path, step: int) -> Path:
@@ -62,11 +45,12 @@ def _step_of(path: Path) -> int:
 
 
 def save_run_checkpoint(
-    run_path: Path, model: TransformerDecoder, state: TrainingState, beside: BesideWeights, num_kept: int
+    run_path: Path, weights: TrainedWeights, state: TrainingState, config: str, num_kept: int
 ) -> None:
     """Write the checkpoint of the last step, then delete the old ones.
 
     Args:
+        config: the text of the run's config.yaml.
         num_kept: so many of the newest checkpoints stay, and the best.
 
     Raises:
@@ -74,11 +58,11 @@ def save_run_checkpoint(
     """
     path = run_checkpoint_path(run_path, state.progress.num_steps)
     with disk_errors_of("output_dir", path, _ADVICE), whole_directory(path) as directory:
-        _write_checkpoint(directory, model, state, beside)
+        _write_checkpoint(directory, weights, state, config)
     _delete_old_checkpoints(run_path, num_kept, state.progress.best_step)
 
 
-def try_to_save(run_path: Path, model: TransformerDecoder, state: TrainingState, beside: BesideWeights) -> None:
+def try_to_save(run_path: Path, weights: TrainedWeights, state: TrainingState, config: str) -> None:
     """Write a checkpoint as large as those to come, and delete it again.
 
     Raises:
@@ -90,7 +74,7 @@ def try_to_save(run_path: Path, model: TransformerDecoder, state: TrainingState,
     advice = f"a checkpoint of this run takes up to {num_bytes / 1e6:.1f} MB; free space there, or name another"
     try:
         with disk_errors_of("output_dir", run_path, advice), whole_directory(path) as directory:
-            _write_checkpoint(directory, model, state, beside)
+            _write_checkpoint(directory, weights, state, config)
             with (directory / STATE_NAME).open("ab") as file:
                 num_zeros = 0 if state.optimizer.state else _NUM_TIMES_ADAPTER * num_adapter_bytes
                 for start in range(0, num_zeros, _NUM_ZEROS):
@@ -103,9 +87,9 @@ def try_to_save(run_path: Path, model: TransformerDecoder, state: TrainingState,
     CHECKPOINT.remove(path)
 
 
-def _write_checkpoint(directory: Path, model: TransformerDecoder, state: TrainingState, beside: BesideWeights) -> None:
-    save_adapter(model, directory / "adapter", beside.base_model, beside.adapter_texts)
-    (directory / RUN_CONFIG_NAME).write_text(beside.config, encoding="utf-8")
+def _write_checkpoint(directory: Path, weights: TrainedWeights, state: TrainingState, config: str) -> None:
+    weights.save(directory / weights.name)
+    (directory / RUN_CONFIG_NAME).write_text(config, encoding="utf-8")
     stored = {
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),

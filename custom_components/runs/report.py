@@ -2,13 +2,13 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 
 import torch
 from torchtune.modules import TransformerDecoder
 
 from custom_components.runs.checkpoints import run_checkpoint_path
-from custom_components.runs.run_directory import RunDirectory
-from custom_components.runtime.process_memory import PeakMemory
+from custom_components.runs.run import Run
 from custom_components.runtime.terminal import say
 from custom_components.training.state import Progress
 from custom_components.weights.checkpoint_loading import unquantized_modules
@@ -28,32 +28,32 @@ def describe_model(
         say(f"not quantized, NF4 blocks do not divide them: {', '.join(names)}")
 
 
-def closing_summary(progress: Progress, seconds: float, memory: PeakMemory, directory: RunDirectory) -> str:
+def closing_summary(run: Run, progress: Progress, seconds: float) -> str:
     """Summarize what a run took and where its results are.
 
     Args:
         seconds: from the start of the program.
     """
-    peak_gib = memory.gib()
+    peak_gib = run.memory.gib()
     return (
         f"\n{progress.num_steps} steps"
         + (f" ({progress.num_skipped_steps} skipped, fp16 overflowed)" if progress.num_skipped_steps else "")
         + f", {progress.num_tokens} tokens in {progress.seconds:.1f} s of training "
         f"({progress.num_tokens / progress.seconds:.0f} tokens/s), {seconds:.1f} s in all"
         + (f", peak memory {peak_gib:.2f} GiB" if peak_gib is not None else "")
-        + f"\nadapter {directory.adapter}, {which_adapter(progress)}"
-        + f"\nplot    {directory.plot}\nmetrics {directory.metrics}"
+        + f"\n{run.weights.name:7} {run.result}, {which_step(progress)}"
+        + f"\nplot    {run.directory.plot}\nmetrics {run.directory.metrics}"
     )
 
 
-def which_adapter(progress: Progress) -> str:
-    """Say of which step a run's adapter is."""
+def which_step(progress: Progress) -> str:
+    """Say of which step a run's result is."""
     if progress.best_step is None:
         return "the last step's"
     return f"step {progress.best_step}'s, the best by validation loss ({progress.best_val_loss:.4f})"
 
 
-def stopped_summary(progress: Progress, num_planned_steps: int, directory: RunDirectory, arguments: list[str]) -> str:
+def stopped_summary(run: Run, progress: Progress, num_planned_steps: int, arguments: Sequence[str]) -> str:
     """Say what a run that was asked to stop has saved, and the command that goes on with it.
 
     Args:
@@ -63,8 +63,8 @@ def stopped_summary(progress: Progress, num_planned_steps: int, directory: RunDi
     command = ["tune", "run", os.path.relpath(arguments[0]), *again, "resume_from_checkpoint=true"]
     return (
         f"\nstopped at step {progress.num_steps} of {num_planned_steps}; saved:"
-        f"\ncheckpoint {run_checkpoint_path(directory.path, progress.num_steps)}"
-        f"\nadapter    {directory.adapter}, {which_adapter(progress)}"
-        f"\nplot       {directory.plot}"
+        f"\ncheckpoint {run_checkpoint_path(run.directory.path, progress.num_steps)}"
+        f"\n{run.weights.name:10} {run.result}, {which_step(progress)}"
+        f"\nplot       {run.directory.plot}"
         f"\ngo on with\n  {shlex.join(command)}"
     )

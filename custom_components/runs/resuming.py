@@ -4,22 +4,21 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
-from torchtune.modules import TransformerDecoder
 
 from custom_components.config.renamed import rename_components
+from custom_components.config.settings import Settings
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.runs.checkpoints import is_run_checkpoint, run_checkpoints
 from custom_components.runs.recognition import RUN_CONFIG_NAME, STATE_NAME
 from custom_components.runs.run_directory import RunDirectory
+from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.terminal import say
 from custom_components.training.state import Progress, TrainingState
-from custom_components.weights.adapter_files import open_adapter
-from custom_components.weights.adapters import load_adapter
 from custom_components.weights.card import TrainedSteps, stated_steps
 
 # Keys that may change on resume silently: where files are, and what is printed and kept.
@@ -54,6 +53,8 @@ _FIXED_KEYS = {
 
 # The value of `resume_from_checkpoint` that goes on where there is a checkpoint and begins where there is none.
 AUTO = "auto"
+
+SettingsType = TypeVar("SettingsType", bound=TrainingSettings)
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,11 @@ class ResumedRun:
             )
         return batches
 
-    def check_config(self, config: Mapping[str, Any]) -> None:
+    def check_config(self, config: Mapping[str, Any], settings_type: type[Settings]) -> None:
         """Hold a resolved config against that of the run so far, and list what differs.
+
+        Args:
+            settings_type: whose keys it has.
 
         Raises:
             UserError: for differences that change shapes or the order of the data, all at once.
@@ -109,7 +113,7 @@ class ResumedRun:
             before, value = self.config.get(key), now.get(key)
             if before == value or key.partition(".")[0] in _UNDECISIVE_KEYS:
                 continue
-            if key not in self.config and _is_default(key, value):
+            if key not in self.config and _is_default(key, value, settings_type):
                 continue  # a key that the run was begun without, and that changes nothing
             difference = f"{key} was {before!r}, now {value!r}"
             if key in _FIXED_KEYS or key.partition(".")[0] in _FIXED_KEYS:
@@ -119,7 +123,7 @@ class ResumedRun:
         if refusals:
             raise UserError(*refusals)
 
-    def checked_settings(self, settings: TrainingSettings) -> TrainingSettings:
+    def checked_settings(self, settings: SettingsType) -> SettingsType:
         """Hold a config against that of the run so far; return it with what `batch_size: auto` came to at its begin.
 
         Raises:
@@ -127,7 +131,7 @@ class ResumedRun:
         """
         if settings.batch_size == "auto":
             settings = settings.model_copy(update=self.fitted_batches(settings.gradient_accumulation_steps))
-        self.check_config(settings.model_dump(mode="json"))
+        self.check_config(settings.model_dump(mode="json"), type(settings))
         return settings
 
     @property
@@ -142,8 +146,8 @@ class ResumedRun:
         finished = TrainedSteps(progress.num_steps, num_planned_steps, is_finished=True)
         return not has_steps_left and stated_steps(self.directory.adapter) == finished
 
-    def restore(self, model: TransformerDecoder, state: TrainingState) -> None:
-        """Bring model and state, in place, to where they were after the checkpoint's last step.
+    def restore(self, weights: TrainedWeights, state: TrainingState) -> None:
+        """Bring weights and state, in place, to where they were after the checkpoint's last step.
 
         Raises:
             UserError: a checkpoint of another data set, model or optimizer.
@@ -153,7 +157,7 @@ class ResumedRun:
                 f"resume_from_checkpoint: {str(self.path)!r} was trained on other rows than dataset.source gives now; "
                 "name the same data, or begin a new run"
             )
-        load_adapter(model, open_adapter(self.path / "adapter"))
+        weights.load(self.path / weights.name)
         # note: load_state_dict brings back the groups' old settings; those of the config as it is now have to hold.
         settings_now = [
             {key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups
@@ -218,9 +222,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"resume_from_checkpoint: {str(path / RUN_CONFIG_NAME)!r} cannot be read ({error})") from None
 
 
-def _is_default(key: str, value: Any) -> bool:
+def _is_default(key: str, value: Any, settings_type: type[Settings]) -> bool:
     """Tell whether a value, of a key or passed on to a node by that name, is the setting's default."""
-    field = TrainingSettings.model_fields.get(key.rpartition(".")[2])
+    field = settings_type.model_fields.get(key.rpartition(".")[2])
     return field is not None and not field.is_required() and field.get_default() == value
 
 

@@ -2,40 +2,45 @@
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 
 from custom_components.config.reading import config_text
 from custom_components.config.training_settings import TrainingSettings
-from custom_components.runs.checkpoints import BesideWeights
 from custom_components.runs.run_directory import RunDirectory
+from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.process_memory import PeakMemory
-from custom_components.transforms.prompt_format import PromptFormat
-from custom_components.weights.checkpoint_files import BaseCheckpoint
+
+SettingsType = TypeVar("SettingsType", bound=TrainingSettings)
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[SettingsType]):
     """A training run.
 
     Attributes:
         settings: with nothing left to choose: `batch_size` is a number.
-        base: the checkpoint that is trained on.
-        prompt_format: that the rows have.
+        weights: that are trained.
         dtype: of the computation.
         directory: where its results are written.
         memory: measured since the start of the program.
     """
 
-    settings: TrainingSettings
-    base: BaseCheckpoint
-    prompt_format: PromptFormat
+    settings: SettingsType
+    weights: TrainedWeights
     device: torch.device
     dtype: torch.dtype
     directory: RunDirectory
     memory: PeakMemory
 
+    @property
+    def result(self) -> Path:
+        """The directory of the trained weights, when the run is finished or stopped."""
+        return self.directory.path / self.weights.name
+
     @functools.cached_property
-    def beside(self) -> BesideWeights:
-        """What is saved beside the adapter's weights."""
-        return BesideWeights(self.base.name, self.prompt_format.texts(), config_text(self.settings))
+    def config(self) -> str:
+        """The text of the run's config.yaml."""
+        return config_text(self.settings)

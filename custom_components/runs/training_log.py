@@ -3,7 +3,6 @@
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from custom_components.datasets.batching import Batch
@@ -12,23 +11,7 @@ from custom_components.runs.metrics import MetricsFile, write_samples
 from custom_components.runs.progress_bar import ProgressBar
 from custom_components.runs.run import Run
 from custom_components.training.plan import PlannedStep
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The result of an optimizer step.
-
-    Attributes:
-        loss: per supervised token, in nats.
-        grad_norm: before clipping.
-        rate: of the first parameter group.
-        seconds: that it took.
-    """
-
-    loss: float
-    grad_norm: float
-    rate: float
-    seconds: float
+from custom_components.training.step import StepResult
 
 
 class TrainingLog(contextlib.AbstractContextManager):
@@ -44,7 +27,7 @@ class TrainingLog(contextlib.AbstractContextManager):
         self._run = run
         self._metrics = MetricsFile(run.directory.metrics)
         self._logger = logger
-        self._logger.log_config(run.beside.config, run.directory)
+        self._logger.log_config(run.config, run.directory)
         self._bar = ProgressBar(num_steps, num_done_steps)
 
     def step(self, step: PlannedStep, batches: Sequence[Batch], result: StepResult) -> None:

@@ -1,4 +1,4 @@
-"""Parameter groups, gradient clipping and the optimizer step of the adapters."""
+"""Parameter groups, gradient clipping and the optimizer's step."""
 
 import math
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def clip_gradients(optimizer: Optimizer, scaler: GradScaler, clip_grad_norm: flo
     return torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_grad_norm is None else clip_grad_norm)
 
 
-def update_adapters(
+def update_weights(
     optimizer: Optimizer, scaler: GradScaler, loss: float, grad_norm: float, step: int, forwards: list[list[int]]
 ) -> bool:
     """Take the optimizer's step; return whether the scaler skipped it because fp16 gradients overflowed.

@@ -48,7 +48,7 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """Everything that changes while training, except the adapter in the model.
+    """Everything that changes while training, except the trained weights in the model.
 
     Attributes:
         data_digest: of the rows trained on; a run resumes with the same rows only.
@@ -60,6 +60,10 @@ class TrainingState:
     data_digest: str
     progress: Progress = field(default_factory=Progress)
     best_adapter: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # The optimizer's own are those of the step.
+        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def keep_best(self, model: TransformerDecoder) -> None:
         self.best_adapter = {

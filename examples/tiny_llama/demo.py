@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torchtune.modules.peft import disable_adapter
 
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.sources import read_rows
 from custom_components.generation.decoding import Sampling, answer_messages
 from custom_components.runs.metrics import read_metrics
@@ -34,7 +34,7 @@ def main() -> None:
     if returncode := returncode_of(command):
         sys.exit(returncode)
 
-    settings = load_settings(TrainingSettings, ["--config", CONFIG, *sys.argv[1:]])
+    settings = load_settings(LoRASettings, ["--config", CONFIG, *sys.argv[1:]])
     run_directory = RunDirectory(settings.output_dir)
     dialogs = [row.values["messages"] for row in read_rows(HELD_OUT)]
     questions = [dialog[:-1] for dialog in dialogs]

@@ -8,14 +8,14 @@ import yaml
 from custom_components.config.component_checks import component_nodes, component_problems, known_annotations
 from custom_components.config.components import component
 from custom_components.config.foreign_names import FOREIGN_COMPONENTS, FOREIGN_KEYS
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.runtime.errors import UserError
 from tests.support.paths import PROJECT
 
 CONFIGS = {
-    TrainingSettings: "configs/tiny_qlora.yaml",
+    LoRASettings: "configs/tiny_qlora.yaml",
     EvaluationSettings: "configs/evaluate.yaml",
     GenerationSettings: "configs/generate.yaml",
     MergeSettings: "configs/merge.yaml",
@@ -31,7 +31,7 @@ def known_keys(settings_type):
     return set(known_annotations(settings_type, yaml.safe_load((PROJECT / CONFIGS[settings_type]).read_text())))
 
 
-def problems(*overrides, settings_type=TrainingSettings, config=None):
+def problems(*overrides, settings_type=LoRASettings, config=None):
     with pytest.raises(UserError) as error:
         load_settings(settings_type, ["--config", str(config or CONFIGS[settings_type]), *overrides])
     return error.value.messages
@@ -294,7 +294,7 @@ def test_a_component_of_the_users_own_is_held_against_its_signature(tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
 
     def load(*overrides):
-        return load_settings(TrainingSettings, ["--config", CONFIGS[TrainingSettings], *overrides])
+        return load_settings(LoRASettings, ["--config", CONFIGS[LoRASettings], *overrides])
 
     for good in (
         *("lr_scheduler._component_=my_parts.rate", "lr_scheduler._component_=my_parts.any_rate"),
@@ -336,7 +336,7 @@ def test_a_key_in_a_node_of_no_name_is_placed_at_the_override_that_made_it():
 
 
 def test_the_place_of_a_problem_in_a_list_is_its_line(tmp_path):
-    text = (PROJECT / CONFIGS[TrainingSettings]).read_text()
+    text = (PROJECT / CONFIGS[LoRASettings]).read_text()
     begin = text.index("  source: examples/")
     entries = "  source:\n    - source: a.jsonl\n    - source: b.jsonl\n      wieght: 2\n"
     (tmp_path / "config.yaml").write_text(text[:begin] + entries + text[text.index("  split: train") :])

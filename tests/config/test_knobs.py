@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import config_text, load_settings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.runtime.errors import UserError
 from tests.support.paths import PROJECT
 
@@ -13,7 +13,7 @@ SEVEN_B = PROJECT / "configs/llama2_7b_qlora.yaml"
 
 
 def settings_of(config, *overrides):
-    return load_settings(TrainingSettings, ["--config", str(config), *overrides])
+    return load_settings(LoRASettings, ["--config", str(config), *overrides])
 
 
 @pytest.fixture

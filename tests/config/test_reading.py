@@ -6,16 +6,18 @@ import pytest
 import yaml
 
 from custom_components.config.component_checks import component_nodes
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import config_text, load_settings
 from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
-from custom_components.config.training_settings import PreviewSettings, TrainingSettings
+from custom_components.config.training_kinds import PreviewSettings
 from custom_components.runtime.errors import UserError
 from tests.support.forked_tune import ForkedTune
 from tests.support.paths import PROJECT
 
 TRAINING_CONFIGS = sorted(PROJECT.glob("configs/*qlora.yaml")) + [PROJECT / "configs/llama2_7b_lora.yaml"]
 TINY = PROJECT / "configs/tiny_qlora.yaml"
-READERS = ("config/*settings.py", "training/plan.py", "runs/*.py")  # components that take the settings as they are
+# Components that take the settings as they are.
+READERS = ("config/*settings.py", "training/plan.py", "runs/*.py", "memory/*.py", "recipe_parts/*.py")
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,7 @@ def in_project(monkeypatch):
 
 
 def training_settings(*overrides, config=TINY):
-    return load_settings(TrainingSettings, ["--config", str(config), *overrides])
+    return load_settings(LoRASettings, ["--config", str(config), *overrides])
 
 
 def generation_settings(*overrides):
@@ -43,7 +45,7 @@ def test_configs_are_right_and_complete(config):
     assert len(TRAINING_CONFIGS) == 6
     training_settings(config=config)
     text = config.read_text()
-    assert set(yaml.safe_load(text)) == set(TrainingSettings.model_fields)
+    assert set(yaml.safe_load(text)) == set(LoRASettings.model_fields)
     for line in text[text.index("# ---- Paths") :].splitlines():
         is_component_or_passed_on = re.search(r"_component_|\$\{|:$", line)
         assert "#" in line or not line.strip() or is_component_or_passed_on or "weight_decay" in line, line
@@ -73,7 +75,7 @@ def test_every_key_is_read_and_every_key_read_is_a_setting():
     """A key that no code reads would be a promise without effect."""
     readers = ["recipes/*.py", *(f"custom_components/{pattern}" for pattern in READERS)]
     code = "\n".join(path.read_text() for pattern in readers for path in PROJECT.glob(pattern))
-    for settings_type in (TrainingSettings, PreviewSettings, GenerationSettings, EvaluationSettings, MergeSettings):
+    for settings_type in (LoRASettings, PreviewSettings, GenerationSettings, EvaluationSettings, MergeSettings):
         for name in settings_type.model_fields:
             passed_on = f"{name}: ${{{name}}}" in TINY.read_text()
             assert passed_on or re.search(rf"(settings|self)\.{name}\b", code) or f'("{name}"' in code, name
@@ -224,14 +226,14 @@ def test_files_that_are_no_config(tmp_path, content, words):
     config = tmp_path / "config.yaml"
     config.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=words):
-        load_settings(TrainingSettings, ["--config", str(config)])
+        load_settings(LoRASettings, ["--config", str(config)])
 
 
 def test_no_config_and_one_that_is_not_there():
     with pytest.raises(UserError, match="--config is missing"):
-        load_settings(TrainingSettings, ["lora_rank=3"])
+        load_settings(LoRASettings, ["lora_rank=3"])
     with pytest.raises(UserError, match="no such file"):
-        load_settings(TrainingSettings, ["--config=nothing.yaml"])
+        load_settings(LoRASettings, ["--config=nothing.yaml"])
 
 
 def test_a_key_written_twice_keeps_the_last_value(tmp_path):
@@ -249,7 +251,7 @@ def test_the_written_config_reads_back(tmp_path):
 
 
 def test_every_training_node_with_a_component_is_checked():
-    assert set(component_nodes(TrainingSettings)) == {
+    assert set(component_nodes(LoRASettings)) == {
         "model", "tokenizer", "dataset", "dataset_val", "optimizer", "lr_scheduler", "loss", "metric_logger",
     }  # fmt: skip
 

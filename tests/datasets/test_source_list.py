@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets import WeightedSource, chat_dataset
 from custom_components.datasets.summary import account
 from custom_components.evaluation.scores import rows_by_source
@@ -71,7 +71,7 @@ def test_L26_a_wrong_entry_is_named_when_the_config_is_read(first, monkeypatch, 
     for node in ("dataset", "dataset_val"):
         override = f"{node}={{_component_: custom_components.datasets.chat_dataset, source: {text}}}"
         with pytest.raises(UserError) as error:
-            load_settings(TrainingSettings, ["--config", "configs/tiny_qlora.yaml", override])
+            load_settings(LoRASettings, ["--config", "configs/tiny_qlora.yaml", override])
         [message] = error.value.messages
         key, _, rest = problem.partition(": ")
         assert message.startswith(f"{node}.source{key}: {rest.partition(';')[0]}")

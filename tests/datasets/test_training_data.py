@@ -5,13 +5,13 @@ import json
 import pytest
 
 from custom_components.config.components import instantiate
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets import chat_dataset
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.datasets.training_data import Data
+from custom_components.recipe_parts.opening import open_rows
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
-from recipes.lora_single_device import open_data
 from tests.support.paths import PROJECT, TINY_TOKENIZER
 
 
@@ -69,8 +69,8 @@ def test_L32_prompts_on_both_sides_of_val_fraction(tmp_path, tiny_tokenizer):
 
 def opened(monkeypatch, *overrides):
     monkeypatch.chdir(PROJECT)
-    settings = load_settings(TrainingSettings, ["--config", "configs/tiny_qlora.yaml", "cache_dir=null", *overrides])
-    return open_data(settings, instantiate(settings.tokenizer))
+    settings = load_settings(LoRASettings, ["--config", "configs/tiny_qlora.yaml", "cache_dir=null", *overrides])
+    return open_rows(settings, instantiate(settings.tokenizer))
 
 
 def test_L32_dataset_val_may_be_another_split_of_the_folder_and_is_accounted_for(tmp_path, monkeypatch):
@@ -104,5 +104,5 @@ def test_L32_dataset_val_may_be_another_split_of_the_folder_and_is_accounted_for
 )  # fmt: skip
 def test_L32_a_system_prompt_that_is_not_used_is_said(monkeypatch, capsys, overrides, words):
     monkeypatch.chdir(PROJECT)
-    load_settings(TrainingSettings, ["--config", "configs/tiny_qlora.yaml", *overrides])
+    load_settings(LoRASettings, ["--config", "configs/tiny_qlora.yaml", *overrides])
     assert capsys.readouterr().out == (f"note: {words}\n" if words else "")

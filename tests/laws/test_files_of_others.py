@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from custom_components.config.checks import known_annotations, union_members
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
-from custom_components.config.training_settings import PreviewSettings, TrainingSettings
+from custom_components.config.training_kinds import PreviewSettings
 from custom_components.runtime.errors import UserError
 from tests.support.paths import PROJECT, snapshot
 from tests.support.recipe_runs import run_here
@@ -21,9 +22,9 @@ TRAINING_PATHS = [
 ]
 # Every path of every recipe.
 PATHS = {
-    "lora_single_device": ("configs/tiny_qlora.yaml", TrainingSettings, TRAINING_PATHS),
+    "lora_single_device": ("configs/tiny_qlora.yaml", LoRASettings, TRAINING_PATHS),
     "preview": ("configs/tiny_qlora.yaml", PreviewSettings, [*TRAINING_PATHS, "output_file"]),
-    "estimate": ("configs/tiny_qlora.yaml", TrainingSettings, TRAINING_PATHS),
+    "estimate": ("configs/tiny_qlora.yaml", LoRASettings, TRAINING_PATHS),
     "generate": (
         "configs/generate.yaml",
         GenerationSettings,
@@ -100,7 +101,7 @@ def test_L33_an_empty_path_in_a_list_is_an_error(recipe, overrides):
 @pytest.mark.parametrize("config", ["", " "])
 def test_an_empty_config_is_an_error(config):
     with pytest.raises(UserError, match=WORDS):
-        load_settings(TrainingSettings, ["--config", config])
+        load_settings(LoRASettings, ["--config", config])
 
 
 @pytest.fixture
@@ -249,5 +250,5 @@ def test_the_shipped_configs_are_right():
             "generate": GenerationSettings,
             "evaluate": EvaluationSettings,
             "merge": MergeSettings,
-        }.get(config.stem, TrainingSettings)
+        }.get(config.stem, LoRASettings)
         load_settings(settings_type, ["--config", str(config)])

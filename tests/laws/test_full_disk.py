@@ -211,6 +211,6 @@ def test_the_trial_leaves_nothing(inputs, tmp_path, monkeypatch):
         write(run_path, *others)
         tried.append(snapshot(run_path) == before)
 
-    monkeypatch.setattr("recipes.lora_single_device.try_to_save", try_and_look)
+    monkeypatch.setattr("custom_components.recipe_parts.training.try_to_save", try_and_look)
     assert run_here(*training(inputs, tmp_path / "out", "max_steps_per_epoch=1", "epochs=1"))[0] == 0
     assert tried == [True]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from custom_components.config.components import instantiate
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.memory.estimate import estimate_memory
 from tests.support.checkpoints import write_checkpoint
 from tests.support.recipe_runs import started_tune
@@ -48,7 +48,7 @@ def test_L31_the_estimate_is_within_a_tenth_of_the_measured_peak(job, tmp_path, 
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert {record["tokens"] for record in records} == {NUM_ROWS * ROW_TOKENS}
-    settings = load_settings(TrainingSettings, arguments)
+    settings = load_settings(LoRASettings, arguments)
     with torch.device("meta"):
         model = instantiate(settings.model)
     estimate = estimate_memory(model, settings, torch.bfloat16, "cpu", [ROW_TOKENS] * NUM_ROWS)

@@ -7,7 +7,7 @@ import torch
 
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError
-from custom_components.training.optimizer import clip_gradients, update_adapters
+from custom_components.training.optimizer import clip_gradients, update_weights
 from tests.support.models import CPU
 from tests.support.recipe_runs import arguments, tune_run
 from tests.support.run_results import records
@@ -56,12 +56,12 @@ def test_L13_an_overflow_backs_the_scaler_off_and_is_counted():
     optimizer, scaler = torch.optim.SGD([parameter], lr=1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(parameter.sum() * math.inf).backward()
     grad_norm = clip_gradients(optimizer, scaler, clip_grad_norm=None)
-    assert update_adapters(optimizer, scaler, 1.0, grad_norm.item(), 1, [[0]])
+    assert update_weights(optimizer, scaler, 1.0, grad_norm.item(), 1, [[0]])
     assert torch.equal(parameter, torch.ones(3)) and parameter.grad is None
     assert scaler.get_scale() == 4.0
     scaler.scale(parameter.sum()).backward()
     grad_norm = clip_gradients(optimizer, scaler, clip_grad_norm=None)
-    assert not update_adapters(optimizer, scaler, 1.0, grad_norm.item(), 2, [[0]])
+    assert not update_weights(optimizer, scaler, 1.0, grad_norm.item(), 2, [[0]])
     assert torch.equal(parameter, torch.zeros(3))
 
 
@@ -71,7 +71,7 @@ def test_L09_a_loss_that_is_not_finite_stops_an_fp16_run_too():
     scaler.scale(parameter.sum() * math.nan).backward()
     grad_norm = clip_gradients(optimizer, scaler, clip_grad_norm=None)
     with pytest.raises(UserError, match="step 4: loss nan"):
-        update_adapters(optimizer, scaler, math.nan, grad_norm.item(), 4, [[0]])
+        update_weights(optimizer, scaler, math.nan, grad_norm.item(), 4, [[0]])
 
 
 def test_L09_a_gradient_that_no_scale_makes_finite_stops_an_fp16_run():
@@ -80,7 +80,7 @@ def test_L09_a_gradient_that_no_scale_makes_finite_stops_an_fp16_run():
     scaler.scale(parameter.sum() * math.inf).backward()
     grad_norm = clip_gradients(optimizer, scaler, clip_grad_norm=None)
     with pytest.raises(UserError, match="gradient norm"):
-        update_adapters(optimizer, scaler, 1.0, grad_norm.item(), 4, [[0]])
+        update_weights(optimizer, scaler, 1.0, grad_norm.item(), 4, [[0]])
 
 
 def test_L13_the_recipe_in_fp16_learns_as_it_does_in_bf16(make_checkpoint, many_rows, tmp_path):

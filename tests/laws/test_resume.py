@@ -10,10 +10,11 @@ import pytest
 import torch
 import yaml
 
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings
-from custom_components.runs.checkpoints import BesideWeights, save_run_checkpoint
+from custom_components.runs.checkpoints import save_run_checkpoint
 from custom_components.runs.resuming import open_run_to_resume
+from custom_components.runs.trained_weights import AdapterWeights
 from custom_components.runtime.errors import UserError
 from custom_components.training.state import Progress, TrainingState
 from tests.support.checkpoints import write_checkpoint
@@ -151,7 +152,7 @@ def test_L18_only_the_newest_and_the_best_are_kept(make_checkpoint, many_rows, t
 
 
 def config_of(*arguments):
-    return load_settings(TrainingSettings, list(arguments)).model_dump(mode="json")
+    return load_settings(LoRASettings, list(arguments)).model_dump(mode="json")
 
 
 @pytest.mark.parametrize(
@@ -161,14 +162,14 @@ def test_L19_differences_that_change_shapes_or_order_are_refused(short_run, monk
     run, output_dir = short_run
     monkeypatch.chdir(PROJECT)
     with pytest.raises(UserError, match=f"resume_from_checkpoint: {override.partition('=')[0]} was"):
-        open_run_to_resume(True, output_dir).check_config(config_of(*run, override))
+        open_run_to_resume(True, output_dir).check_config(config_of(*run, override), LoRASettings)
 
 
 def test_L19_other_differences_are_listed(short_run, monkeypatch, capsys):
     run, output_dir = short_run
     monkeypatch.chdir(PROJECT)
     config = config_of(*run, "optimizer.lr=1e-5", "sample_prompts=[x]")
-    open_run_to_resume(True, output_dir).check_config(config)
+    open_run_to_resume(True, output_dir).check_config(config, LoRASettings)
     said = capsys.readouterr().out
     assert "differs from the checkpoint: optimizer.lr was 0.0002, now 1e-05\n" in said
     assert "sample_prompts" not in said
@@ -184,9 +185,11 @@ def test_L19_a_key_that_the_run_was_begun_without_is_no_difference(short_run, mo
         del values["on_empty_answer"]
     path.write_text(yaml.safe_dump(before, sort_keys=False))
     resumed = open_run_to_resume(True, output_dir)
-    resumed.check_config(load_settings(TrainingSettings, run).model_dump(mode="json"))
+    resumed.check_config(config_of(*run), LoRASettings)
     assert "on_empty_answer" not in capsys.readouterr().out
-    resumed.check_config(load_settings(TrainingSettings, [*run, "on_empty_answer=error"]).model_dump(mode="json"))
+    resumed.check_config(
+        load_settings(LoRASettings, [*run, "on_empty_answer=error"]).model_dump(mode="json"), LoRASettings
+    )
     assert "on_empty_answer was None, now 'error'" in capsys.readouterr().out
 
 
@@ -231,7 +234,7 @@ def test_L30_a_full_disk_destroys_no_checkpoint(short_run, monkeypatch):
     before = sorted(path.name for path in (output_dir / "checkpoints").iterdir())
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="the disk of .*step_000009' is full; free space there"):
-        save_run_checkpoint(output_dir, model, state, BesideWeights("base", {}, ""), num_kept=2)
+        save_run_checkpoint(output_dir, AdapterWeights(model, "base", {}), state, "", num_kept=2)
     assert sorted(path.name for path in (output_dir / "checkpoints").iterdir()) == before
     assert open_run_to_resume(True, output_dir).path.name == "step_000006"
 

@@ -8,15 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from custom_components.config.component_checks import known_annotations
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import GenerationSettings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.runtime.errors import UserError
 from tests.support.paths import PROJECT
 
 TINY = PROJECT / "configs/tiny_qlora.yaml"
 VALUES = yaml.safe_load(TINY.read_text())
-KNOWN_KEYS = sorted(known_annotations(TrainingSettings, VALUES))
+KNOWN_KEYS = sorted(known_annotations(LoRASettings, VALUES))
 names = st.text(string.ascii_lowercase + "_", min_size=1, max_size=12)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 values = st.recursive(
@@ -31,7 +31,7 @@ def in_project(monkeypatch):
 
 
 def load(config, *overrides):
-    return load_settings(TrainingSettings, ["--config", str(config), *overrides])
+    return load_settings(LoRASettings, ["--config", str(config), *overrides])
 
 
 @FUZZ
@@ -46,7 +46,7 @@ def test_L26_any_values_of_any_keys(tmp_path, changes):
         elif not name:
             config[parent] = value
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
-    unknown = [key for key in config if key not in TrainingSettings.model_fields]
+    unknown = [key for key in config if key not in LoRASettings.model_fields]
     try:
         load(tmp_path / "config.yaml")
     except UserError as error:
@@ -89,9 +89,7 @@ def test_L26_a_key_left_out_has_its_default():
 
 
 @FUZZ
-@given(
-    names.filter(lambda name: name not in TrainingSettings.model_fields), st.sampled_from(["", "model.", "optimizer."])
-)
+@given(names.filter(lambda name: name not in LoRASettings.model_fields), st.sampled_from(["", "model.", "optimizer."]))
 def test_L26_an_unknown_key_at_any_depth_is_an_error(name, prefix):
     if f"{prefix}{name}" in KNOWN_KEYS or name == "_component_":
         return

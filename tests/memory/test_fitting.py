@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from custom_components.config.components import instantiate
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.memory import fitting
 from custom_components.memory.estimate import estimate_memory
 from custom_components.memory.fitting import Fit, first_fitting, fit_to_device, largest_forward
@@ -26,12 +26,12 @@ def in_project(monkeypatch):
 
 
 def training_settings(*overrides):
-    return load_settings(TrainingSettings, ["--config", "configs/tiny_qlora.yaml", *overrides])
+    return load_settings(LoRASettings, ["--config", "configs/tiny_qlora.yaml", *overrides])
 
 
 @pytest.fixture(scope="module")
 def model():
-    settings = load_settings(TrainingSettings, ["--config", str(PROJECT / "configs/tiny_qlora.yaml")])
+    settings = load_settings(LoRASettings, ["--config", str(PROJECT / "configs/tiny_qlora.yaml")])
     with torch.device("meta"):
         return instantiate(settings.model | {"checkpoint_dir": PROJECT / settings.model["checkpoint_dir"]})
 

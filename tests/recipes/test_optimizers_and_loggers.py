@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
+from custom_components.config.training_settings import refuse_cuda_only_settings
 from custom_components.memory.step_limit import StepLimit
 from custom_components.runtime.errors import UserError
 from tests.support.models import CPU
@@ -45,7 +46,7 @@ def test_what_needs_cuda_is_refused_on_the_cpu(monkeypatch):
     monkeypatch.chdir(PROJECT)
 
     def settings(*overrides):
-        return load_settings(TrainingSettings, ["--config", "configs/tiny_qlora.yaml", *overrides])
+        return load_settings(LoRASettings, ["--config", "configs/tiny_qlora.yaml", *overrides])
 
     paged = settings("optimizer._component_=bitsandbytes.optim.PagedAdamW", "~optimizer.fused")
     offloading = settings("enable_activation_offloading=true")

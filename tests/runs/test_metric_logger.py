@@ -8,8 +8,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import config_text, load_settings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.runs.metric_logger import metric_logger
 from custom_components.runs.recognition import is_logged_config
 from custom_components.runs.run_directory import RunDirectory
@@ -52,9 +52,7 @@ class BrokenLogger(KeptLogger):
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> str:
     monkeypatch.chdir(PROJECT)
-    return config_text(
-        load_settings(TrainingSettings, ["--config", "configs/tiny_qlora.yaml", f"output_dir={tmp_path}"])
-    )
+    return config_text(load_settings(LoRASettings, ["--config", "configs/tiny_qlora.yaml", f"output_dir={tmp_path}"]))
 
 
 def node(logger: type) -> dict:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.batching import BatchPlan
 from custom_components.training.plan import long_warmup, plan_of
 from tests.support.paths import PROJECT
@@ -19,7 +19,7 @@ def plan(monkeypatch):
 
     def plan_for(*overrides, has_validation=True):
         base = ["batch_size=2", "gradient_accumulation_steps=2", "epochs=3", "run_val_every_n_steps=null"]
-        settings = load_settings(TrainingSettings, ["--config", "configs/tiny_qlora.yaml", *base, *overrides])
+        settings = load_settings(LoRASettings, ["--config", "configs/tiny_qlora.yaml", *base, *overrides])
         return plan_of(settings, LENGTHS, 256, has_validation=has_validation)
 
     return plan_for

@@ -8,8 +8,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from custom_components.config.components import instantiate
+from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.export.merged_card import merged_card
@@ -56,7 +56,7 @@ def make_card(rows, tmp_path, monkeypatch):
     def make(*overrides, sources=None, validates=True, system_prompt=None):
         arguments = ["--config", "configs/tiny_qlora.yaml", f"dataset.source={rows}"]
         arguments.append("model.checkpoint_dir=examples/tiny_llama/checkpoint")
-        settings = load_settings(TrainingSettings, [*arguments, *overrides])
+        settings = load_settings(LoRASettings, [*arguments, *overrides])
         with torch.device("meta"):
             model = instantiate(settings.model)
         dataset = chat_dataset(Llama2ChatTransform(TINY_TOKENIZER), str(rows))

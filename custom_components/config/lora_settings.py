@@ -1,0 +1,65 @@
+"""Settings of the recipes that train an adapter."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
+
+from custom_components.config.settings import AttentionModule, PathText, regular_expression
+from custom_components.config.training_settings import RunPaths, TrainingSettings
+
+_Pattern = Annotated[str, AfterValidator(regular_expression)]
+
+
+class AdapterKeys(RunPaths):
+    """The adapter, and the base it is on."""
+
+    init_adapter_from: PathText | None = None
+    lora_rank: PositiveInt
+    lora_alpha: Annotated[float, Field(gt=0)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_attn_modules: list[AttentionModule]
+    apply_lora_to_mlp: bool
+    apply_lora_to_output: bool = False
+    use_dora: bool = False
+    use_rslora: bool = False
+    rank_pattern: dict[_Pattern, PositiveInt] | None = None
+    alpha_pattern: dict[_Pattern, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    layers_to_transform: list[NonNegativeInt] | None = None
+    quantize_base: bool
+
+
+class LoRASettings(TrainingSettings, AdapterKeys):
+    """Settings of recipes/lora_single_device.py."""
+
+    lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
+    quantized_cache: bool = False
+    verify_base: bool = False
+
+    @property
+    def quantized_cache_dir(self) -> Path | None:
+        """Give the directory where the 4-bit base is kept for the next start; None: it is not kept."""
+        return self.cache_dir if self.quantized_cache else None
+
+    def training_hyperparameters(self) -> dict[str, object]:
+        return {
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            "layers_to_transform": self.layers_to_transform,
+            **super().training_hyperparameters(),
+            "lora_plus_ratio": self.lora_plus_ratio,
+        }
+
+    def combination_problems(self) -> Iterator[tuple[str, str]]:
+        if not (self.lora_attn_modules or self.apply_lora_to_mlp or self.apply_lora_to_output):
+            yield (
+                "lora_attn_modules",
+                "[] with apply_lora_to_mlp and apply_lora_to_output false leaves nothing to train",
+            )
+        for key in ("rank_pattern", "alpha_pattern", "layers_to_transform"):
+            if getattr(self, key) is not None and key not in self.model:
+                yield key, f"does not reach the model; write {key}: ${{{key}}} in its node"
+        if self.quantized_cache and self.cache_dir is None:
+            yield "quantized_cache", "true without a cache_dir: there is nowhere to keep the base"
+        yield from super().combination_problems()

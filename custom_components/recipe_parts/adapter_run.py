@@ -1,0 +1,100 @@
+"""A run that trains an adapter: its beginning, its state, its result."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from custom_components.config.components import instantiate
+from custom_components.config.lora_settings import LoRASettings
+from custom_components.datasets.training_data import Data
+from custom_components.recipe_parts.opening import Opening
+from custom_components.recipe_parts.training import fitted_run
+from custom_components.runs.adapter_card import TrainingFacts, adapter_card
+from custom_components.runs.loss_plot import plot_losses
+from custom_components.runs.report import describe_model
+from custom_components.runs.run import Run
+from custom_components.runs.run_directory import RunDirectory
+from custom_components.runs.trained_weights import AdapterWeights
+from custom_components.training.gradients import ForwardOptions
+from custom_components.training.optimizer import adapter_parameter_groups
+from custom_components.training.plan import Plan
+from custom_components.training.state import TrainingState
+from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.adapter_settings import adapter_settings
+from custom_components.weights.adapters import (
+    check_adapter_fits,
+    check_adapter_was_trained,
+    copy_into_adapter,
+    save_adapter,
+)
+from custom_components.weights.card import CARD_NAME, TrainedSteps
+from custom_components.weights.checkpoint_loading import load_base_weights
+
+
+def adapter_to_begin_from(opening: Opening[LoRASettings, Data]) -> Mapping[str, Tensor]:
+    """Open the adapter that the config names to begin from; empty: a new run begins with a new one.
+
+    Raises:
+        UserError: it does not fit the model.
+    """
+    if opening.settings.init_adapter_from is None or opening.resumed is not None:
+        return {}
+    return check_adapter_fits(opening.model, open_adapter(opening.settings.init_adapter_from))
+
+
+def adapter_run(
+    opening: Opening[LoRASettings, Data], directory: RunDirectory, start: Mapping[str, Tensor]
+) -> tuple[Run[LoRASettings], ForwardOptions]:
+    """Load the base and the adapter to begin with, and make the run, see :func:`fitted_run`.
+
+    Args:
+        start: what :func:`adapter_to_begin_from` opened.
+    """
+    settings, machine, model = opening.settings, opening.machine, opening.model
+    load_base_weights(model, opening.base, machine.dtype, machine.device, settings.quantized_cache_dir)
+    copy_into_adapter(model, start)
+    describe_model(model, machine.device, machine.dtype_words, is_base_quantized=settings.quantize_base)
+    weights = AdapterWeights(model, opening.base.name, opening.prompt_format.texts())
+    return fitted_run(opening, weights, directory)
+
+
+def new_adapter_state(run: Run[LoRASettings], data_digest: str) -> TrainingState:
+    """Make the state that a run begins with.
+
+    Args:
+        data_digest: of the rows to train on.
+    """
+    groups = adapter_parameter_groups(run.weights.model, run.settings.optimizer["lr"], run.settings.lora_plus_ratio)
+    return TrainingState(
+        optimizer=instantiate(run.settings.optimizer, groups),
+        scaler=torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16),
+        data_digest=data_digest,
+    )
+
+
+def save_adapter_result(
+    opening: Opening[LoRASettings, Data], run: Run[LoRASettings], plan: Plan, state: TrainingState, *, is_finished: bool
+) -> None:
+    """Save the adapter of the best validation, or else the last, with its card, and draw the plot.
+
+    Raises:
+        UserError: the run is finished and its adapter has learned nothing.
+    """
+    model, settings, progress = run.weights.model, run.settings, state.progress
+    model.load_state_dict(state.best_adapter, strict=False)
+    if is_finished:
+        check_adapter_was_trained(model)
+    training = TrainingFacts(
+        opening.base,
+        adapter_settings(model),
+        settings.quantize_base,
+        opening.prompt_format,
+        settings.train_on,
+        settings.training_hyperparameters(),
+    )
+    steps = TrainedSteps(progress.num_steps, len(plan.steps), is_finished)
+    card = adapter_card(training, opening.data.train, opening.data.validation, progress, steps, run.directory.metrics)
+    texts = {**opening.prompt_format.texts(), CARD_NAME: card}
+    save_adapter(model, run.result, opening.base.name, texts)
+    plot_losses(run.directory.metrics, run.directory.plot)

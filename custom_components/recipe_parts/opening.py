@@ -1,0 +1,181 @@
+"""The opening of a training recipe: all that is read, checked and chosen before the first step."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torchtune.modules import TransformerDecoder
+
+from custom_components.config.components import instantiate
+from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
+from custom_components.datasets.tokenized_rows import split_validation
+from custom_components.datasets.training_data import Data
+from custom_components.memory.fitting import Fit, fit_to_device
+from custom_components.runs.resuming import AUTO, ResumedRun, open_run_to_resume
+from custom_components.runs.run_directory import RunDirectory, check_results, run_directory
+from custom_components.runtime.devices import resolved_device, resolved_dtype
+from custom_components.runtime.host_allocator import keep_freed_memory
+from custom_components.runtime.process_memory import PeakMemory
+from custom_components.runtime.terminal import say
+from custom_components.training.plan import plan_of
+from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.transforms.prompt_format import PromptFormat
+from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
+from custom_components.weights.checkpoint_loading import check_base_weights
+
+
+class Rows(Protocol):
+    """What a recipe trains on, as far as the opening looks at it."""
+
+    @property
+    def tokenizer(self) -> Llama2ChatTransform: ...
+
+    @property
+    def account(self) -> str:
+        """What became of the rows of each source, in words."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The tokens of each row to train on."""
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are rows to validate on."""
+
+
+SettingsType = TypeVar("SettingsType", bound=TrainingSettings)
+RowsType = TypeVar("RowsType", bound=Rows)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes on, and what it has taken so far.
+
+    Attributes:
+        dtype: of the computation.
+        dtype_words: the dtype and why it is that.
+        memory: measured since the start.
+        start_seconds: `time.perf_counter()` at the start.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    dtype_words: str
+    memory: PeakMemory
+    start_seconds: float
+
+
+@dataclass(frozen=True)
+class Opening(Generic[SettingsType, RowsType]):
+    """What a training recipe has opened. Nothing is written and no weight is loaded yet.
+
+    Attributes:
+        settings: of the config; `batch_size: auto` is settled if the run is resumed.
+        model: on the meta device.
+        data: the rows.
+        base: the checkpoint that is trained on.
+        resumed: the run to go on with; None: a new one.
+        overwrites: what an earlier run wrote in output_dir is to be replaced.
+        fit: how a step is divided into forwards.
+    """
+
+    settings: SettingsType
+    machine: Machine
+    model: TransformerDecoder
+    data: RowsType
+    base: BaseCheckpoint
+    resumed: ResumedRun | None
+    overwrites: bool
+    fit: Fit
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """The format that the rows have."""
+        tokenizer = self.data.tokenizer
+        return PromptFormat(self.settings.prompt_template, tokenizer.system_prompt, tokenizer.stop_pieces)
+
+
+def open_training(
+    settings: SettingsType, open_data: Callable[[SettingsType, Llama2ChatTransform], RowsType]
+) -> Opening[SettingsType, RowsType]:
+    """Open all that a training config names, and check that it belongs together.
+
+    A run that `resume_from_checkpoint: auto` finds finished is said to be, and the process ends.
+
+    Args:
+        open_data: opens the rows, given the tokenizer of the config.
+
+    Raises:
+        UserError: something is missing, damaged, or does not fit the rest.
+    """
+    machine = _machine_for(settings)
+    with torch.device("meta"):
+        model = instantiate(settings.model)
+    data = open_data(settings, fit_tokenizer(instantiate(settings.tokenizer), model))
+    say(data.account)
+    resumed = open_run_to_resume(settings.resume_from_checkpoint, settings.output_dir)
+    if resumed is not None:
+        settings = resumed.checked_settings(settings)
+        _leave_if_finished(settings, data, resumed)
+    base = open_checkpoint(settings.checkpoint_dir)
+    check_base_weights(model, base)
+    max_seq_len = data.tokenizer.max_seq_len
+    fit = fit_to_device(settings, model, data.lengths, max_seq_len, machine.dtype, machine.device)
+    return Opening(settings, machine, model, data, base, resumed, _overwrites(settings, resumed), fit)
+
+
+def open_rows(settings: TrainingSettings, tokenizer: Llama2ChatTransform) -> Data:
+    """Open the rows of supervised fine-tuning: those to train on, and those to validate on, if any."""
+    # What the model learns with is what validation and generation use.
+    tokenizer = tokenizer.with_system_prompt(settings.dataset.get("system_prompt"))
+    dataset = instantiate(settings.dataset, tokenizer=tokenizer)
+    if settings.val_fraction is not None:
+        return Data(*split_validation(dataset, settings.val_fraction, settings.seed), tokenizer)
+    if settings.dataset_val is not None:
+        return Data(dataset, instantiate(settings.dataset_val, tokenizer=tokenizer), tokenizer)
+    return Data(dataset, None, tokenizer)
+
+
+@contextlib.contextmanager
+def directory_of_run(opening: Opening) -> Iterator[RunDirectory]:
+    """Hold the run's directory for the time of the block, see :func:`run_directory`."""
+    settings, resumed = opening.settings, opening.resumed
+    resumes = resumed is not None and resumed.is_inside(settings.output_dir)
+    with run_directory(settings.output_dir, overwrite=opening.overwrites, resumes=resumes) as directory:
+        yield directory
+
+
+def _machine_for(settings: TrainingSettings) -> Machine:
+    """Choose device and dtype, once nothing in output_dir and in the settings forbids the run."""
+    start_seconds = time.perf_counter()
+    resumes = settings.resume_from_checkpoint is not False
+    check_results(settings.output_dir, overwrite=settings.overwrite_output_dir, resumes=resumes)
+    device = resolved_device(settings.device)
+    dtype, dtype_words = resolved_dtype(settings.dtype, device)
+    refuse_cuda_only_settings(settings, device)
+    memory = PeakMemory(device)
+    keep_freed_memory()
+    torch.manual_seed(settings.seed)
+    return Machine(device, dtype, dtype_words, memory, start_seconds)
+
+
+def _leave_if_finished(settings: TrainingSettings, data: Rows, resumed: ResumedRun) -> None:
+    """End the process if the run that `settings` describe, with `auto` for resuming, has its result."""
+    if settings.resume_from_checkpoint != AUTO or not resumed.is_inside(settings.output_dir):
+        return
+    plan = plan_of(settings, data.lengths, data.tokenizer.max_seq_len, has_validation=False)
+    if resumed.is_finished(len(plan.steps), settings.early_stopping_patience):
+        say(f"{settings.output_dir}: the run is finished, {resumed.progress.num_steps} steps; nothing is left to do")
+        sys.exit()
+
+
+def _overwrites(settings: TrainingSettings, resumed: ResumedRun | None) -> bool:
+    if resumed is not None and resumed.is_inside(settings.output_dir):
+        return False
+    # With `auto`, a run that died before its first checkpoint begins again.
+    begins_again = resumed is None and settings.resume_from_checkpoint == AUTO
+    return settings.overwrite_output_dir or (begins_again and RunDirectory(settings.output_dir).has_only_begun)

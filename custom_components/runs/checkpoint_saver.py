@@ -1,0 +1,35 @@
+"""When a run saves a checkpoint while it trains."""
+
+from custom_components.runs.checkpoints import save_run_checkpoint
+from custom_components.runs.run import Run
+from custom_components.runtime.stopping import SaveClock
+from custom_components.training.plan import PlannedStep
+from custom_components.training.state import TrainingState
+
+
+class CheckpointSaver:
+    """Saves a run's checkpoints: at the steps that the plan says, when it stops, and by the clock.
+
+    Args:
+        minutes: since the last save after which another is due; None: the clock does not matter.
+        num_kept: see :func:`save_run_checkpoint`.
+    """
+
+    def __init__(self, run: Run, minutes: float | None, num_kept: int) -> None:
+        self._run = run
+        self._clock = SaveClock(minutes)
+        self._num_kept = num_kept
+
+    def save_if_due(self, step: PlannedStep, state: TrainingState, *, stops: bool) -> None:
+        """Save after a step, if it is one to save after.
+
+        Args:
+            stops: no step follows.
+
+        Raises:
+            UserError: see :func:`save_run_checkpoint`.
+        """
+        if step.saves or stops or self._clock.is_due:
+            run = self._run
+            save_run_checkpoint(run.directory.path, run.weights, state, run.config, self._num_kept)
+            self._clock.restart()
