@@ -44,8 +44,9 @@ def main() -> None:
         tokens: list[int] = []
         mask: list[bool] = []
         for turn in llama2_turns(dialog):
-            prompt_ids = processor.encode(turn.prompt)
-            turn_ids = [1, *processor.encode(turn.prompt + (turn.answer or "")), 2]
+            prompt, answer = turn.prompt[1], turn.answer[0] if turn.answer else ""  # without BOS and EOS
+            prompt_ids = processor.encode(prompt)
+            turn_ids = [1, *processor.encode(prompt + answer), 2]
             tokens += turn_ids
             mask += [True] * (1 + len(prompt_ids)) + [False] * (len(turn_ids) - 1 - len(prompt_ids))
     loop_seconds = time.perf_counter() - start

@@ -30,7 +30,7 @@ from custom_components.evaluation.scores import scores_by_source
 from custom_components.runs.origin import ValidationDraw, open_origin
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError, run_recipe
-from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import stated_prompt_format, tokenizer_with_format
 from custom_components.weights.adapted_model import load_model_for_inference, model_for_adapter
 from custom_components.weights.adapter_files import open_adapter
@@ -89,7 +89,7 @@ def recipe_main() -> None:
         print(f"results {settings.output_file}")
 
 
-def trained_tokenizer(settings: EvaluationSettings) -> Llama2ChatTransform:
+def trained_tokenizer(settings: EvaluationSettings) -> ChatTransform:
     """Make the tokenizer with the prompt format that the adapter was trained with."""
     trained = stated_prompt_format(settings.checkpoint_dir, settings.adapter_dir)
     tokenizer = tokenizer_with_format(
@@ -113,7 +113,7 @@ def trained_tokenizer(settings: EvaluationSettings) -> Llama2ChatTransform:
     return tokenizer
 
 
-def rows_to_evaluate(settings: EvaluationSettings, tokenizer: Llama2ChatTransform) -> ChatDataset | None:
+def rows_to_evaluate(settings: EvaluationSettings, tokenizer: ChatTransform) -> ChatDataset | None:
     if settings.dataset is None:
         return None
     dataset = instantiate(settings.dataset, tokenizer=tokenizer)
@@ -129,7 +129,7 @@ def rows_to_evaluate(settings: EvaluationSettings, tokenizer: Llama2ChatTransfor
 
 
 def questions_to_answer(
-    settings: EvaluationSettings, dataset: ChatDataset | None, tokenizer: Llama2ChatTransform
+    settings: EvaluationSettings, dataset: ChatDataset | None, tokenizer: ChatTransform
 ) -> list[Question]:
     if dataset is None or settings.generate_answers == 0:
         return []
@@ -161,7 +161,7 @@ def solved_tasks(
     tasks: "LoadedTasks",
     settings: EvaluationSettings,
     model: TransformerDecoder,
-    tokenizer: Llama2ChatTransform,
+    tokenizer: ChatTransform,
     device: torch.device,
 ) -> Mapping[str, Measures]:
     from custom_components.evaluation.lm_eval import LlamaLM, task_measures
@@ -184,7 +184,7 @@ def by_subject(measures: Mapping[str, Mapping[str, Measures]]) -> dict[str, dict
 
 
 def answer_records(
-    tokenizer: Llama2ChatTransform, questions: list[Question], answers: Mapping[str, list[str]]
+    tokenizer: ChatTransform, questions: list[Question], answers: Mapping[str, list[str]]
 ) -> list[dict[str, str]]:
     """Record every question as the model saw it, with the row's answer and each model's."""
     return [

@@ -32,7 +32,7 @@ from custom_components.generation.incremental import IncrementalLlama, made_for_
 from custom_components.generation.sampling import Sampling
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError, run_recipe
-from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import stated_prompt_format, tokenizer_with_format
 from custom_components.weights.adapted_model import load_model_for_inference
 from custom_components.weights.adapter_files import open_adapter
@@ -75,9 +75,7 @@ def check_that_something_is_asked(settings: GenerationSettings) -> None:
         print("warning: top_k and top_p have no effect at temperature 0", file=sys.stderr)
 
 
-def tokenized_prompts(
-    settings: GenerationSettings, tokenizer: Llama2ChatTransform, max_seq_len: int
-) -> list[FilePrompt]:
+def tokenized_prompts(settings: GenerationSettings, tokenizer: ChatTransform, max_seq_len: int) -> list[FilePrompt]:
     """Tokenize the prompts of the file, or the one of the command line; none for a chat."""
     if settings.prompts_file is not None:
         column, base_column = answer_columns(settings)
@@ -105,7 +103,7 @@ def samplings(settings: GenerationSettings) -> list[Sampling]:
 
 
 def answer_one(
-    model: IncrementalLlama, tokenizer: Llama2ChatTransform, prompt: list[int], settings: GenerationSettings
+    model: IncrementalLlama, tokenizer: ChatTransform, prompt: list[int], settings: GenerationSettings
 ) -> None:
     """Print the answers, on a terminal piece by piece; with `compare` the base's before them."""
 
@@ -124,7 +122,7 @@ def answer_one(
 
 
 def answer_file(
-    model: IncrementalLlama, tokenizer: Llama2ChatTransform, prompts: list[FilePrompt], settings: GenerationSettings
+    model: IncrementalLlama, tokenizer: ChatTransform, prompts: list[FilePrompt], settings: GenerationSettings
 ) -> None:
     """Write the answers beside their rows; with `compare` the base's as well."""
 

@@ -35,8 +35,8 @@ from custom_components.export.modelfile import write_modelfile
 from custom_components.runs.origin import open_origin
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.process_memory import PeakMemory
-from custom_components.transforms.jinja_template import chat_template, control_pieces_of
-from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
+from custom_components.transforms.jinja_template import chat_template
 from custom_components.transforms.prompt_format import (
     PromptFormat,
     read_prompt_format,
@@ -72,7 +72,7 @@ def recipe_main() -> None:
     transform = fit_tokenizer(tokenizer_with_format(settings.checkpoint_dir, prompt_format), base.model)
     template = template_of(formats, adapter_dirs[0], checkpoint, transform)
     tokenizer = ExportedTokenizer(
-        checkpoint.tokenizer_model, transform.tokenizer, transform.stop_tokens or (transform.eos_id,), template
+        transform.tokenizer, transform.stop_tokens or (transform.eos_id,), template, transform.begins_with_bos
     )
     storage = storage_of(settings, base)
     num_bytes = round(merged.num_values * BYTES_PER_VALUE[storage])
@@ -143,7 +143,8 @@ def write_gguf_file(
         quantization=settings.gguf_quantization,
         name=name,
     )
-    write_modelfile(directory, path.name, prompt_format, control_pieces_of(tokenizer.model))
+    pieces, added_tokens = tokenizer.tokenizer.named_pieces, tokenizer.tokenizer.control_ids
+    write_modelfile(directory, path.name, prompt_format, pieces, tuple(added_tokens))
     return GgufWeights(path, merged.shape)
 
 
@@ -161,7 +162,7 @@ def with_progress(merged: MergedWeights) -> Iterable[tuple[str, Tensor]]:
 
 
 def template_of(
-    formats: Sequence[PromptFormat | None], first_dir: Path, checkpoint: BaseCheckpoint, transform: Llama2ChatTransform
+    formats: Sequence[PromptFormat | None], first_dir: Path, checkpoint: BaseCheckpoint, transform: ChatTransform
 ) -> str | None:
     """Give the chat template of the adapters' prompt formats, or if they state none the checkpoint's own, if any."""
     if any(other != formats[0] for other in formats):
@@ -171,7 +172,7 @@ def template_of(
         found = "the checkpoint's chat template is kept" if template else "no chat template is written"
         print(f"{first_dir} states no prompt format: {found}")
         return template
-    pieces = control_pieces_of(checkpoint.tokenizer_model)
+    pieces = transform.tokenizer.named_pieces
     added_tokens = [token.text for token in transform.tokenizer.added_tokens.tokens]
     return chat_template(formats[0].prompt_template, formats[0].system_prompt, pieces, added_tokens)
 
@@ -182,7 +183,7 @@ def prove(
     base: BaseWeights,
     base_name: str,
     adapters: Sequence[MergedAdapter],
-    tokenizer: Llama2ChatTransform,
+    tokenizer: ChatTransform,
 ) -> None:
     """Compare the written model with base + adapter and print how far they are apart.
 

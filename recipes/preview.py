@@ -22,7 +22,7 @@ from custom_components.recipe_parts.opening import open_rows
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.terminal import say
 from custom_components.training.plan import long_warmup, plan_of
-from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
 
 
 def recipe_main() -> None:
@@ -48,7 +48,7 @@ def recipe_main() -> None:
         print(f"page {settings.output_file}")
 
 
-def fitted_tokenizer(settings: PreviewSettings) -> Llama2ChatTransform:
+def fitted_tokenizer(settings: PreviewSettings) -> ChatTransform:
     """Make the tokenizer, held against the model if its checkpoint is here already."""
     # What the adapter learns with is what validation and generation use.
     tokenizer = instantiate(settings.tokenizer).with_system_prompt(settings.dataset.get("system_prompt"))
@@ -58,9 +58,7 @@ def fitted_tokenizer(settings: PreviewSettings) -> Llama2ChatTransform:
         return fit_tokenizer(tokenizer, instantiate(settings.model))
 
 
-def rows_to_train_on(
-    settings: PreviewSettings, tokenizer: Llama2ChatTransform, data: Data | None
-) -> Iterator[ShownRow]:
+def rows_to_train_on(settings: PreviewSettings, tokenizer: ChatTransform, data: Data | None) -> Iterator[ShownRow]:
     """Show the first rows of the training files, or a single one; without `data`, which cannot be read as a whole."""
     wanted = range(settings.num_rows) if settings.row is None else range(settings.row, settings.row + 1)
     held_out: Collection[bytes] = ()
@@ -74,7 +72,7 @@ def rows_to_train_on(
         yield from rows_of_dataset(data.train, tokenizer, wanted, with_tokens=with_tokens)
 
 
-def rows_to_validate_on(settings: PreviewSettings, tokenizer: Llama2ChatTransform, data: Data) -> Iterator[ShownRow]:
+def rows_to_validate_on(settings: PreviewSettings, tokenizer: ChatTransform, data: Data) -> Iterator[ShownRow]:
     """Show the first rows of `dataset_val`, if there is one."""
     wanted = range(settings.num_rows)
     if settings.dataset_val is None or data.validation is None:
@@ -91,7 +89,7 @@ def is_ours(node: Mapping[str, Any]) -> bool:
     return component(node["_component_"]) is chat_dataset
 
 
-def readers_of(node: Mapping[str, Any], tokenizer: Llama2ChatTransform) -> list[ChatReader]:
+def readers_of(node: Mapping[str, Any], tokenizer: ChatTransform) -> list[ChatReader]:
     """Find the sources of a `chat_dataset` node."""
     return chat_readers(tokenizer, **{key: value for key, value in node.items() if key != "_component_"})
 

@@ -15,12 +15,12 @@ from custom_components.datasets.source_reader import SourceReader, laid_out, sou
 from custom_components.datasets.summary import DatasetSummary
 from custom_components.datasets.tokenized_rows import ChatDataset, mixed
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.turn_encoding import EncodedDialog
 
 
 def chat_dataset(
-    tokenizer: Llama2ChatTransform,
+    tokenizer: ChatTransform,
     source: SourceName | list[SourceName | WeightedSource],
     split: str = "train",
     subset: str | None = None,
@@ -75,7 +75,7 @@ def chat_dataset(
 
 
 def chat_readers(
-    tokenizer: Llama2ChatTransform,
+    tokenizer: ChatTransform,
     source: SourceName | list[SourceName | WeightedSource],
     cache_dir: str | Path | None = None,
     column_map: dict[str, str] | None = None,

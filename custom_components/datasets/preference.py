@@ -14,12 +14,12 @@ from custom_components.datasets.source_list import SourceName, WeightedSource
 from custom_components.datasets.source_reader import SourceReader, laid_out, source_readers
 from custom_components.datasets.summary import DatasetSummary
 from custom_components.datasets.tokenized_rows import mixed
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.turn_encoding import EncodedDialog
 
 
 def preference_dataset(
-    tokenizer: Llama2ChatTransform,
+    tokenizer: ChatTransform,
     source: SourceName | list[SourceName | WeightedSource],
     split: str = "train",
     subset: str | None = None,

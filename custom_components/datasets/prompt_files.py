@@ -13,8 +13,8 @@ from custom_components.datasets.row_messages import listed
 from custom_components.datasets.sources import read_rows
 from custom_components.runtime.disk_errors import disk_errors_of
 from custom_components.runtime.errors import UserError
+from custom_components.transforms.chat_transform import ChatTransform, prompt_tokens
 from custom_components.transforms.dialogs import ChatMessage
-from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
 
 ANSWER, BASE_ANSWER = "answer", "answer_base"
 ANSWERS, BASE_ANSWERS = "answers", "answers_base"  # lists, where more than one is drawn
@@ -49,7 +49,7 @@ class FilePrompt:
 
 
 def read_prompts(
-    path: Path, tokenizer: Llama2ChatTransform, max_seq_len: int, answer_columns: Sequence[str]
+    path: Path, tokenizer: ChatTransform, max_seq_len: int, answer_columns: Sequence[str]
 ) -> list[FilePrompt]:
     """Read and check all prompts of a file, before the first is answered.
 
@@ -82,7 +82,7 @@ def read_prompts(
     return prompts
 
 
-def one_prompt(text: str, tokenizer: Llama2ChatTransform, max_seq_len: int) -> FilePrompt:
+def one_prompt(text: str, tokenizer: ChatTransform, max_seq_len: int) -> FilePrompt:
     """Tokenize a single prompt, not from a file.
 
     Raises:

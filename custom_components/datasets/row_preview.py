@@ -15,7 +15,7 @@ from custom_components.datasets.summary import counted
 from custom_components.datasets.tokenized_rows import ChatDataset, row_digest
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.terminal import visible
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.chat_transform import ChatTransform
 
 _NUM_HISTOGRAM_BINS = 10
 _HISTOGRAM_WIDTH = 40
@@ -99,7 +99,7 @@ def rows_of_files(
 
 
 def rows_of_dataset(
-    dataset: ChatDataset, tokenizer: Llama2ChatTransform, wanted: range, *, with_tokens: bool, kind: str = "row"
+    dataset: ChatDataset, tokenizer: ChatTransform, wanted: range, *, with_tokens: bool, kind: str = "row"
 ) -> Iterator[ShownRow]:
     """Show rows of a data set that a component of the user's own made, of whose files nothing is known.
 
@@ -114,7 +114,7 @@ def rows_of_dataset(
             yield _trained_row(f"{kind} {index}", row["tokens"], row["labels"], "", tokenizer, with_tokens)
 
 
-def row_spans(tokens: Sequence[int], labels: Sequence[int], tokenizer: Llama2ChatTransform) -> tuple[Span, ...]:
+def row_spans(tokens: Sequence[int], labels: Sequence[int], tokenizer: ChatTransform) -> tuple[Span, ...]:
     """Write a row's tokens as text, cut where they become supervised or not, and around control tokens."""
     pieces = [
         (label != CROSS_ENTROPY_IGNORE_IDX, tokenizer.tokenizer.is_control(token), token)
@@ -160,7 +160,7 @@ def _trained_row(
     tokens: list[int],
     labels: list[int],
     remarks: str,
-    tokenizer: Llama2ChatTransform,
+    tokenizer: ChatTransform,
     with_tokens: bool,
 ) -> ShownRow:
     num_supervised = sum(label != CROSS_ENTROPY_IGNORE_IDX for label in labels)

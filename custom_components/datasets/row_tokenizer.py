@@ -11,10 +11,10 @@ from custom_components.datasets.file_readers import BadRow, Row
 from custom_components.datasets.row_messages import RowNotes
 from custom_components.datasets.source_list import WeightedSource
 from custom_components.datasets.summary import DatasetSummary
+from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.dialogs import ChatMessage
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
-from custom_components.transforms.templates import Turn
 from custom_components.transforms.turn_encoding import EncodedDialog
+from custom_components.transforms.turns import Turn
 
 
 class RowReader(Protocol):
@@ -58,7 +58,7 @@ class RowTokenizer:
         loss: says why a row that could be trained on is left out, in the words of the account; None: it is not.
     """
 
-    tokenizer: Llama2ChatTransform
+    tokenizer: ChatTransform
     settings: WeightedSource
     rows: RowReader
     layout: Callable[[Sequence[Sequence[EncodedDialog]]], dict[str, np.ndarray]]

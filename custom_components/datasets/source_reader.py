@@ -19,7 +19,7 @@ from custom_components.datasets.summary import DatasetSummary
 from custom_components.datasets.token_cache import TokenCache
 from custom_components.datasets.tokenized_rows import TokenizedRows, joined_arrays
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.turn_encoding import EncodedDialog
 
 _NUM_RECORDS_PER_CHUNK = 1024
@@ -38,7 +38,7 @@ class SourceReader(ABC, Generic[Rows_co]):
 
     source: Source
     settings: WeightedSource
-    tokenizer: Llama2ChatTransform
+    tokenizer: ChatTransform
 
     formats: ClassVar[Formats]
     kind: ClassVar[tuple[str, ...]] = ()
@@ -146,7 +146,7 @@ Reader = TypeVar("Reader", bound=SourceReader)
 
 def source_readers(
     reader: type[Reader],
-    tokenizer: Llama2ChatTransform,
+    tokenizer: ChatTransform,
     source: SourceName | list[SourceName | WeightedSource],
     **for_all: Any,
 ) -> list[Reader]:

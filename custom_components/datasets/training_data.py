@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from custom_components.datasets.batching import Batch, BatchPlan, collate
 from custom_components.datasets.summary import account, counted
 from custom_components.datasets.tokenized_rows import ChatDataset
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.chat_transform import ChatTransform
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Data:
 
     train: ChatDataset
     validation: ChatDataset | None
-    tokenizer: Llama2ChatTransform
+    tokenizer: ChatTransform
 
     @property
     def lengths(self) -> Sequence[int]:

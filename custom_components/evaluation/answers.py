@@ -14,7 +14,7 @@ from custom_components.datasets.tokenized_rows import ChatDataset
 from custom_components.generation.decoding import generate
 from custom_components.generation.sampling import Sampling
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.chat_transform import ChatTransform
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Words:
         return re.findall(r"[^\W_]+", text.lower())
 
 
-def held_out_questions(dataset: ChatDataset, tokenizer: Llama2ChatTransform, num_rows: int) -> list[Question]:
+def held_out_questions(dataset: ChatDataset, tokenizer: ChatTransform, num_rows: int) -> list[Question]:
     """Collect the last question and answer of the first `num_rows` rows that have one.
 
     Rows of plain text have no question, and answers cut to `max_seq_len` are left out.
@@ -57,7 +57,7 @@ def held_out_questions(dataset: ChatDataset, tokenizer: Llama2ChatTransform, num
         is_answer = np.array(row["labels"]) != CROSS_ENTROPY_IGNORE_IDX
         end = int(np.flatnonzero(is_answer)[-1]) + 1
         start = end - int(np.argmin([*is_answer[end - 1 :: -1], False]))
-        is_whole = row["tokens"][end - 1] == tokenizer.eos_id
+        is_whole = row["tokens"][end - 1] in tokenizer.stop_tokens
         if is_whole and row["tokens"][:start] not in ([], [tokenizer.bos_id]):
             questions.append(Question(row["tokens"][:start], tokenizer.decode(row["tokens"][start:end]).strip()))
     if not questions:
@@ -67,7 +67,7 @@ def held_out_questions(dataset: ChatDataset, tokenizer: Llama2ChatTransform, num
 
 def generated_answers(
     model: TransformerDecoder,
-    tokenizer: Llama2ChatTransform,
+    tokenizer: ChatTransform,
     questions: Sequence[Question],
     *,
     batch_size: int,

@@ -35,7 +35,7 @@ from custom_components.generation.sampling import Sampling
 from custom_components.models.attention import RowLengths
 from custom_components.models.hidden_states import final_hidden_states
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.chat_transform import ChatTransform
 
 _MAX_ANSWER_TOKENS = 256  # where a task sets no limit, as in huggingface.py, `max_gen_toks`
 _NUM_BOOTSTRAPS = 1000  # resamplings for the standard error of metrics that have no formula for it
@@ -51,7 +51,7 @@ class LlamaLM(TemplateLM):
     def __init__(
         self,
         model: TransformerDecoder,
-        tokenizer: Llama2ChatTransform,
+        tokenizer: ChatTransform,
         *,
         batch_size: int,
         device: torch.device,
@@ -68,7 +68,8 @@ class LlamaLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self._tokenizer.bos_id
+        bos_id = self._tokenizer.bos_id
+        return self._tokenizer.eos_id if bos_id is None else bos_id
 
     @property
     def max_length(self) -> int:

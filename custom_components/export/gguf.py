@@ -1,8 +1,7 @@
 """Writing a model as a GGUF file, which llama.cpp and what is built on it run.
 
-Format: ggml-org/ggml, docs/gguf.md; which keys a Llama has and how its tokenizer is spelled: ggml-org/llama.cpp,
-@0c1e5709, convert_hf_to_gguf.py with conversion/llama.py and conversion/base.py (`_create_vocab_sentencepiece`,
-`prepare_tensors`), and src/llama-vocab.cpp (`llm_tokenizer_spm_session`).
+Format: ggml-org/ggml, docs/gguf.md; which keys a Llama has: ggml-org/llama.cpp, @0c1e5709, convert_hf_to_gguf.py with
+conversion/llama.py and conversion/base.py (`prepare_tensors`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 from torchtune.models.convert_weights import get_mapped_key
 
+from custom_components.export.gguf_tokenizer import add_tokenizer
 from custom_components.models.llama import lora_llama
 from custom_components.models.shapes import LlamaShape
 from custom_components.runtime.atomic_files import whole_file
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.sentencepiece_model import Piece, PieceType, read_sentencepiece_model
 from custom_components.transforms.tokenizer_files import ExportedTokenizer
 from custom_components.weights.names import HUGGING_FACE_NAMES
 
@@ -69,7 +68,7 @@ def write_gguf(
     gguf = import_gguf()
     writer = gguf.GGUFWriter(None, "llama")
     _add_model(writer, gguf, shape, name, quantization)
-    _add_tokenizer(writer, tokenizer, shape.vocab_size)
+    add_tokenizer(writer, tokenizer, shape.vocab_size)
     plan = _planned_tensors(gguf, shape, quantization)
     for planned in plan.values():
         writer.add_tensor_info(planned.gguf_name, planned.shape, None, planned.num_bytes, planned.encoding)
@@ -120,61 +119,6 @@ def _add_model(writer: Any, gguf: ModuleType, shape: LlamaShape, name: str, quan
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_layer_norm_rms_eps(shape.norm_eps)
-
-
-def _add_tokenizer(writer: Any, tokenizer: ExportedTokenizer, num_embeddings: int) -> None:
-    """Add the SentencePiece model's pieces with scores and types, added tokens, and ids up to the number of embeddings.
-
-    Raises:
-        UserError: it is not byte-pair encoding, the only kind that llama.cpp's `llama` tokenizer computes.
-    """
-    model = read_sentencepiece_model(tokenizer.model)
-    if not model.is_byte_pair:
-        raise UserError(
-            f"format: {str(tokenizer.model)!r} is no byte-pair tokenizer: llama.cpp would split texts in another way "
-            "than the model was trained with; merge to another format"
-        )
-    if model.removes_repeated_spaces or model.replaces_characters:
-        print(
-            "note: this tokenizer joins repeated spaces or replaces characters before it splits a text; llama.cpp's "
-            "does not, and splits such prompts in another way"
-        )
-    assert len(model.pieces) <= num_embeddings, f"{len(model.pieces)} pieces, {num_embeddings} embeddings"
-    added = {
-        # Recognized in a rendered prompt; those that are not special in what users type as well.
-        token.index: Piece(token.text, -1000.0, PieceType.CONTROL if token.is_special else PieceType.USER_DEFINED)
-        for token in tokenizer.tokenizer.added_tokens.tokens
-    }
-    # note: llama.cpp refuses two tokens of the same text.
-    beyond = [
-        added.get(index, Piece(f"[PAD{index}]", -10_000.0, PieceType.UNUSED))
-        for index in range(len(model.pieces), num_embeddings)
-    ]
-    pieces = [*model.pieces, *beyond]
-    processor = tokenizer.tokenizer.processor
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([piece.text for piece in pieces])
-    writer.add_token_scores([piece.score for piece in pieces])
-    # GGUF numbers the types of tokens as SentencePiece does.
-    writer.add_token_types([piece.type for piece in pieces])
-    writer.add_bos_token_id(processor.bos_id())
-    writer.add_unk_token_id(processor.unk_id())
-    # Beside EOS there is a place for two more tokens that end an answer: of a turn and of a message.
-    [eos] = tokenizer.tokenizer.ids_of_pieces([tokenizer.names["eos_token"]])
-    writer.add_eos_token_id(eos)
-    others = [token for token in tokenizer.stop_tokens if token != eos]
-    for add_id, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
-        add_id(token)
-    if left_out := [tokenizer.tokenizer.piece(token) for token in others[2:]]:
-        print(f"note: a GGUF file has room for three tokens that end an answer; left out: {left_out}")
-    if tokenizer.pad_id is not None and tokenizer.pad_id < num_embeddings:
-        writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(model.adds_leading_space)
-    if tokenizer.chat_template is not None:
-        writer.add_chat_template(tokenizer.chat_template)
 
 
 def _planned_tensors(gguf: ModuleType, shape: LlamaShape, quantization: str) -> dict[str, _PlannedTensor]:

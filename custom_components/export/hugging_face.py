@@ -60,13 +60,13 @@ def write_config(
         shape: of the written model: its embeddings may be apart where the source's are tied.
         tokenizer: its stop tokens are what generation ends at.
     """
-    processor = tokenizer.tokenizer.processor
-    config = dict(base.config) or config_of_shape(shape, processor.bos_id())
+    bos_id = tokenizer.tokenizer.bos_id
+    config = dict(base.config) or config_of_shape(shape, bos_id)
     # transformers 5 reads and writes `dtype`, and still reads `torch_dtype`, the only one that version 4 knows.
     config["dtype" if "dtype" in config else "torch_dtype"] = _CONFIG_DTYPES[dtype]
     config["tie_word_embeddings"] = shape.tied_embeddings
     config.pop("_name_or_path", None)  # it names another model than this one
-    generation_config = read_json(base.directory / "generation_config.json") or {"bos_token_id": processor.bos_id()}
+    generation_config = read_json(base.directory / "generation_config.json") or {"bos_token_id": bos_id}
     # Llama 2 came so in 2023; Meta mended it in this way.
     if not generation_config.get("do_sample") and (drawing := sorted(_DRAWING & generation_config.keys())):
         generation_config["do_sample"] = True
@@ -82,7 +82,7 @@ def write_config(
     _write(directory / "generation_config.json", generation_config | ids)
 
 
-def config_of_shape(shape: LlamaShape, bos_id: int) -> dict[str, Any]:
+def config_of_shape(shape: LlamaShape, bos_id: int | None) -> dict[str, Any]:
     """Give the entries of config.json that follow from a model's shape and its tokenizer."""
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -29,14 +29,18 @@ PARAMETER repeat_penalty 1
 
 
 def write_modelfile(
-    directory: Path, gguf_name: str, prompt_format: PromptFormat | None, control_pieces: Mapping[str, str]
+    directory: Path,
+    gguf_name: str,
+    prompt_format: PromptFormat | None,
+    control_pieces: Mapping[str, str],
+    added_tokens: Sequence[str] = (),
 ) -> None:
     """Write a Modelfile that gives the tokens of a prompt format, or say why there is none.
 
     Args:
         gguf_name: the model's file in the same directory.
         prompt_format: None: it is not known.
-        control_pieces: see :func:`control_pieces_of`.
+        control_pieces, added_tokens: see :func:`go_template`.
     """
     if prompt_format is None:
         print(
@@ -46,11 +50,13 @@ def write_modelfile(
     elif not gguf_name.isprintable():
         print(f"no {MODELFILE_NAME} is written: it cannot name {gguf_name!r}; give output_dir a printable name")
     else:
-        text = modelfile(gguf_name, prompt_format, control_pieces)
+        text = modelfile(gguf_name, prompt_format, control_pieces, added_tokens)
         (directory / MODELFILE_NAME).write_text(text, encoding="utf-8")
 
 
-def modelfile(gguf_name: str, prompt_format: PromptFormat, control_pieces: Mapping[str, str]) -> str:
+def modelfile(
+    gguf_name: str, prompt_format: PromptFormat, control_pieces: Mapping[str, str], added_tokens: Sequence[str] = ()
+) -> str:
     """Write the text of a Modelfile.
 
     Raises:
@@ -59,7 +65,8 @@ def modelfile(gguf_name: str, prompt_format: PromptFormat, control_pieces: Mappi
     system = default_system_prompt(prompt_format.prompt_template, prompt_format.system_prompt)
     # Ollama takes an empty SYSTEM for none.
     is_instruction = system is not None and system != "" and _can_be_quoted(system)
-    template = go_template(prompt_format.prompt_template, control_pieces, None if is_instruction else system)
+    written_system = None if is_instruction else system
+    template = go_template(prompt_format.prompt_template, control_pieces, written_system, added_tokens)
     return "".join(
         [
             _HEAD.format(gguf_name=gguf_name),

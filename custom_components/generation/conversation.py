@@ -9,8 +9,8 @@ from custom_components.generation.decoding import streamed_answer
 from custom_components.generation.incremental import IncrementalLlama, KeyValueCache
 from custom_components.generation.sampling import Sampling
 from custom_components.runtime.errors import UserError
+from custom_components.transforms.chat_transform import ChatTransform, prompt_tokens
 from custom_components.transforms.dialogs import chat_messages
-from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
 
 
 class Conversation:
@@ -23,7 +23,7 @@ class Conversation:
     """
 
     def __init__(
-        self, model: IncrementalLlama, tokenizer: Llama2ChatTransform, max_new_tokens: int, sampling: Sampling
+        self, model: IncrementalLlama, tokenizer: ChatTransform, max_new_tokens: int, sampling: Sampling
     ) -> None:
         self.system_prompt: str | None = None
         self.exchanges: list[tuple[str, str]] = []

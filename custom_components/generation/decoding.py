@@ -11,7 +11,7 @@ from torchtune.modules import TransformerDecoder
 from custom_components.generation.incremental import IncrementalLlama, KeyValueCache
 from custom_components.generation.sampling import Sampling, draw
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
+from custom_components.transforms.chat_transform import ChatTransform, prompt_tokens
 from custom_components.transforms.text_stream import TextStream
 
 
@@ -51,7 +51,7 @@ def generate(
 
 def answer_messages(
     model: TransformerDecoder | IncrementalLlama,
-    tokenizer: Llama2ChatTransform,
+    tokenizer: ChatTransform,
     dialogs: Sequence[Sequence[dict[str, str]]],
     *,
     max_new_tokens: int,
@@ -80,7 +80,7 @@ def answer_messages(
 
 def streamed_answer(
     model: IncrementalLlama,
-    tokenizer: Llama2ChatTransform,
+    tokenizer: ChatTransform,
     prompt: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling,

@@ -22,7 +22,7 @@ from custom_components.runtime.host_allocator import keep_freed_memory
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.runtime.terminal import say
 from custom_components.training.plan import plan_of
-from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
 from custom_components.weights.checkpoint_loading import check_base_weights
@@ -32,7 +32,7 @@ class Rows(Protocol):
     """What a recipe trains on, as far as the opening looks at it."""
 
     @property
-    def tokenizer(self) -> Llama2ChatTransform: ...
+    def tokenizer(self) -> ChatTransform: ...
 
     @property
     def account(self) -> str:
@@ -96,11 +96,11 @@ class Opening(Generic[SettingsType, RowsType]):
     def prompt_format(self) -> PromptFormat:
         """The format that the rows have."""
         tokenizer = self.data.tokenizer
-        return PromptFormat(self.settings.prompt_template, tokenizer.system_prompt, tokenizer.stop_pieces)
+        return PromptFormat(tokenizer.prompt_template, tokenizer.system_prompt, tokenizer.stop_pieces)
 
 
 def open_training(
-    settings: SettingsType, open_data: Callable[[SettingsType, Llama2ChatTransform], RowsType]
+    settings: SettingsType, open_data: Callable[[SettingsType, ChatTransform], RowsType]
 ) -> Opening[SettingsType, RowsType]:
     """Open all that a training config names, and check that it belongs together.
 
@@ -128,7 +128,7 @@ def open_training(
     return Opening(settings, machine, model, data, base, resumed, _overwrites(settings, resumed), fit)
 
 
-def open_rows(settings: TrainingSettings, tokenizer: Llama2ChatTransform) -> Data:
+def open_rows(settings: TrainingSettings, tokenizer: ChatTransform) -> Data:
     """Open the rows of supervised fine-tuning: those to train on, and those to validate on, if any."""
     # What the model learns with is what validation and generation use.
     tokenizer = tokenizer.with_system_prompt(settings.dataset.get("system_prompt"))

@@ -12,6 +12,7 @@ from custom_components.training.state import Progress
 from custom_components.transforms.dialogs import chat_messages
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.transforms.templates import dialog_turns, prompt_template
+from custom_components.transforms.turns import text_of
 from custom_components.weights.adapter_settings import AdapterSettings
 from custom_components.weights.card import (
     FIRST_SECTION,
@@ -124,11 +125,12 @@ def _prompt_format(prompt_format: PromptFormat) -> str:
     system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
     exchange = [{"role": "user", "content": "{question}"}, {"role": "assistant", "content": "{answer}"}]
     turns = dialog_turns(chat_messages([*system, *exchange, *exchange]), prompt_template(template))
-    text = "".join(f"<s>{turn.prompt}{turn.answer}</s>" for turn in turns)
+    text = text_of(turns, "<s>", "</s>")
+    ends = next((f"`{token}`" for token in prompt_format.stop_tokens if token in text), "`</s>`")
     name = f"`{template}`" if isinstance(template, str) else "One of its own"
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return (
-        f"\n{name}. A dialog of two questions; `<s>` and `</s>` are the tokenizer's control tokens, and `</s>` ends an "
+        f"\n{name}. A dialog of two questions; `<s>` and `</s>` are the tokenizer's control tokens, and {ends} ends an "
         f"answer:\n\n{fence}text\n{text}\n{fence}\n"
     )
 

@@ -12,7 +12,7 @@ from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.source_files import is_on_hub
 from custom_components.runs.recognition import RUN_CONFIG_NAME
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
 
 _CHAT_DATASET = f"{datasets.__name__}.{chat_dataset.__name__}"
@@ -55,7 +55,7 @@ class Origin:
     def has_nf4_base(self) -> bool:
         return self.config.get("quantize_base") is True
 
-    def example_rows(self, tokenizer: Llama2ChatTransform) -> tuple[list[list[int]], str]:
+    def example_rows(self, tokenizer: ChatTransform) -> tuple[list[list[int]], str]:
         """Give the first tokens of a few rows to compare models on, and in words what they are.
 
         They are rows that the adapter was trained on, if its run names local files that still exist; otherwise
@@ -69,8 +69,8 @@ class Origin:
         return rows, "sentences of our own, for the training rows are not there"
 
     def validation_tokenizer(
-        self, tokenizer: Llama2ChatTransform, draw: ValidationDraw, trained: PromptFormat | None
-    ) -> Llama2ChatTransform:
+        self, tokenizer: ChatTransform, draw: ValidationDraw, trained: PromptFormat | None
+    ) -> ChatTransform:
         """Make a tokenizer that cuts and supervises rows as the run did: :func:`split_validation` draws by both.
 
         If no run is known, it is the one given.
@@ -106,7 +106,7 @@ def open_origin(adapter_dir: Path) -> Origin:
     return Origin(config if isinstance(config, dict) else {})
 
 
-def _training_rows(node: Any, tokenizer: Llama2ChatTransform) -> list[list[int]]:
+def _training_rows(node: Any, tokenizer: ChatTransform) -> list[list[int]]:
     if not isinstance(node, dict) or node.get("_component_") != _CHAT_DATASET:
         return []
     try:

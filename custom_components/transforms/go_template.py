@@ -1,6 +1,6 @@
 """A prompt format as a template of Go's text/template, the language in which Ollama renders prompts.
 
-What the template renders has the tokens of :class:`Llama2ChatTransform`, after the BOS that Ollama puts before it.
+What the template renders has the tokens of :class:`ChatTransform`, after the BOS that Ollama puts before it.
 
 The part of the language that is used (pkg.go.dev/text/template): the data `.Messages`, each with `.Role` and
 `.Content`; string literals, `true` and `false`; variables with `:=` and `=`; `if`, `else if`, `else`, `range`, `end`;
@@ -11,9 +11,11 @@ before it.
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from custom_components.transforms.templates import MarkedTemplate, prompt_template
+from custom_components.transforms.marked_template import MarkedTemplate
+from custom_components.transforms.templates import prompt_template
+from custom_components.transforms.turns import BOS, EOS
 
 # What Python's str.strip() strips.
 _WHITESPACE = "".join(character for character in map(chr, range(sys.maxunicode + 1)) if character.isspace())
@@ -52,11 +54,44 @@ _ANSWER = """\
 """
 _LLAMA2_ANSWER = '{{- " " }}{{ template "strip" .Content }}{{ " " }}{{ $eos }}\n'
 _MARKED_ANSWER = "{{- .Content }}{{ $after_answer }}{{ $eos }}\n"
+# For templates that name BOS and EOS themselves; Ollama puts the first BOS of a prompt there itself.
+_NAMED_START = """\
+{{- else if eq .Role "user" }}
+{{- if $has_answer }}{{ else }}{{ $start }}{{ end }}
+"""
+_NAMED_PROMPT = """\
+{{- $prompt := print $before_user .Content $before_answer }}
+{{- if $has_system }}
+{{- $prompt = print $before_system $system $after_system $prompt }}
+{{- end }}
+"""
+_NAMED_PROMPT_WITH_SYSTEM_INSIDE = """\
+{{- $prompt := print $before_user .Content $before_answer }}
+{{- if and $has_system $system IS_ITS_PLACE }}
+{{- $prompt = print $before_user $before_system $system $after_system .Content $before_answer }}
+{{- end }}
+"""
+_OPEN_END = """\
+{{- if eq (len (slice $.Messages $index)) 1 }}{{ template "strip_end" $prompt }}{{ else }}{{ $prompt }}{{ end }}
+"""
+_STRIPPED_PROMPT = """\
+{{- if $has_system }}{{ $before_system }}{{ template "strip" $system }}{{ $after_system }}{{ end }}
+{{- $before_user }}{{ template "strip" .Content }}{{ $before_answer }}
+"""
+_ANSWER_IS_NEXT = """\
+{{- $has_user = true }}
+{{- else if and $has_user (eq .Role "assistant") }}
+{{- $has_answer = true }}
+"""
+_NAMED_ANSWER = "{{- CONTENT }}{{ $after_answer }}{{ $trailer }}\n"
 _END = "{{- end }}\n{{- end }}"
 
 
 def go_template(
-    description: str | Mapping[str, str], control_pieces: Mapping[str, str], system_prompt: str | None
+    description: str | Mapping[str, str],
+    control_pieces: Mapping[str, str],
+    system_prompt: str | None,
+    added_tokens: Sequence[str] = (),
 ) -> str:
     """Write the Go template of a prompt format.
 
@@ -64,26 +99,54 @@ def go_template(
         description: a template's name or parts, as :func:`prompt_template` takes them.
         control_pieces: see :func:`control_pieces_of`.
         system_prompt: for dialogs that have none of their own; None: they get none.
+        added_tokens: the texts of the tokens that the checkpoint's files add.
 
     Raises:
         UserError: no such template.
     """
+    bos, eos = control_pieces.get("bos_token", ""), control_pieces["eos_token"]
     template = prompt_template(description)
     constants: dict[str, str | bool] = {
-        "bos": control_pieces["bos_token"],
-        "eos": control_pieces["eos_token"],
+        "bos": bos,
+        "eos": eos,
         "system": system_prompt or "",
         "has_system": system_prompt is not None,
     }
+    start, next_answer = _START, _ANSWER
     if isinstance(template, MarkedTemplate):
+        template = template.with_names(bos, eos, added_tokens)
         strips = _strip_end(" ")
         prompt, answer = _MARKED_PROMPT, _MARKED_ANSWER
-        constants |= template.marks
+        constants |= template.marks_with(bos, eos)
+        if template.names_ends:
+            constants["start"] = (template.start or "").removeprefix(BOS).replace(EOS, eos)
+            start = _START.partition('{{- else if eq .Role "user" }}')[0] + _NAMED_START
+            prompt, answer = _named_prompt(template), _named_answer(template)
+            if template.strips == "all":
+                strips = _strip(_WHITESPACE) + _strip_end(_WHITESPACE)
+            if template.system_place == "last_user":
+                next_answer = _ANSWER_IS_NEXT
     else:
         strips = _strip(_WHITESPACE) + _strip_end(_WHITESPACE)
         prompt, answer = _LLAMA2_PROMPT, _LLAMA2_ANSWER
     definitions = "".join(f"{{{{- ${name} := {_literal(value)} }}}}\n" for name, value in constants.items())
-    return strips + definitions + _START + prompt + _ANSWER + answer + _END
+    return strips + definitions + start + prompt + next_answer + answer + _END
+
+
+def _named_prompt(template: MarkedTemplate) -> str:
+    """Write the part for a question, of a template that names BOS and EOS itself."""
+    if template.strips == "all":
+        return _STRIPPED_PROMPT
+    if template.system_place == "before":
+        return _NAMED_PROMPT + _OPEN_END
+    is_last = "(ge 2 (len (slice $.Messages $index)))"  # the last message, or that before the answer to it
+    place = "" if template.system_place == "first_user" else is_last
+    return _NAMED_PROMPT_WITH_SYSTEM_INSIDE.replace(" IS_ITS_PLACE", f" {place}".rstrip()) + _OPEN_END
+
+
+def _named_answer(template: MarkedTemplate) -> str:
+    content = {"all": 'template "strip" .Content', "spaces_after_answers": 'template "strip_end" .Content'}
+    return _NAMED_ANSWER.replace("CONTENT", content.get(template.strips, ".Content"))
 
 
 def _strip(characters: str) -> str:

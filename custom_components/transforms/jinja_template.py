@@ -1,6 +1,6 @@
 """A prompt format as a Jinja chat template, for transformers and tools that read its files.
 
-The rendered text has the tokens of :class:`Llama2ChatTransform`, with the tokenizer of :mod:`tokenizer_json`.
+The rendered text has the tokens of :class:`ChatTransform`, with the tokenizer of :mod:`tokenizer_json`.
 """
 
 import json
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from custom_components.transforms.templates import LLAMA2_TAGS, MarkedTemplate, default_system_prompt, prompt_template
+from custom_components.transforms.marked_template import MarkedTemplate
+from custom_components.transforms.templates import LLAMA2_TAGS, default_system_prompt, prompt_template
 
 # note: every tag strips the line break before it, so that only expressions add text to the prompt.
 _START = """\
@@ -55,6 +56,31 @@ _MARKED_TURN = """\
 {{- message['content'] + after_answer + eos }}
 {%- endif %}
 """
+# For templates that name BOS and EOS themselves.
+_QUESTION = """\
+{%- set prompt = before_user + content + before_answer %}
+{%- if loop.first and system is not none %}
+{%- set prompt = before_system + (systemSTRIPPED) + after_system + prompt %}
+{%- endif %}
+"""
+_QUESTION_WITH_SYSTEM_INSIDE = """\
+{%- if system and HAS_SYSTEM %}
+{%- set content = before_system + (systemSTRIPPED) + after_system + content %}
+{%- endif %}
+{%- set prompt = before_user + content + before_answer %}
+"""
+_NAMED_TURN = """\
+{%- if message['role'] == 'user' %}
+{%- set content = message['content']STRIPPED %}
+QUESTION\
+{%- if loop.first %}
+{%- set prompt = start + prompt %}
+{%- endif %}
+{{- prompt.rstrip(' ') if loop.last else prompt }}
+{%- else %}
+{{- (message['content']ANSWER_STRIPPED) + after_answer + trailer }}
+{%- endif %}
+"""
 _END = "{%- endfor %}"
 
 
@@ -78,21 +104,40 @@ def chat_template(
     Raises:
         UserError: no such template.
     """
+    bos, eos = control_pieces.get("bos_token", ""), control_pieces["eos_token"]
     template = prompt_template(description)
     constants: dict[str, str | None | list[str]] = {
-        "bos": control_pieces["bos_token"],
-        "eos": control_pieces["eos_token"],
+        "bos": bos,
+        "eos": eos,
         "marks": [*control_pieces.values(), *added_tokens],
         "default_system": default_system_prompt(description, system_prompt),
     }
     if isinstance(template, MarkedTemplate):
-        turn = _MARKED_TURN
-        constants |= template.marks
+        template = template.with_names(bos, eos, added_tokens)
+        turn = _named_turn(template) if template.names_ends else _MARKED_TURN
+        constants |= template.marks_with(bos, eos)
     else:
         turn = _LLAMA2_TURN
         constants["marks"] = [*control_pieces.values(), *added_tokens, *LLAMA2_TAGS]
     definitions = "".join(f"{{%- set {name} = {_literal(value)} %}}\n" for name, value in constants.items())
     return definitions + _START + turn + _END
+
+
+def _named_turn(template: MarkedTemplate) -> str:
+    """Write the part of the template for each message, of a template that names BOS and EOS itself."""
+    question = _QUESTION if template.system_place == "before" else _QUESTION_WITH_SYSTEM_INSIDE
+    # The last question of a dialog is its last message, or that before the answer to it.
+    has_system = "loop.first" if template.system_place == "first_user" else "loop.index >= dialog | length - 1"
+    words = {
+        "QUESTION": question,
+        "HAS_SYSTEM": has_system,
+        "ANSWER_STRIPPED": {"all": " | trim", "spaces_after_answers": ".rstrip(' ')"}.get(template.strips, ""),
+        "STRIPPED": " | trim" if template.strips == "all" else "",
+    }
+    turn = _NAMED_TURN
+    for word, text in words.items():
+        turn = turn.replace(word, text)
+    return turn
 
 
 def control_pieces_of(tokenizer_model: Path) -> dict[str, str]:

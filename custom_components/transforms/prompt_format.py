@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.added_tokens import stated_ids
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.chat_transform import ChatTransform
 
 PROMPT_FORMAT_NAME = "prompt_format.yaml"
 
@@ -59,7 +59,7 @@ def tokenizer_with_format(
     *,
     prompt_template: str | dict[str, str] | None = None,
     system_prompt: str | None = None,
-) -> Llama2ChatTransform:
+) -> ChatTransform:
     """Load the checkpoint's tokenizer with the prompt format and stop tokens that training used.
 
     Args:
@@ -75,7 +75,7 @@ def tokenizer_with_format(
         if trained and told is not None and told != trained_value:
             print(f"warning: {name} is {told!r}, it was trained with {trained_value!r}", file=sys.stderr)
         chosen[name] = trained_value if told is None else told
-    tokenizer = Llama2ChatTransform(checkpoint_dir / "tokenizer.model", **chosen)
+    tokenizer = ChatTransform(checkpoint_dir, **chosen)
     if trained is None:
         stated = stated_ids(checkpoint_dir, "eos_token_id")
         stop_tokens = tuple(token for token in stated if tokenizer.tokenizer.piece(token) is not None)

@@ -1,31 +1,12 @@
 """Dialogs as text: the prompts a model is shown, and the answers it is to learn."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from dataclasses import replace
 
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.dialogs import PLAIN_TEXT_ROLE, ChatMessage
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A prompt and its answer as they are tokenized: BOS + prompt + answer + EOS.
-
-    The last turn of a dialog that waits for an answer is open: its answer is None, and it has no EOS.
-
-    Attributes:
-        is_supervised: False: the answer is shown and not trained.
-        is_prompt_masked: the prompt is not trained even where prompts are.
-        is_continued: the answer is only started, for a model to continue: it has no EOS.
-    """
-
-    prompt: str
-    answer: str | None
-    is_supervised: bool = True
-    is_prompt_masked: bool = False
-    is_continued: bool = False
-
+from custom_components.transforms.marked_template import MarkedTemplate, template_of_parts
+from custom_components.transforms.turns import BOS, EOS, Turn, exchanges
 
 LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
@@ -44,73 +25,13 @@ def llama2_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
     for message in messages:
         if tag := next((tag for tag in LLAMA2_TAGS if tag in message.content), None):
             raise ValueError(f"{message.role} message contains {tag!r}, which is how the chat format marks its parts")
-    system, exchanges = _exchanges(messages)
+    system, pairs = exchanges(messages)
     turns: list[Turn] = []
-    for user, answer in exchanges:
+    for user, answer in pairs:
         folded = user.content if system is None or turns else f"<<SYS>>\n{system}\n<</SYS>>\n\n{user.content}"
         prompt = f"[INST] {folded.strip()} [/INST]"
-        turns.append(Turn(prompt, f" {answer.content.strip()} " if answer else None))
+        turns.append(Turn((BOS, prompt), (f" {answer.content.strip()} ", EOS) if answer else None))
     return turns
-
-
-@dataclass(frozen=True)
-class MarkedTemplate:
-    """A template of marks around each message's `{content}`.
-
-    A turn's prompt is the system part (in the first turn), the user part, and the assistant part up to `{content}`;
-    the rest of the assistant part is trained with the answer.
-
-    Attributes:
-        system, user, assistant: text with one `{content}`.
-        default_system: the system prompt of dialogs without one; None: they get no system part.
-        user_with_input: for a question that is an instruction and its input, with `{instruction}` and `{input}`; None:
-            both are joined in `user`.
-        default_system_with_input: instead of `default_system` where the first question has an input.
-    """
-
-    user: str
-    assistant: str
-    system: str = "{content}\n\n"
-    default_system: str | None = None
-    user_with_input: str | None = None
-    default_system_with_input: str | None = None
-
-    @property
-    def marks(self) -> dict[str, str]:
-        """The text around a system prompt, before a user's message, and around an answer, by name."""
-        before_system, _, after_system = self.system.partition("{content}")
-        before_user, _, after_user = self.user.partition("{content}")
-        before_answer, _, after_answer = self.assistant.partition("{content}")
-        return {
-            **{"before_system": before_system, "after_system": after_system, "before_user": before_user},
-            **{"before_answer": after_user + before_answer, "after_answer": after_answer},
-        }
-
-    def __call__(self, messages: Sequence[ChatMessage]) -> list[Turn]:
-        system, exchanges = _exchanges(messages)
-        if system is None:
-            has_input = messages[0].instruction_and_input is not None and self.default_system_with_input is not None
-            system = self.default_system_with_input if has_input else self.default_system
-        before_answer, _, after_answer = self.assistant.partition("{content}")
-        turns: list[Turn] = []
-        for user, answer in exchanges:
-            prompt = "" if system is None or turns else self.system.replace("{content}", system)
-            prompt += self._question(user) + before_answer
-            # Spaces at the seam go with the answer: SentencePiece joins a space with the word after it.
-            stripped = prompt.rstrip(" ")
-            seam = prompt[len(stripped) :]
-            if answer is None:
-                turns.append(Turn(stripped, None))
-            else:
-                turns.append(Turn(stripped, seam + answer.content + after_answer))
-        return turns
-
-    def _question(self, user: ChatMessage) -> str:
-        if user.instruction_and_input is None or self.user_with_input is None:
-            return self.user.replace("{content}", user.content)
-        instruction, further = user.instruction_and_input
-        before, _, rest = self.user_with_input.partition("{instruction}")
-        return before + instruction + rest.replace("{input}", further)
 
 
 # Alpaca: tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT: "prompt_no_input" and "prompt_input".
@@ -121,8 +42,71 @@ _ALPACA_SYSTEM_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
+# FastChat: lm-sys/FastChat @587d5cf, fastchat/conversation.py, "vicuna_v1.1".
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# meta-llama/llama3 @a0940f9, llama/tokenizer.py, ChatFormat.
+_LLAMA3 = MarkedTemplate(
+    start="{bos}",
+    system="<|start_header_id|>system<|end_header_id|>\n\n{content}<|eot_id|>",
+    user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>",
+    assistant="<|start_header_id|>assistant<|end_header_id|>\n\n{content}<|eot_id|>",
+    strips="all",
+    control_tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+)
 TEMPLATES: dict[str, PromptTemplate] = {
     "llama2": llama2_turns,
+    # HuggingFaceH4/zephyr-7b-beta and TinyLlama/TinyLlama-1.1B-Chat-v1.0, tokenizer_config.json.
+    "zephyr": MarkedTemplate(
+        start="",
+        system="<|system|>\n{content}{eos}\n",
+        user="<|user|>\n{content}{eos}\n",
+        assistant="<|assistant|>\n{content}{eos}\n",
+    ),
+    # openai/openai-python, chatml.md, as transformers' templates write it: teknium/OpenHermes-2.5-Mistral-7B.
+    "chatml": MarkedTemplate(
+        start="",
+        system="<|im_start|>system\n{content}<|im_end|>\n",
+        user="<|im_start|>user\n{content}<|im_end|>\n",
+        assistant="<|im_start|>assistant\n{content}<|im_end|>\n",
+        control_tokens=("<|im_start|>", "<|im_end|>"),
+    ),
+    "vicuna": MarkedTemplate(
+        start="{bos}",
+        system="{content} ",
+        user="USER: {content} ",
+        assistant="ASSISTANT: {content}{eos}",
+        default_system=_VICUNA_SYSTEM,
+    ),
+    # mistralai/mistral-common 1.13.1, tokens/tokenizers/instruct.py: InstructTokenizerV1, of Mistral 7B v0.1 and v0.2,
+    # and InstructTokenizerV3, of v0.3.
+    "mistral_v1": MarkedTemplate(
+        start="{bos}",
+        system="{content}\n\n",
+        system_place="first_user",
+        user="[INST] {content} [/INST]",
+        assistant=" {content}{eos}",
+    ),
+    "mistral_v3": MarkedTemplate(
+        start="{bos}",
+        system="{content}\n\n",
+        system_place="last_user",
+        user="[INST]{content}[/INST]",
+        assistant="{content}{eos}",
+        strips="spaces_after_answers",
+        control_tokens=("[INST]", "[/INST]"),
+    ),
+    "llama3": _LLAMA3,
+    # meta-llama/Llama-3.1-8B-Instruct and Llama-3.2, tokenizer_config.json, without tools. There is always a system
+    # part; its date is the one that the template has where none is given.
+    "llama3_1": replace(
+        _LLAMA3,
+        system="<|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{content}<|eot_id|>",
+        default_system="",
+    ),
     "alpaca": MarkedTemplate(
         user="### Instruction:\n{content}\n\n",
         assistant="### Response:\n{content}",
@@ -138,6 +122,8 @@ TEMPLATES: dict[str, PromptTemplate] = {
 def prompt_template(description: str | Mapping[str, str]) -> PromptTemplate:
     """Look up a template by its name, or make your own from `{system, user, assistant}` with `{content}` in each.
 
+    One of your own may have `start`, see :class:`MarkedTemplate`.
+
     Raises:
         UserError: an unknown name or key, or a part without exactly one `{content}`.
     """
@@ -148,16 +134,10 @@ def prompt_template(description: str | Mapping[str, str]) -> PromptTemplate:
                 "{system: ..., user: ..., assistant: ...} with {content} in each"
             )
         return TEMPLATES[description]
-    unknown = set(description) - {"system", "user", "assistant"}
-    missing = {"user", "assistant"} - set(description)
-    if unknown or missing:
-        raise UserError(
-            f"prompt_template: has the keys {sorted(description)}; it needs user and assistant, and may have system"
-        )
-    for name, part in description.items():
-        if part.count("{content}") != 1:
-            raise UserError(f"prompt_template.{name}: {part!r} has to hold {{content}} once, where the message goes")
-    return MarkedTemplate(**description)
+    try:
+        return template_of_parts(description)
+    except ValueError as error:
+        raise UserError(f"prompt_template{error}") from None
 
 
 def default_system_prompt(description: str | Mapping[str, str], system_prompt: str | None) -> str | None:
@@ -175,25 +155,16 @@ def default_system_prompt(description: str | Mapping[str, str], system_prompt: s
 def dialog_turns(messages: Sequence[ChatMessage], template: PromptTemplate) -> list[Turn]:
     """Write a dialog in a template; plain text is one answer without a prompt."""
     if messages[0].role == PLAIN_TEXT_ROLE:
-        return [Turn("", message.content) for message in messages]
+        return [Turn((BOS,), (message.content, EOS)) for message in messages]
     turns = template(messages)
     if any(message.is_supervised is False for message in messages):
-        _, exchanges = _exchanges(messages)
+        _, pairs = exchanges(messages)
         turns = [
             replace(
                 turn,
                 is_supervised=answer is None or answer.is_supervised is not False,
                 is_prompt_masked=user.is_supervised is False,
             )
-            for turn, (user, answer) in zip(turns, exchanges, strict=True)
+            for turn, (user, answer) in zip(turns, pairs, strict=True)
         ]
     return turns
-
-
-def _exchanges(
-    messages: Sequence[ChatMessage],
-) -> tuple[str | None, list[tuple[ChatMessage, ChatMessage | None]]]:
-    """Split a dialog into its system prompt and each user message with its answer, which the last may not have."""
-    system = messages[0].content if messages[0].role == "system" else None
-    rest = messages[1:] if system is not None else messages
-    return system, list(zip_longest(rest[::2], rest[1::2]))

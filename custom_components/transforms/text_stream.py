@@ -1,6 +1,6 @@
 """Tokens as text while they come: no half characters; trailing spaces are held back until more text follows."""
 
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.chat_transform import ChatTransform
 
 _MAX_TOKENS_DECODED_AGAIN = 32
 
@@ -8,7 +8,7 @@ _MAX_TOKENS_DECODED_AGAIN = 32
 class TextStream:
     """The text of an answer in pieces. Joined, they are `tokenizer.decode(tokens).strip()`."""
 
-    def __init__(self, tokenizer: Llama2ChatTransform) -> None:
+    def __init__(self, tokenizer: ChatTransform) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
         self._follows_text = False  # tokens before `_tokens` were given and forgotten

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from custom_components.transforms.added_tokens import NAMES, read_json, stated_ids
-from custom_components.transforms.jinja_template import control_pieces_of
+from custom_components.transforms.sentencepiece_tokenizer import SentencePieceTokenizer
 from custom_components.transforms.tokenizer import Tokenizer
 from custom_components.transforms.tokenizer_json import equals_but_for_additions, fast_tokenizer
 
@@ -17,16 +17,16 @@ class ExportedTokenizer:
     """A checkpoint's tokenizer, as it is written beside a model made from the checkpoint.
 
     Attributes:
-        model: the checkpoint's tokenizer.model.
-        tokenizer: its pieces, and the tokens that are added to them.
+        tokenizer: the checkpoint's pieces, and the tokens that are added to them.
         stop_tokens: the ids that end an answer.
         chat_template: Jinja, as tokenizer_config.json has it; None: none is written.
+        begins_with_bos: prompts begin with BOS: where the chat template is not rendered, tools put it there.
     """
 
-    model: Path
     tokenizer: Tokenizer
     stop_tokens: tuple[int, ...]
     chat_template: str | None
+    begins_with_bos: bool = True
 
     @property
     def names(self) -> dict[str, str]:
@@ -39,7 +39,7 @@ class ExportedTokenizer:
         known = {name: text for name, text in stated.items() if self.tokenizer.id_of(text) is not None}
         stops = [self.tokenizer.piece(token) for token in self.stop_tokens]
         eos = known.get("eos_token")
-        named = known | control_pieces_of(self.model)
+        named = known | self.tokenizer.named_pieces
         named["eos_token"] = eos if eos is not None and eos in stops else str(stops[0])
         return {name: named[name] for name in NAMES if name in named}
 
@@ -48,31 +48,49 @@ class ExportedTokenizer:
         """The id for padding: the token named so, else that of the checkpoint's configs; None: there is none."""
         if "pad_token" in self.names:
             return self.tokenizer.id_of(self.names["pad_token"])
-        stated = stated_ids(self.model.parent, "pad_token_id")
+        stated = stated_ids(self.tokenizer.path.parent, "pad_token_id")
         return stated[0] if stated else None
 
 
 def write_tokenizer(directory: Path, exported: ExportedTokenizer, max_seq_len: int) -> None:
-    """Write tokenizer.model, tokenizer.json, tokenizer_config.json and, where there are any, added_tokens.json.
+    """Write the tokenizer's own file, and tokenizer_config.json; of a tokenizer.model also tokenizer.json.
+
+    Where a tokenizer.model has added tokens, added_tokens.json is written too.
 
     Args:
         max_seq_len: the model's context, in tokens.
     """
-    shutil.copyfile(exported.model, directory / "tokenizer.model")
-    added = exported.tokenizer.added_tokens
-    fast = fast_tokenizer(exported.tokenizer.processor, added.tokens)
+    tokenizer = exported.tokenizer
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        config = _write_sentencepiece(directory, tokenizer) | _tokenizer_config(exported, max_seq_len)
+    else:
+        shutil.copyfile(tokenizer.path, directory / "tokenizer.json")
+        config = _byte_level_config(exported, max_seq_len)
+    if exported.chat_template is not None:
+        config["chat_template"] = exported.chat_template
+    _write(directory / "tokenizer_config.json", config)
+
+
+def _write_sentencepiece(directory: Path, tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    """Write a tokenizer.model and what is derived from it; returns the class that reads it in transformers."""
+    source = tokenizer.path.parent
+    shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
+    added = tokenizer.added_tokens
+    if added.tokens:
+        _write(directory / "added_tokens.json", added.ids)
+    fast = fast_tokenizer(tokenizer.processor, added.tokens)
     if fast is None:
         print(
             "warning: no tokenizer.json is written, for this tokenizer.model is not a plain byte-pair encoding; what "
             "transformers makes of it may give other ids than training used"
         )
-    elif equals_but_for_additions(exported.model.parent / "tokenizer.json", fast):
-        shutil.copyfile(exported.model.parent / "tokenizer.json", directory / "tokenizer.json")
+        return {"tokenizer_class": "LlamaTokenizer"}
+    if equals_but_for_additions(source / "tokenizer.json", fast):
+        shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")
     else:
         fast.save(str(directory / "tokenizer.json"))
-    if added.tokens:
-        _write(directory / "added_tokens.json", added.ids)
-    _write(directory / "tokenizer_config.json", _tokenizer_config(exported, max_seq_len, is_fast=fast is not None))
+    # LlamaTokenizer takes only the vocabulary and the merges of a tokenizer.json.
+    return {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def source_template(source_dir: Path) -> str | None:
@@ -83,12 +101,19 @@ def source_template(source_dir: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _tokenizer_config(exported: ExportedTokenizer, max_seq_len: int, *, is_fast: bool) -> dict[str, Any]:
+def _byte_level_config(exported: ExportedTokenizer, max_seq_len: int) -> dict[str, Any]:
+    """Give the checkpoint's own tokenizer_config.json, with the tokens and the template that the model has now."""
+    config = read_json(exported.tokenizer.path.parent / "tokenizer_config.json")
+    config.pop("chat_template", None)
+    # Classes for one model, GPT2Tokenizer for example, take only the vocabulary and the merges of a tokenizer.json.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return config | exported.names | {"model_max_length": max_seq_len}
+
+
+def _tokenizer_config(exported: ExportedTokenizer, max_seq_len: int) -> dict[str, Any]:
     """Describe a tokenizer.model that is Llama 2's, or made like it, as transformers' tokenizer_config.json."""
     added = exported.tokenizer.added_tokens
     config: dict[str, Any] = {
-        # LlamaTokenizer takes only the vocabulary and the merges of a tokenizer.json.
-        "tokenizer_class": "PreTrainedTokenizerFast" if is_fast else "LlamaTokenizer",
         # Without it LlamaTokenizer of transformers 5 puts no space before the first word after a control token:
         # 29961 instead of 518.
         "legacy": True,
@@ -109,8 +134,6 @@ def _tokenizer_config(exported: ExportedTokenizer, max_seq_len: int, *, is_fast:
         }
     if other_special := [text for text in added.other_special if exported.tokenizer.id_of(text) is not None]:
         config["additional_special_tokens"] = other_special
-    if exported.chat_template is not None:
-        config["chat_template"] = exported.chat_template
     return config
 
 

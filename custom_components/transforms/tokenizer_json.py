@@ -47,7 +47,8 @@ def fast_tokenizer(
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, ids[bos])]
     )
-    control = [tokenizers.AddedToken(piece, normalized=False, special=True) for piece in (unk, bos, eos)]
+    others = [piece for piece, index in ids.items() if processor.is_control(index) and piece not in (bos, eos)]
+    control = [tokenizers.AddedToken(piece, normalized=False, special=True) for piece in (unk, bos, eos, *others)]
     tokenizer.add_special_tokens(control)
     is_the_same = tokenizer.encode(_PROBE, add_special_tokens=False).ids == processor.encode(_PROBE)
     return _with_added_tokens(tokenizer, added_tokens) if is_the_same else None

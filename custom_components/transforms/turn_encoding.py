@@ -1,10 +1,12 @@
-"""Turns of text to token ids, and which of them are supervised."""
+"""Turns to token ids, and which of them are supervised."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
-from custom_components.transforms.templates import Turn
 from custom_components.transforms.tokenizer import Tokenizer
+from custom_components.transforms.turns import BOS, EOS, Markup, Text, Turn
 
 
 class EncodedDialog(NamedTuple):
@@ -14,27 +16,96 @@ class EncodedDialog(NamedTuple):
     is_supervised: list[bool]
 
 
-def encoded_turns(
-    tokenizer: Tokenizer, turns: Sequence[Turn], marks: tuple[str, ...], *, trains_prompts: bool
-) -> Iterator[EncodedDialog]:
-    """Tokenize each turn as BOS + prompt + answer + EOS; positions determine what is supervised.
+class _Segment(NamedTuple):
+    """A text between control tokens, or one of these.
 
-    Args:
-        marks: added tokens that are recognized, see :meth:`Tokenizer.encode`.
-        trains_prompts: prompts are supervised too, but for the masked ones.
+    Attributes:
+        follows_text: and is encoded as a continuation of it.
     """
-    bos_id, eos_id = tokenizer.processor.bos_id(), tokenizer.processor.eos_id()
-    # The newline keeps SentencePiece from putting its dummy space before an answer that follows a text.
-    joined = [bool(turn.prompt) and not turn.prompt.endswith(marks) for turn in turns]
-    answers = [("\n" if join else "") + (turn.answer or "") for turn, join in zip(turns, joined, strict=True)]
-    prompts_ids = tokenizer.encode([turn.prompt for turn in turns], marks)
-    answers_ids = tokenizer.encode(answers, marks)
-    num_newline_ids = len(tokenizer.newline_ids)
-    for turn, join, prompt_ids, answer_ids in zip(turns, joined, prompts_ids, answers_ids, strict=True):
-        tokens = [bos_id, *prompt_ids]
-        is_supervised = [False] + [trains_prompts and not turn.is_prompt_masked] * len(prompt_ids)
-        if turn.answer is not None:
-            ids = [*answer_ids[num_newline_ids if join else 0 :], *([] if turn.is_continued else [eos_id])]
-            tokens += ids
-            is_supervised += [turn.is_supervised] * len(ids)
-        yield EncodedDialog(tokens, is_supervised)
+
+    content: str | int
+    is_supervised: bool
+    follows_text: bool = False
+
+
+def encode_turns(
+    tokenizer: Tokenizer, dialogs: Sequence[Sequence[Turn]], *, trains_prompts: bool
+) -> list[EncodedDialog]:
+    """Tokenize many dialogs at once, which is faster than one by one.
+
+    Texts between two control tokens are encoded as one, but for the seam between a prompt and its answer: there they
+    are encoded apart, as the prompt is when it waits for an answer.
+    """
+    split = _markup_splitter(tokenizer)
+    segments_of_dialogs = [_segments(turns, split, tokenizer.bos_id, trains_prompts) for turns in dialogs]
+    ids = {}
+    for follows_text, encode in ((False, tokenizer.encode), (True, tokenizer.encode_continued)):
+        texts = [
+            segment.content
+            for segments in segments_of_dialogs
+            for segment in segments
+            if isinstance(segment.content, str) and segment.follows_text is follows_text
+        ]
+        ids[follows_text] = iter(encode(texts))
+    encoded_dialogs = []
+    for segments in segments_of_dialogs:
+        encoded = EncodedDialog([], [])
+        for segment in segments:
+            content = segment.content
+            tokens = next(ids[segment.follows_text]) if isinstance(content, str) else [content]
+            encoded.tokens.extend(tokens)
+            encoded.is_supervised.extend([segment.is_supervised] * len(tokens))
+        encoded_dialogs.append(encoded)
+    return encoded_dialogs
+
+
+def _segments(
+    turns: Sequence[Turn],
+    split: Callable[[Markup], Sequence[str | int]],
+    bos_id: int | None,
+    trains_prompts: bool,
+) -> list[_Segment]:
+    segments: list[_Segment] = []
+
+    def add(text: Text, is_supervised: bool) -> None:
+        run = ""
+        for part in text:
+            for piece in split(part) if isinstance(part, Markup) else (part,):
+                if isinstance(piece, str):
+                    run += piece
+                else:
+                    add_text(run, is_supervised)
+                    segments.append(_Segment(piece, is_supervised))
+                    run = ""
+        add_text(run, is_supervised)
+
+    def add_text(run: str, is_supervised: bool) -> None:
+        if run:
+            follows_text = bool(segments) and isinstance(segments[-1].content, str)
+            segments.append(_Segment(run, is_supervised, follows_text))
+
+    for turn in turns:
+        start = len(segments)
+        add(turn.prompt, trains_prompts and not turn.is_prompt_masked)
+        if len(segments) > start and segments[start].content == bos_id:
+            segments[start] = segments[start]._replace(is_supervised=False)  # nothing is before it to predict it from
+        add(turn.answer or (), turn.is_supervised)
+        add(turn.trailer, False)
+    return segments
+
+
+def _markup_splitter(tokenizer: Tokenizer) -> Callable[[Markup], Sequence[str | int]]:
+    """Give a function that splits a template's text at the control tokens that it names: texts, and ids."""
+    ids = {**tokenizer.control_ids, EOS: tokenizer.eos_id}
+    if tokenizer.bos_id is not None:
+        ids[BOS] = tokenizer.bos_id
+    # The longest first, as other tokenizers match them.
+    names = sorted({*ids, BOS}, key=len, reverse=True)
+    pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
+
+    @cache
+    def split(markup: Markup) -> Sequence[str | int]:
+        parts = [part for part in pattern.split(markup) if part and (part in ids or part != BOS)]
+        return [ids.get(part, part) for part in parts]
+
+    return split

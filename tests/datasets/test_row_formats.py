@@ -13,6 +13,7 @@ from custom_components.datasets.row_formats import FORMATS, format_by_name, reco
 from custom_components.datasets.sources import read_rows
 from custom_components.transforms.dialogs import ChatMessage
 from custom_components.transforms.templates import TEMPLATES, dialog_turns
+from custom_components.transforms.turns import text_of
 
 
 def converted(row: dict) -> list[tuple[str, str]]:
@@ -205,9 +206,10 @@ def test_what_a_template_writes_is_parsed_back(exchanges, template):
     for question, answer in exchanges:
         messages += [ChatMessage("user", question), ChatMessage("assistant", answer)]
     turns = dialog_turns(messages, TEMPLATES[template])
-    text = "\n".join(turn.prompt + (turn.answer or "") for turn in turns)
     if template == "llama2":
-        text = "".join(f"<s>{turn.prompt}{turn.answer}</s>" for turn in turns)
+        text = text_of(turns, "<s>", "</s>")
+    else:
+        text = "\n".join(text_of([turn], "", "") for turn in turns)
     assert converted({"text": text}) == [(message.role, message.content) for message in messages]
 
 

@@ -10,11 +10,12 @@ import tokenizers
 
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.added_tokens import read_added_tokens
-from custom_components.transforms.dialogs import chat_messages
-from custom_components.transforms.llama2_chat import Llama2ChatTransform, fit_tokenizer
+from custom_components.transforms.chat_transform import fit_tokenizer
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format, tokenizer_with_format
-from custom_components.transforms.tokenizer import Tokenizer
+from custom_components.transforms.sentencepiece_tokenizer import SentencePieceTokenizer
 from custom_components.transforms.tokenizer_json import fast_tokenizer
+from custom_components.transforms.turns import Markup, Turn
 from tests.support.adapters import saved_adapter
 from tests.support.dialogs import messages_of
 from tests.support.models import loaded_model, with_random_adapters
@@ -46,7 +47,7 @@ def entry(text: str, **flags: bool) -> dict[str, Any]:
 
 
 def in_tokenizer_json(directory: Path, added: dict[str, int], flags: dict[str, bool]) -> None:
-    tokenizer = fast_tokenizer(Tokenizer.read(TINY_TOKENIZER).processor)
+    tokenizer = fast_tokenizer(SentencePieceTokenizer.read(TINY_TOKENIZER).processor)
     assert tokenizer is not None
     for text in added:
         tokenizer.add_special_tokens([tokenizers.AddedToken(text, **({"normalized": False, "special": True} | flags))])
@@ -182,7 +183,7 @@ def test_a_token_that_is_not_special_is_text(base):
     checkpoint, adapter = base(in_added_tokens_json, {"<tool>": 1024}, PromptFormat("llama2", None, ["</s>"]))
     (checkpoint / "special_tokens_map.json").unlink()
     tokenizer = Llama2ChatTransform(checkpoint / "tokenizer.model")
-    [ids] = tokenizer.tokenizer.encode(["a <tool> house"], ["<tool>"])
+    [(ids, _)] = tokenizer.encode_turns([[Turn((Markup("a <tool> house"),), None)]])
     assert ids.count(1024) == 1
     assert tokenizer.decode(ids).split() == ["a", "<tool>", "house"]
     output, _ = merged(checkpoint, adapter, format="gguf")
@@ -227,12 +228,13 @@ def test_a_template_of_ones_own_has_the_tokens(base, template):
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_L03_a_message_that_spells_a_token_of_the_template_is_refused(base, role):
+def test_L03_a_message_that_spells_a_token_of_the_template_is_only_text(base, role):
     checkpoint, _ = base(in_tokenizer_json, CHATML_TOKENS, PromptFormat(CHATML, None, ["</s>"]))
     ours = Llama2ChatTransform(checkpoint / "tokenizer.model", prompt_template=CHATML)
     messages = [message | {"content": "x<|im_end|>"} if message["role"] == role else message for message in DIALOG]
-    with pytest.raises(ValueError, match="contains '<|im_end|>'"):
-        ours.render(chat_messages(messages))
+    tokens, spelled = (ours({"messages": dialog}, inference=True)["tokens"] for dialog in (DIALOG, messages))
+    assert tokens.count(1025) == spelled.count(1025) == 4
+    assert "x<|im_end|>" in ours.text_of_pieces([token for token in spelled if token < NUM_PIECES])
 
 
 def test_L03_a_message_that_spells_another_added_token_is_only_text(base):

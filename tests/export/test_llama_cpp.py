@@ -22,6 +22,7 @@ from custom_components.generation.sampling import Sampling
 from custom_components.transforms.jinja_template import chat_template, control_pieces_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.tokenizer_files import ExportedTokenizer
+from custom_components.transforms.turns import Markup, Turn
 from custom_components.weights.checkpoint_files import open_checkpoint
 from tests.support.go_template import has_go, rendered_by_go, rendered_in_python
 from tests.support.modelfile import ollama_messages, read_modelfile
@@ -259,13 +260,13 @@ def test_added_tokens_are_recognized_and_end_answers(make_checkpoint, tmp_path):
         tmp_path / "model.gguf",
         weights.shape,
         ((name, weights.read(name)) for name in weights.shapes),
-        tokenizer=ExportedTokenizer(directory / "tokenizer.model", transform.tokenizer, (1025, 2), None),
+        tokenizer=ExportedTokenizer(transform.tokenizer, (1025, 2), None),
         quantization="f16",
         name="exported",
     )
     text = "<|im_start|>user\nHello, you<|im_end|>\n"
     with in_llama_cpp(tmp_path / "model.gguf") as model:
-        [expected] = transform.tokenizer.encode([text], list(added))
+        [(expected, _)] = transform.encode_turns([[Turn((Markup(text),), None)]])
         assert model.tokenize(text.encode(), add_bos=False, special=True) == expected
         assert expected.count(1024) == expected.count(1025) == 1
         vocabulary = llama_cpp.llama_model_get_vocab(model.model)

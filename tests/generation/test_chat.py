@@ -17,7 +17,8 @@ from custom_components.generation.decoding import answer_messages
 from custom_components.generation.incremental import made_for_inference
 from custom_components.generation.sampling import Sampling
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
+from custom_components.transforms.chat_transform import prompt_tokens
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from tests.support.models import loaded_model
 from tests.support.paths import PROJECT, TINY_LLAMA, TINY_TOKENIZER
 

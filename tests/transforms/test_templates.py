@@ -10,9 +10,12 @@ from custom_components.datasets.preview_text import BRACKETS, spans_text
 from custom_components.datasets.prompt_files import row_dialog
 from custom_components.datasets.row_preview import row_spans
 from custom_components.runtime.errors import UserError
+from custom_components.transforms.chat_transform import prompt_tokens
 from custom_components.transforms.dialogs import chat_messages
-from custom_components.transforms.llama2_chat import Llama2ChatTransform, prompt_tokens
-from custom_components.transforms.templates import MarkedTemplate, Turn, prompt_template
+from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.marked_template import MarkedTemplate
+from custom_components.transforms.templates import prompt_template
+from custom_components.transforms.turns import BOS, EOS, Turn
 from tests.support.paths import TINY_TOKENIZER
 
 DIALOG = [
@@ -86,15 +89,15 @@ def test_plain_text_is_trained_whole():
     from custom_components.transforms.dialogs import ChatMessage
     from custom_components.transforms.templates import dialog_turns
 
-    assert dialog_turns([ChatMessage("text", "Once.")], template) == [Turn("", "Once.")]
+    assert dialog_turns([ChatMessage("text", "Once.")], template) == [Turn((BOS,), ("Once.", EOS))]
 
 
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("vicuna", "'vicuna' is none of llama2, alpaca"),
+        ("vicunia", "'vicunia' is none of llama2, zephyr"),
         ({"user": "{content}"}, "needs user and assistant"),
-        ({"user": "{content}", "assistant": "{content}", "tool": "x"}, "may have system"),
+        ({"user": "{content}", "assistant": "{content}", "tool": "x"}, "may have system and start"),
         ({"user": "no place", "assistant": "{content}"}, "prompt_template.user: 'no place'"),
     ],
 )
@@ -105,7 +108,7 @@ def test_templates_that_are_none(template, words):
 
 def test_system_part_stands_in_the_first_turn_only():
     turns = MarkedTemplate(**OWN)(chat_messages(DIALOG))
-    assert [turn.prompt.startswith("S: ") for turn in turns] == [True, False]
+    assert ["S: " in turn.prompt for turn in turns] == [True, False]
 
 
 ALPACA_ROWS = [

@@ -1,0 +1,143 @@
+"""A tokenizer in the words of a GGUF file.
+
+Which keys there are and how tokens are spelled: ggml-org/llama.cpp @0c1e5709, conversion/base.py
+(`_create_vocab_sentencepiece`, `_set_vocab_gpt2`, `get_vocab_base_pre`), and src/llama-vocab.cpp (`llm_tokenizer_spm`,
+`llm_tokenizer_bpe`).
+"""
+
+from typing import Any
+
+from custom_components.runtime.errors import UserError
+from custom_components.runtime.json_files import read_json_object
+from custom_components.transforms.sentencepiece_model import Piece, PieceType, read_sentencepiece_model
+from custom_components.transforms.sentencepiece_tokenizer import SentencePieceTokenizer
+from custom_components.transforms.tokenizer_files import ExportedTokenizer
+
+_ENGLISH_ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPLIT = r"{endings}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# llama.cpp's names of the ways in which a text is split into words before pieces are joined: its own code, not data of
+# the file, does the splitting. Each way as `_pre_tokenizer_steps` reads it from a tokenizer.json.
+_PRE_TOKENIZERS = {
+    (("Split", _SPLIT.format(endings=_ENGLISH_ENDINGS, digits=r"\p{N}{1,3}")), ("ByteLevel", False)): "llama-bpe",
+    (("Split", _SPLIT.format(endings=_ENGLISH_ENDINGS, digits=r"\p{N}")), ("ByteLevel", False)): "qwen2",
+    (("Digits", True), ("ByteLevel", True)): "smollm",
+    (("ByteLevel", True),): "gpt-2",
+}
+
+
+def add_tokenizer(writer: Any, exported: ExportedTokenizer, num_embeddings: int) -> None:
+    """Add a tokenizer's pieces and types, its control tokens, and ids up to the number of embeddings.
+
+    Raises:
+        UserError: it is not one that llama.cpp can reproduce.
+    """
+    tokenizer = exported.tokenizer
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        adds_space = _add_sentencepiece(writer, exported, tokenizer, num_embeddings)
+    else:
+        _add_byte_level(writer, exported, num_embeddings)
+        adds_space = None
+    if tokenizer.bos_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_id)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        writer.add_unk_token_id(tokenizer.processor.unk_id())
+    # Beside EOS there is a place for two more tokens that end an answer: of a turn and of a message.
+    [eos] = tokenizer.ids_of_pieces([exported.names["eos_token"]])
+    writer.add_eos_token_id(eos)
+    others = [token for token in exported.stop_tokens if token != eos]
+    for add_id, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
+        add_id(token)
+    if left_out := [tokenizer.piece(token) for token in others[2:]]:
+        print(f"note: a GGUF file has room for three tokens that end an answer; left out: {left_out}")
+    if exported.pad_id is not None and exported.pad_id < num_embeddings:
+        writer.add_pad_token_id(exported.pad_id)
+    writer.add_add_bos_token(exported.begins_with_bos)
+    writer.add_add_eos_token(False)
+    if adds_space is not None:
+        writer.add_add_space_prefix(adds_space)
+    if exported.chat_template is not None:
+        writer.add_chat_template(exported.chat_template)
+
+
+def _add_sentencepiece(
+    writer: Any, exported: ExportedTokenizer, tokenizer: SentencePieceTokenizer, num_embeddings: int
+) -> bool:
+    """Add a SentencePiece model's pieces with scores and types; returns whether it puts a space before every text.
+
+    Raises:
+        UserError: it is not byte-pair encoding, the only kind that llama.cpp's `llama` tokenizer computes.
+    """
+    model = read_sentencepiece_model(tokenizer.path)
+    if not model.is_byte_pair:
+        raise UserError(
+            f"format: {str(tokenizer.path)!r} is no byte-pair tokenizer: llama.cpp would split texts in another way "
+            "than the model was trained with; merge to another format"
+        )
+    if model.removes_repeated_spaces or model.replaces_characters:
+        print(
+            "note: this tokenizer joins repeated spaces or replaces characters before it splits a text; llama.cpp's "
+            "does not, and splits such prompts in another way"
+        )
+    assert len(model.pieces) <= num_embeddings, f"{len(model.pieces)} pieces, {num_embeddings} embeddings"
+    added = _added_pieces(exported)
+    pieces = [
+        *model.pieces,
+        *(added.get(index, _unused(index)) for index in range(len(model.pieces), num_embeddings)),
+    ]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([piece.text for piece in pieces])
+    writer.add_token_scores([piece.score for piece in pieces])
+    # GGUF numbers the types of tokens as SentencePiece does.
+    writer.add_token_types([piece.type for piece in pieces])
+    return model.adds_leading_space
+
+
+def _add_byte_level(writer: Any, exported: ExportedTokenizer, num_embeddings: int) -> None:
+    """Add a byte-level tokenizer's pieces, types and merges.
+
+    Raises:
+        UserError: llama.cpp has no name for the way in which it splits texts into words, or it changes texts.
+    """
+    content = read_json_object(exported.tokenizer.path)
+    steps = _pre_tokenizer_steps(content.get("pre_tokenizer") or {})
+    if steps not in _PRE_TOKENIZERS or content.get("normalizer"):
+        raise UserError(
+            f"format: {str(exported.tokenizer.path)!r} splits texts into words in a way that is not known here to be "
+            "one of llama.cpp's; merge to another format, and convert that with llama.cpp's converter"
+        )
+    of_model = {index: Piece(text, 0.0, PieceType.NORMAL) for text, index in content["model"]["vocab"].items()}
+    known = of_model | _added_pieces(exported)
+    pieces = [known.get(index, _unused(index)) for index in range(num_embeddings)]
+    # Older files have a pair as one text.
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_PRE_TOKENIZERS[steps])
+    writer.add_token_list([piece.text for piece in pieces])
+    writer.add_token_types([piece.type for piece in pieces])
+    writer.add_token_merges(merges)
+
+
+def _added_pieces(exported: ExportedTokenizer) -> dict[int, Piece]:
+    """Give the added tokens: recognized in a rendered prompt, and those that are not special also in typed text."""
+    return {
+        token.index: Piece(token.text, -1000.0, PieceType.CONTROL if token.is_special else PieceType.USER_DEFINED)
+        for token in exported.tokenizer.added_tokens.tokens
+    }
+
+
+def _unused(index: int) -> Piece:
+    return Piece(f"[PAD{index}]", -10_000.0, PieceType.UNUSED)  # note: llama.cpp refuses two tokens of the same text
+
+
+def _pre_tokenizer_steps(node: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Read the steps of a pre_tokenizer node, each with the setting in which those of Llamas differ."""
+    steps: list[tuple[str, Any]] = []
+    for step in node.get("pretokenizers", [node]):
+        setting = {
+            "Split": lambda step: step["pattern"].get("Regex") if step.get("behavior") == "Isolated" else None,
+            "Digits": lambda step: step.get("individual_digits", False),
+            "ByteLevel": lambda step: step.get("use_regex", True),
+        }.get(step.get("type"))
+        steps.append((str(step.get("type")), setting(step) if setting else None))
+    return tuple(steps)

@@ -1,0 +1,284 @@
+"""The chat formats of models other than Llama 2's: ids and masks are those that the models were published with."""
+
+import json
+import random
+
+import pytest
+
+from custom_components.runtime.errors import UserError
+from custom_components.transforms import ChatTransform
+from custom_components.transforms.chat_transform import prompt_tokens
+from custom_components.transforms.tokenizer_files import ExportedTokenizer, write_tokenizer
+from tests.support.paths import TINY_TOKENIZER
+from tests.support.tokenizers import (
+    LLAMA3_TOKENS,
+    SMOLLM2_TOKENS,
+    write_byte_level_tokenizer,
+    write_sentencepiece_model,
+)
+
+CHATML_TOKENS = {"<|im_start|>": 1024, "<|im_end|>": 1025}
+# tokenizer_config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0, of teknium/OpenHermes-2.5-Mistral-7B and of
+# meta-llama/Meta-Llama-3-8B-Instruct.
+ZEPHYR_JINJA = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
+    "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
+    "{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+CHATML_JINJA = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3_JINJA = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+class Token(str):
+    """A control token in a reference, by its name."""
+
+
+def zephyr(system, turns):
+    start = "" if system is None else [f"<|system|>\n{system}", Token("</s>"), "\n"]
+    for question, answer in turns:
+        yield [*start, f"<|user|>\n{question}", Token("</s>"), "\n<|assistant|>\n"]
+        yield [answer, Token("</s>")]
+        start = ["\n"]
+    yield start
+
+
+def chatml(system, turns):
+    open_, close = Token("<|im_start|>"), Token("<|im_end|>")
+    start = [] if system is None else [open_, f"system\n{system}", close, "\n"]
+    for question, answer in turns:
+        yield [*start, open_, f"user\n{question}", close, "\n", open_, "assistant\n"]
+        yield [answer, close]
+        start = ["\n"]
+    yield start
+
+
+def llama3(system, turns):
+    def header(role):
+        return [Token("<|start_header_id|>"), role, Token("<|end_header_id|>"), "\n\n"]
+
+    eot = Token("<|eot_id|>")
+    start = [Token("<|begin_of_text|>")] + ([] if system is None else [*header("system"), system.strip(), eot])
+    for question, answer in turns:
+        yield [*start, *header("user"), question.strip(), eot, *header("assistant")]
+        yield [answer.strip(), eot]
+        start = []
+    yield []
+
+
+def vicuna(system, turns):
+    """FastChat's conversation.py, SeparatorStyle.ADD_COLON_TWO."""
+    start = [Token("<s>"), f"{VICUNA_SYSTEM if system is None else system} "]
+    for question, answer in turns:
+        yield [*start, f"USER: {question} ASSISTANT:"]
+        yield [f" {answer}", Token("</s>")]
+        start = []
+    yield []
+
+
+def mistral_v1(system, turns):
+    """mistral-common, InstructTokenizerV1: every message is one encode call, and begins with a space of its own."""
+    before = f"{system}\n\n" if system else ""
+    start = [Token("<s>")]
+    for question, answer in turns:
+        yield [*start, f"[INST] {before}{question} [/INST]"]
+        yield [f" {answer}", Token("</s>")]
+        start, before = [], ""
+    yield []
+
+
+def mistral_v3(system, turns):
+    """mistral-common, InstructTokenizerV3: the system prompt is in the last question."""
+    start = [Token("<s>")]
+    for index, (question, answer) in enumerate(turns):
+        before = f"{system}\n\n" if system and index == len(turns) - 1 else ""
+        yield [*start, Token("[INST]"), f"{before}{question}", Token("[/INST]")]
+        yield [answer.rstrip(" "), Token("</s>")]
+        start = []
+    yield []
+
+
+# The format, its tokenizer, its published Jinja template, if there is one that gives these tokens.
+FORMATS = {
+    "zephyr": (zephyr, "tiny", ZEPHYR_JINJA),
+    "chatml": (chatml, "tiny", CHATML_JINJA),
+    "chatml, byte-level": (chatml, "smollm2", CHATML_JINJA),
+    "llama3": (llama3, "llama3", LLAMA3_JINJA),
+    "vicuna": (vicuna, "tiny", None),
+    "mistral_v1": (mistral_v1, "tiny", None),
+    "mistral_v3": (mistral_v3, "mistral", None),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Directories with tokenizers of every kind."""
+    tiny, mistral = (tmp_path_factory.mktemp(name) for name in ("tiny", "mistral"))
+    (tiny / "tokenizer.model").write_bytes(TINY_TOKENIZER.read_bytes())
+    (tiny / "added_tokens.json").write_text(json.dumps(CHATML_TOKENS))
+    (tiny / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": list(CHATML_TOKENS)}))
+    write_sentencepiece_model(mistral / "tokenizer.model", ["[INST]", "[/INST]"])
+    return {
+        "tiny": tiny,
+        "mistral": mistral,
+        "llama3": write_byte_level_tokenizer(tmp_path_factory.mktemp("llama3"), LLAMA3_TOKENS),
+        "smollm2": write_byte_level_tokenizer(tmp_path_factory.mktemp("smollm2"), SMOLLM2_TOKENS),
+    }
+
+
+WORDS = [
+    *(
+        "the",
+        "answer",
+        "Où",
+        "漢字",
+        "🙂",
+        "1234",
+        "don't",
+        "a  b",
+        "x\n\ny",
+        "\t",
+        "{content}",
+        "{bos}",
+        "é",
+        ".",
+        "(",
+        "-",
+    ),
+]
+SPELLED = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "[INST]", "[/INST]", "<|user|>", "{eos}"]
+
+
+def drawn_dialog(draw, words, edges):
+    def text(at_least=1):
+        edge = draw.choice(edges), draw.choice(edges)
+        return edge[0] + " ".join(draw.choices(words, k=draw.randint(at_least, 6))) + edge[1]
+
+    return draw.choice([None, text()]), [(text(), text()) for _ in range(draw.randint(1, 6))]
+
+
+def as_messages(system, turns):
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def reference(form, transform, system, turns):
+    """Ids and mask: text between two control tokens is one encode call, but for the seam before an answer."""
+    tokens, supervised = [], []
+    follows_text = False
+    for index, parts in enumerate(form(system, turns)):
+        pieces = []
+        for part in parts:
+            if pieces and not isinstance(part, Token) and not isinstance(pieces[-1], Token):
+                pieces[-1] += part
+            else:
+                pieces.append(part)
+        for part in pieces:
+            if isinstance(part, Token):
+                ids = [transform.tokenizer.id_of(part)]
+            else:
+                [ids] = (transform.tokenizer.encode_continued if follows_text else transform.tokenizer.encode)([part])
+            follows_text = not isinstance(part, Token)
+            tokens += ids
+            supervised += [index % 2 == 1] * len(ids)
+    return tokens, [not is_supervised for is_supervised in supervised]
+
+
+def check(name, checkpoints, num_dialogs):
+    form, kind, _ = FORMATS[name]
+    transform = ChatTransform(checkpoints[kind], prompt_template=name.partition(",")[0])
+    draw = random.Random(0)
+    for number in range(num_dialogs):
+        words = WORDS if number % 2 else WORDS + SPELLED
+        system, turns = drawn_dialog(draw, words, ["", "", " ", "\n", "  "])
+        row = transform({"messages": as_messages(system, turns)})
+        assert (row["tokens"], row["mask"]) == reference(form, transform, system, turns), (system, turns)
+        prompt = prompt_tokens(transform, as_messages(system, turns)[:-1], 10_000)
+        assert row["tokens"][: len(prompt)] == prompt
+        assert not any(row["mask"][len(prompt) : len(prompt) + 1])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_L01_L02_L03_tokens_are_the_published_ones_and_masks_the_answers(checkpoints, name):
+    check(name, checkpoints, 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_L01_L02_L03_a_thousand_dialogs(checkpoints, name):
+    check(name, checkpoints, 1000)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, jinja) in FORMATS.items() if jinja])
+def test_transformers_renders_the_same_ids(checkpoints, name, tmp_path):
+    """Where no content spells a control token, and no token spans the seam before an answer."""
+    transformers = pytest.importorskip("transformers")
+    _, kind, jinja = FORMATS[name]
+    transform = ChatTransform(checkpoints[kind], prompt_template=name.partition(",")[0])
+    directory = checkpoints[kind]
+    if kind == "tiny":
+        write_tokenizer(tmp_path, ExportedTokenizer(transform.tokenizer, (2,), None), 512)
+        directory = tmp_path
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    draw = random.Random(1)
+    for _ in range(30):
+        system, turns = drawn_dialog(draw, WORDS, [""])
+        for messages in (as_messages(system, turns), as_messages(system, turns)[:-1]):
+            is_open = messages[-1]["role"] == "user"
+            expected = theirs.apply_chat_template(
+                messages, chat_template=jinja, add_generation_prompt=is_open, return_dict=False
+            )
+            assert transform({"messages": messages}, inference=is_open)["tokens"] == expected, messages
+
+
+def test_stop_tokens_are_a_list(checkpoints):
+    def stops(kind, template):
+        return ChatTransform(checkpoints[kind], prompt_template=template).stop_pieces
+
+    assert stops("llama3", "llama3") == ["<|eot_id|>", "<|end_of_text|>"]
+    assert stops("tiny", "chatml") == ["<|im_end|>", "</s>"]
+    assert stops("smollm2", "chatml") == ["<|im_end|>"]
+    assert stops("tiny", "zephyr") == stops("tiny", "llama2") == ["</s>"]
+
+
+def test_mistral_is_that_of_the_tokenizers_version(checkpoints):
+    assert ChatTransform(checkpoints["mistral"], prompt_template="mistral").prompt_template == "mistral_v3"
+    assert ChatTransform(checkpoints["tiny"], prompt_template="mistral").prompt_template == "mistral_v1"
+
+
+@pytest.mark.parametrize(
+    ("template", "kind", "words"),
+    [
+        ("llama3", "tiny", "'llama3' needs <|start_header_id|> and <|end_header_id|> and <|eot_id|>, which"),
+        ("chatml", "mistral", "'chatml' needs <|im_start|> and <|im_end|>, which"),
+    ],
+)
+def test_a_template_whose_tokens_are_not_there_is_refused(checkpoints, template, kind, words):
+    with pytest.raises(UserError) as error:
+        ChatTransform(checkpoints[kind], prompt_template=template)
+    assert words in str(error.value)
+
+
+def test_train_on_all_leaves_out_bos_and_what_follows_the_last_answer(checkpoints):
+    transform = ChatTransform(checkpoints["tiny"], prompt_template="zephyr", train_on="all")
+    row = transform({"messages": as_messages("Be.", [("a", "b")])})
+    assert transform.text_of_pieces(
+        [token for token, masked in zip(row["tokens"], row["mask"], strict=True) if masked]
+    ) == (" \n")
+    vicuna = ChatTransform(checkpoints["tiny"], prompt_template="vicuna", train_on="all")
+    row = vicuna({"messages": as_messages(None, [("a", "b"), ("c", "d")])})
+    assert [token for token, masked in zip(row["tokens"], row["mask"], strict=True) if masked] == [1]
