@@ -157,7 +157,7 @@ def _misfit(target: Any, marker: ComponentNode) -> str | None:
     expected = _made_types(component(marker.ours))
     for made in _made_types(target):
         # A hint that is looser than ours, such as nn.Module, tells nothing.
-        if any(issubclass(ours, made) for ours in expected):
+        if any(issubclass(ours, made) for ours in expected) or _looks_attributes_up(made):
             return None
         for attribute in marker.attributes:
             if not _has_attribute(made, attribute):
@@ -174,6 +174,11 @@ def _made_types(target: Any) -> list[type]:
         return [target]
     hint = _type_hints(target).get("return")
     return [made for made in (hint, *get_args(hint)) if inspect.isclass(made) and made is not type(None)]
+
+
+def _looks_attributes_up(made: type) -> bool:
+    """Tell whether instances find attributes in their own way, as one that wraps another object does."""
+    return any("__getattr__" in vars(base) and not base.__module__.startswith("torch.") for base in made.__mro__)
 
 
 def _has_attribute(made: type, name: str) -> bool:

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 from custom_components.datasets.dialog_rules import DialogRules
 from custom_components.datasets.file_readers import Row
-from custom_components.datasets.row_formats import FORMATS, RowFormat, format_by_name, recognised_format, renamed
+from custom_components.datasets.row_formats import (
+    FORMATS,
+    RowFormat,
+    format_by_name,
+    recognised_format,
+    renamed,
+    spelled_as_ours,
+)
 from custom_components.datasets.row_messages import RowNotes
 from custom_components.transforms.dialogs import ChatMessage
 from custom_components.transforms.training_marks import is_blank
@@ -36,7 +43,7 @@ class DialogReader:
         Raises:
             ValueError: the row is not a dialog, or not in the format of the rows before it.
         """
-        values = renamed(row.values, self.column_map)
+        values = spelled_as_ours(renamed(row.values, self.column_map), FORMATS)
         row_format = self._format_of(values)
         notes = RowNotes()
         dialog = row_format.convert(values, self.rules, notes)

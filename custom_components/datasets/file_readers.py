@@ -8,10 +8,16 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from custom_components.runtime.errors import UserError
+
+# Of .csv files; where two give as many columns, the first.
+_DELIMITERS = (",", ";", "\t")
+# Lines of a larger file are not counted: that takes as long as reading it.
+_MOST_BYTES_COUNTED = 2**26
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,21 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
         UserError: the file is broken as a whole, named by its line if it has any.
     """
     return _READERS[file_kind(path)](path)
+
+
+def num_rows_of_file(path: Path) -> int | None:
+    """Count a file's rows without reading them as rows; None: that would take long, or the file is damaged."""
+    try:
+        if file_kind(path) == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_metadata(path).num_rows
+        if path.suffix.lower() == ".jsonl" and path.stat().st_size <= _MOST_BYTES_COUNTED:
+            with path.open("rb") as file:
+                return sum(not line.isspace() for line in file)
+    except (OSError, ValueError):  # pyarrow's errors are one of these
+        return None
+    return None
 
 
 def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
@@ -79,24 +100,33 @@ def _json_problem(error: Exception, text: str) -> str:
 def _read_csv(path: Path) -> Iterator[Row | BadRow]:
     # note: cells hold whole documents; csv's own limit is 128 KiB.
     csv.field_size_limit(2**30)
-    reader = csv.reader(_text_lines(path), delimiter="\t" if file_kind(path) == ".tsv" else ",", strict=True)
+    lines = _text_lines(path)
+    first_line = next(lines, "")
+    delimiter = "\t" if file_kind(path) == ".tsv" else _delimiter(first_line)
+    reader = csv.reader(chain([first_line], lines), delimiter=delimiter, strict=True)
     line_number = 1
     try:
-        header = next(reader, [])
+        header = [name if name.strip() else f"column {number}" for number, name in enumerate(next(reader, []), 1)]
         if repeated := [name for name, count in Counter(header).items() if count > 1]:
             raise UserError(f"{path}:1: the header has {repeated[0]!r} more than once")
         line_number = reader.line_num + 1
         for cells in reader:
             location = f"{path}:{line_number}"
-            if len(cells) == len(header):
+            is_blank = not any(cell.strip() for cell in cells)  # spreadsheets end with lines of separators
+            if len(cells) == len(header) and not is_blank:
                 yield _row(dict(zip(header, cells, strict=True)), location)
-            elif cells:
-                start = ",".join(cells)[:60]
+            elif not is_blank:
+                start = delimiter.join(cells)[:60]
                 yield BadRow(f"{location}: has {len(cells)} cells, the header has {len(header)}: {start!r}")
             line_number = reader.line_num + 1
     except csv.Error as error:
         # The record's first line: an open quote runs on to the end of the file.
         raise UserError(f"{path}:{line_number}: not valid CSV ({error}) from this record on") from None
+
+
+def _delimiter(header_line: str) -> str:
+    """Tell what separates the columns: a comma, or what spreadsheets write where the comma is in numbers."""
+    return max(_DELIMITERS, key=lambda delimiter: len(next(csv.reader([header_line], delimiter=delimiter), [])))
 
 
 def _text_lines(path: Path) -> Iterator[str]:

@@ -23,6 +23,7 @@ from custom_components.datasets.row_formats import (
     format_by_name,
     recognised_format,
     renamed,
+    spelled_as_ours,
     with_system_column,
 )
 from custom_components.datasets.row_messages import RowMessage, RowNotes, listed, shown
@@ -136,7 +137,7 @@ class PairReader:
         Raises:
             ValueError: the row is not a pair, or not in the format of the rows before it.
         """
-        values = renamed(row.values, self.column_map)
+        values = spelled_as_ours(renamed(row.values, self.column_map), PAIR_FORMATS)
         row_format = self.row_format
         if self.format_name is not None:
             row_format = format_by_name(self.format_name, values.keys(), PAIR_FORMATS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from custom_components.datasets.file_readers import Row
-from custom_components.datasets.row_formats import recognised_format
+from custom_components.datasets.row_formats import FORMATS, recognised_format, spelled_as_ours
 from custom_components.datasets.row_messages import listed
 from custom_components.datasets.sources import read_rows
 from custom_components.runtime.disk_errors import disk_errors_of
@@ -103,6 +103,7 @@ def row_dialog(values: Mapping[str, Any]) -> list[ChatMessage]:
     Raises:
         ValueError: the row has no question.
     """
+    values = spelled_as_ours(values, FORMATS)
     if "prompt" in values:
         values = {**values, "completion": _ANSWER_THAT_IS_LEFT_OUT}
     try:

@@ -31,10 +31,13 @@ OTHER_SYSTEM = "with a 'system' column that is not used, because the dialog has 
 
 
 class HasColumns(Protocol):
-    """What formats of dialogs and of pairs have in common: the columns of every row."""
+    """What formats of dialogs and of pairs have in common: the columns of every row, and those a row may have."""
 
     @property
     def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def optional_columns(self) -> tuple[str, ...]: ...
 
 
 Formats = Mapping[str, HasColumns]
@@ -199,6 +202,22 @@ def renamed(values: Mapping[str, Any], column_map: Mapping[str, str]) -> dict[st
     replaced = {*column_map, *column_map.values()}
     kept = {column: value for column, value in values.items() if column not in replaced}
     return kept | {ours: values[theirs] for ours, theirs in column_map.items()}
+
+
+def spelled_as_ours(values: Mapping[str, Any], formats: Formats) -> dict[str, Any]:
+    """Rename columns that only their capitals, or spaces around them, tell from ours: `Instruction`, ` Output`.
+
+    A row that has all columns of a format as they are is left alone.
+    """
+    if any(values.keys() >= {*row_format.columns} for row_format in formats.values()):
+        return dict(values)
+    ours = {column for row_format in formats.values() for column in (*row_format.columns, *row_format.optional_columns)}
+    renamed_values: dict[str, Any] = {}
+    for column, value in values.items():
+        name = column.strip().lower() if isinstance(column, str) else column
+        renamed_values[name if name in ours and name not in values else column] = value
+    # note: two columns may differ in their capitals only; then none is renamed, and both are named in the error.
+    return renamed_values if len(renamed_values) == len(values) else dict(values)
 
 
 _SYSTEM = ("system",)

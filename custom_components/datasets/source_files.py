@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from custom_components.datasets.file_readers import FILE_KINDS, file_kind
+from custom_components.datasets.file_readers import FILE_KINDS, file_kind, num_rows_of_file
+from custom_components.datasets.summary import counted
 from custom_components.runtime.errors import UserError
 
 # The splits that a name stands for, and what separates it from the rest of a file's name; a folder may also have files
@@ -210,16 +211,26 @@ def _beside(key: str, name: str) -> str:
 
 
 def _account(chosen: list[_Entry], entries: Iterable[_Entry]) -> str:
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[str, list[_Entry]] = {}
     for entry in entries:
         if entry not in chosen:
             reason = entry.no_data or (f"split {entry.split}" if entry.split else "names no split")
-            by_reason.setdefault(reason, []).append(entry.name)
-    left_out = "".join(f", not {_listed(names)} ({reason})" for reason, names in by_reason.items())
-    return f"reads {_listed([entry.name for entry in chosen])}{left_out}"
+            by_reason.setdefault(reason, []).append(entry)
+    left_out = "".join(f", not {_listed(left)} ({reason}{_rows_of(left)})" for reason, left in by_reason.items())
+    return f"reads {_listed(chosen)}{left_out}"
 
 
-def _listed(names: list[str]) -> str:
+def _rows_of(left_out: list[_Entry]) -> str:
+    """Say how many rows files of data have, if that is quickly counted."""
+    if any(entry.no_data for entry in left_out):
+        return ""
+    counts = [num_rows_of_file(entry.path) for entry in left_out]
+    known = [count for count in counts if count is not None]
+    return f", {counted(sum(known), 'row')}" if len(known) == len(counts) else ", rows not counted"
+
+
+def _listed(entries: list[_Entry]) -> str:
+    names = [entry.name for entry in entries]
     if len(names) <= _NUM_NAMES_SHOWN:
         return ", ".join(names)
     return f"{len(names)} files, {names[0]} to {names[-1]}"

@@ -276,6 +276,8 @@ def test_a_component_of_the_users_own_is_held_against_its_signature(tmp_path, mo
         "def other_rate(step): return 1.0\n"
         "def any_rate(**keys): return 1.0\n"
         "def dataset(tokenizer, source): return []\n"
+        "def anything(): return object()\n"
+        "def adam(params, lr): return torch.optim.AdamW(params, lr)\n"
         "def listed(tokenizer, source) -> list: return []\n"
         "class Rows:\n"
         "    def __init__(self, tokenizer, source):\n"
@@ -285,6 +287,9 @@ def test_a_component_of_the_users_own_is_held_against_its_signature(tmp_path, mo
         "    def rows(self, indices): return self\n"
         "    def content_digest(self, index): return b''\n"
         "    def prompt_digest(self, index): return b''\n"
+        "class Wrapped:\n"
+        "    def __init__(self, tokenizer, source): self.rows_of = Rows(tokenizer, source)\n"
+        "    def __getattr__(self, name): return getattr(self.rows_of, name)\n"
         "class Loss:\n"
         "    def __call__(self, hidden_PD, output_head, labels_P): return 0\n"
         "class TwoLoss(torch.nn.Module):\n"
@@ -299,6 +304,9 @@ def test_a_component_of_the_users_own_is_held_against_its_signature(tmp_path, mo
     for good in (
         *("lr_scheduler._component_=my_parts.rate", "lr_scheduler._component_=my_parts.any_rate"),
         *("dataset={_component_: my_parts.dataset, source: a}", "dataset={_component_: my_parts.Rows, source: a}"),
+        *("dataset={_component_: my_parts.Wrapped, source: a}", "tokenizer={_component_: my_parts.anything}"),
+        *("model={_component_: my_parts.anything}", "optimizer={_component_: my_parts.adam, lr: 1e-3}"),
+        *("loss={_component_: my_parts.anything}", "metric_logger={_component_: my_parts.anything}"),
         *("loss={_component_: my_parts.Loss}", "optimizer._component_=my_parts.Adam"),
     ):
         load(good)

@@ -9,8 +9,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.row_formats import FORMATS, format_by_name, recognised_format, renamed
 from custom_components.datasets.sources import read_rows
+from custom_components.runtime.errors import UserError
 from custom_components.transforms.dialogs import ChatMessage
 from custom_components.transforms.templates import TEMPLATES, dialog_turns
 from custom_components.transforms.turns import text_of
@@ -288,3 +290,47 @@ def test_real_rows_of_llama2_text(test_data):
         turns = zip(dialog[::2], dialog[1::2], strict=True)
         rendered = "".join(f"<s>[INST] {question.content} [/INST] {answer.content} </s>" for question, answer in turns)
         assert "".join(rendered.split()) == "".join(row["text"].split())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"Instruction": "Who?", "Input": "", "Output": "Nobody."},
+        {"Prompt": "Who?", " COMPLETION ": "Nobody."},
+        {"Text": "<s>[INST] Who? [/INST] Nobody. </s>"},
+        {"Messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]},
+        {"prompt": "Who?", "Completion": "Nobody.", "Id": 3},
+    ],
+)
+def test_L27_capitals_and_spaces_in_a_header_do_not_matter(tmp_path, tiny_tokenizer, row):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    dataset = chat_dataset(tiny_tokenizer, str(tmp_path / "rows.jsonl"))
+    assert tiny_tokenizer.decode(dataset[0]["tokens"]) == "[INST] Who? [/INST] Nobody. "
+    assert str(dataset.summaries[0]).partition("not used: ")[2] == ("Id" if "Id" in row else "")
+
+
+def test_columns_of_a_format_as_they_are_come_before_others_in_capitals(tmp_path, tiny_tokenizer):
+    row = {"prompt": "Who?", "completion": "Nobody.", "System": "Windows", "Prompt": "What?"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    dataset = chat_dataset(tiny_tokenizer, str(tmp_path / "rows.jsonl"))
+    assert tiny_tokenizer.decode(dataset[0]["tokens"]) == "[INST] Who? [/INST] Nobody. "
+    assert str(dataset.summaries[0]).endswith("columns not used: System, Prompt")
+
+
+@pytest.mark.parametrize("header", ["Question,Answer", "Question;Answer", "\ufeffQuestion;Answer;;"])
+def test_L27_the_columns_of_a_spreadsheet_are_offered_as_they_are_spelled(tmp_path, tiny_tokenizer, header):
+    separator = ";" if ";" in header else ","
+    extra = separator * header.count(";;") * 2
+    lines = [header, f"Who?{separator}Nobody.{extra}", f'"a{separator}b"{separator}c{extra}', separator + extra]
+    (tmp_path / "rows.csv").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        chat_dataset(tiny_tokenizer, str(tmp_path / "rows.csv"))
+    assert "'dataset.column_map={prompt: Question, completion: Answer}'" in str(raised.value)
+    mapped = chat_dataset(
+        tiny_tokenizer, str(tmp_path / "rows.csv"), column_map={"prompt": "Question", "completion": "Answer"}
+    )
+    assert [tiny_tokenizer.decode(row["tokens"]) for row in mapped] == [
+        "[INST] Who? [/INST] Nobody. ",
+        f"[INST] a{separator}b [/INST] c ",
+    ]
+    assert str(mapped.summaries[0]).partition(": ")[2].startswith("2 rows, 2 kept, ")

@@ -80,9 +80,9 @@ def test_L32_dataset_val_may_be_another_split_of_the_folder_and_is_accounted_for
     sources = [f"dataset.source={folder}", f"dataset_val.source={folder}"]
     data = opened(monkeypatch, *sources, "dataset_val.split=validation")
     assert (len(data.train), len(data.validation)) == (2, 1)
-    assert "reads train.jsonl, not valid.jsonl (split valid)" in data.account
+    assert "reads train.jsonl, not valid.jsonl (split valid, 1 row)" in data.account
     assert f"validation: {folder}, split validation" in data.account
-    assert "reads valid.jsonl, not train.jsonl (split train)" in data.account
+    assert "reads valid.jsonl, not train.jsonl (split train, 2 rows)" in data.account
     data = opened(monkeypatch, *sources)
     assert "rows are kept for validation" not in data.account
     assert "2 of the 2 validation rows are also trained on" in data.account

@@ -1,4 +1,4 @@
-"""Folders and globs as splits: which files are read, and what is said of the others."""
+"""L32: of a folder or glob no file is passed over: it is read as a split says, or named as left out, with its rows."""
 
 import json
 
@@ -121,7 +121,23 @@ def test_L32_what_a_folder_holds_besides_its_data_is_named_and_stops_nothing(mak
 
 def test_L32_many_files_are_named_by_the_first_and_last(make_folder):
     folder = make_folder(*(f"train-{number}.jsonl" for number in range(10, 17)), "test.jsonl")
-    assert account(folder) == "reads 7 files, train-10.jsonl to train-16.jsonl, not test.jsonl (split test)"
+    assert account(folder) == "reads 7 files, train-10.jsonl to train-16.jsonl, not test.jsonl (split test, 1 row)"
+
+
+def test_L32_files_that_are_left_out_are_named_with_their_rows_where_they_are_quickly_counted(make_folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = make_folder("train.jsonl", "valid.jsonl", "notes.jsonl", "test-1.csv", "test-2.jsonl")
+    (folder / "valid.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n{"text": "c"}')
+    parquet.write_table(pyarrow.table({"text": ["a"] * 5}), folder / "dev.parquet")
+    (folder / "eval.parquet").write_text("damaged")
+    said = account(folder)
+    for words in (
+        *("not valid.jsonl (split valid, 3 rows)", "not notes.jsonl (names no split, 1 row)"),
+        *("not dev.parquet (split dev, 5 rows)", "not test-1.csv, test-2.jsonl (split test, rows not counted)"),
+        "not eval.parquet (split eval, rows not counted)",
+    ):
+        assert words in said, said
 
 
 def test_L32_what_datasets_saved_is_read_without_what_it_cached(tmp_path):
@@ -150,7 +166,7 @@ def test_L32_what_datasets_saved_is_read_without_what_it_cached(tmp_path):
 def test_L32_a_glob_is_read_as_splits_only_where_it_matches_several(make_folder, tmp_path):
     folder = make_folder("train.jsonl", "test_1.jsonl", "test_2.jsonl", "README.md")
     assert texts(f"{folder}/*.jsonl") == ["train.jsonl"]
-    assert account(f"{folder}/*") == "reads train.jsonl, not test_1.jsonl, test_2.jsonl (split test)"
+    assert account(f"{folder}/*") == "reads train.jsonl, not test_1.jsonl, test_2.jsonl (split test, 2 rows)"
     assert texts(f"{folder}/*", "test") == ["test_1.jsonl", "test_2.jsonl"]
     assert (
         texts(f"{folder}/test_*.jsonl") == texts(f"{folder}/test_*.jsonl", "test") == ["test_1.jsonl", "test_2.jsonl"]
