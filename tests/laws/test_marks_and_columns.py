@@ -1,6 +1,7 @@
 """L32: what a row says of its training is done, named as unused, or an error with its place; L2: never another mask."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -262,39 +263,112 @@ def test_L32_null_messages_beside_other_columns_are_not_the_format(tmp_path):
     assert [*read(tmp_path, row)] == [*read(tmp_path, ROWS["prompt_completion"])]
 
 
+# ---- Any key, in any row
+
+
+@st.composite
+def rows_and_messages(draw):
+    """A row of any format with a random dialog, and the messages in it, which the row shares."""
+    name = draw(st.sampled_from([*ROWS]))
+    words = st.text(st.sampled_from("ab \u00e9?"), min_size=1, max_size=8).filter(str.strip)
+    num_turns = draw(st.integers(1, 3)) if name in ("messages", "sharegpt", "llama2_text", "marked_text") else 1
+    turns = [(draw(words), draw(words)) for _ in range(num_turns)]
+    question, answer = turns[0]
+    if name == "messages":
+        spelled = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in turns]
+    elif name == "sharegpt":
+        spelled = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in turns]
+    else:
+        row = {
+            "alpaca": {"instruction": question, "input": draw(st.sampled_from(["", "x"])), "output": answer},
+            "prompt_completion": {"prompt": question, "completion": answer},
+            "llama2_text": {"text": "".join(f"<s>[INST] {q} [/INST] {a} </s>" for q, a in turns)},
+            "marked_text": {"text": "\n".join(f"### Human: {q}\n### Assistant: {a}" for q, a in turns)},
+            "text": {"text": question},
+        }[name]
+        return row, []
+    messages = [message for turn in spelled for message in turn]
+    return {{"messages": "messages", "sharegpt": "conversations"}[name]: messages}, messages
+
+
 values = (
     st.none() | st.booleans() | st.integers(-2, 2) | st.floats(0, 1) | st.text(max_size=5) | st.just([]) | st.just([1])
 )
-keys = st.text(min_size=1, max_size=12) | st.sampled_from(
-    [*TRUE_TRAINS, *TRUE_MASKS, "id", "label", "context", "images", "my_train", "Weights", "lossy", "unmask", "chosen"]
+keys = st.one_of(
+    st.text(min_size=1, max_size=12),
+    st.sampled_from([*TRUE_TRAINS, "loss_scale", "Train"]),
+    st.sampled_from(TRUE_MASKS),
+    st.sampled_from(
+        [
+            *("id", "label", "context", "images", "my_train", "Weights", "lossy", "unmask", "chosen", "rejected"),
+            *("name", "thinking", "tool_calls", "kto_tag"),
+        ]
+    ),
 )
 
 
+def says_nothing(value):
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def answer_spans(row, tokenizer):
+    """The places of each answer in a row: from its first supervised token to its EOS."""
+    spans, begin = [], None
+    for index, label in enumerate(row["labels"]):
+        if label >= 0 and begin is None:
+            begin = index
+        if begin is not None and row["tokens"][index] == tokenizer.eos_id:
+            spans.append(range(begin, index + 1))
+            begin = None
+    return spans
+
+
 @settings(deadline=None, max_examples=300)
-@given(name=st.sampled_from([*ROWS]), key=keys, value=values, in_message=st.booleans())
-def test_L02_L32_an_unknown_key_never_gives_another_mask(tmp_path_factory, name, key, value, in_message):
-    """It changes nothing, is named as unused, is an error, or is a mark in so many words."""
+@given(drawn=rows_and_messages(), key=keys, value=values, place=st.integers(-1, 5))
+def test_L02_L32_an_unknown_key_never_gives_another_mask(tmp_path_factory, drawn, key, value, place):
+    """In a row or in any of its messages it changes nothing and is named as unused, is an error, or is a known mark."""
     tmp_path = tmp_path_factory.getbasetemp()
-    plain = ROWS[name]
-    [(column, messages)] = plain.items() if name in ("messages", "sharegpt") else [(None, None)]
-    if in_message and messages:
-        if key in messages[1]:
-            return
-        row = {column: [messages[0], messages[1] | {key: value}]}
+    plain, messages = drawn
+    [expected] = read(tmp_path, plain)
+    row = json.loads(json.dumps(plain))
+    in_message = bool(messages) and place >= 0
+    if in_message:
+        place %= len(messages)
+        [column] = row
+        target = row[column][place]
     else:
-        if key in ("messages", "conversations", "text", "system", "input", "history") or key in plain:
-            return
-        row = plain | {key: value}
+        target = row
+    if key in target or key.strip().lower() in ("messages", "conversations", "text", "system", "input", "history"):
+        return
+    if key.strip().lower() in ("role", "content", "from", "value", "instruction", "output", "prompt", "completion"):
+        return
+    target[key] = value
     try:
         dataset = read(tmp_path, plain, row)
     except UserError as error:
         assert "rows.jsonl:2: " in str(error) and repr(key) in str(error)
         return
     summary = str(dataset.summaries[0])
-    if "marked as not trained" in summary or "nothing to train on" in summary:
-        assert key in TRUE_TRAINS + TRUE_MASKS
-        assert len(dataset) == 1
-        return
-    assert dataset[1] == dataset[0] == read(tmp_path, plain)[0]
-    says_nothing = value is None or value == [] or (isinstance(value, str) and not value.strip())
-    assert says_nothing or key in TRUE_TRAINS + TRUE_MASKS or ("not used: " in summary and visible(key) in summary)
+    if says_nothing(value):
+        assert [*dataset] == [expected, expected] and "not used" not in summary
+    elif not re.search("train|loss|weight|mask", key, re.IGNORECASE):
+        assert [*dataset] == [expected, expected]
+        assert "not used: " in summary and visible(key) in summary
+    elif is_trained(key, value):
+        assert [*dataset] == [expected, expected] and "not used" not in summary
+    elif not in_message:
+        assert [*dataset] == [expected] and "1 dropped (marked as not trained)" in summary
+    elif place % 2 == 0:  # a question, which is not trained anyway
+        assert [*dataset] == [expected, expected]
+    elif len(messages) == 2:
+        assert [*dataset] == [expected] and "1 dropped (nothing to train on)" in summary
+    else:
+        masked = answer_spans(expected, TRANSFORM)[place // 2]
+        labels = [-100 if index in masked else label for index, label in enumerate(expected["labels"])]
+        assert [*dataset] == [expected, {"tokens": expected["tokens"], "labels": labels}]
+
+
+def is_trained(key, value):
+    """What a mark that was taken says; a plain spelling for each key that is known."""
+    says_yes = value in (1, True) or str(value).strip().lower() in ("true", "yes", "1")
+    return says_yes != ("mask" in key.lower() and key.lower() != "loss_mask")
