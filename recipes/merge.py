@@ -37,13 +37,14 @@ from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
 from custom_components.transforms.jinja_template import chat_template
+from custom_components.transforms.own_template import source_template
 from custom_components.transforms.prompt_format import (
     PromptFormat,
     read_prompt_format,
     tokenizer_with_format,
     write_prompt_format,
 )
-from custom_components.transforms.tokenizer_files import ExportedTokenizer, source_template, write_tokenizer
+from custom_components.transforms.tokenizer_files import ExportedTokenizer, write_tokenizer
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.card import CARD_NAME
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint

@@ -24,8 +24,9 @@ def link_knobs(values: dict[str, Any]) -> None:
             if knob in values and type(values[knob]) is type(value) and values[knob] == value:
                 node[key] = f"${{{knob}}}"
     tokenizer, checkpoint_dir = values.get("tokenizer"), values.get("checkpoint_dir")
-    if isinstance(tokenizer, dict) and tokenizer.get("path") == f"{checkpoint_dir}/tokenizer.model":
-        tokenizer["path"] = "${checkpoint_dir}/tokenizer.model"
+    for end in ("", "/tokenizer.model"):
+        if isinstance(tokenizer, dict) and tokenizer.get("path") == f"{checkpoint_dir}{end}":
+            tokenizer["path"] = f"${{checkpoint_dir}}{end}"
 
 
 def settle_overrides(raw: RawConfig, typed_keys: Sequence[str], settings_type: type[Settings]) -> None:

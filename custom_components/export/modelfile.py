@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from custom_components.transforms.go_template import go_template
+from custom_components.transforms.jinja_dialogs import JinjaTemplate
 from custom_components.transforms.prompt_format import PromptFormat
-from custom_components.transforms.templates import default_system_prompt
+from custom_components.transforms.templates import default_system_prompt, prompt_template
 
 MODELFILE_NAME = "Modelfile"
 _HEAD = """\
@@ -46,6 +47,11 @@ def write_modelfile(
         print(
             f"no {MODELFILE_NAME} is written: no prompt format is stated, and a Jinja template cannot be put into "
             "Ollama's language; Ollama 0.30 and later run the one in the file, if there is one, from a line `FROM`"
+        )
+    elif isinstance(prompt_template(prompt_format.prompt_template), JinjaTemplate):
+        print(
+            f"no {MODELFILE_NAME} is written: a Jinja template of a checkpoint cannot be put into Ollama's language; "
+            "Ollama 0.30 and later run the one in the file, from a line `FROM`"
         )
     elif not gguf_name.isprintable():
         print(f"no {MODELFILE_NAME} is written: it cannot name {gguf_name!r}; give output_dir a printable name")

@@ -10,6 +10,7 @@ from custom_components.datasets.tokenized_rows import ChatDataset
 from custom_components.runs.metrics import read_metrics
 from custom_components.training.state import Progress
 from custom_components.transforms.dialogs import chat_messages
+from custom_components.transforms.jinja_dialogs import JinjaTemplate
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.transforms.templates import dialog_turns, prompt_template
 from custom_components.transforms.turns import text_of
@@ -124,7 +125,10 @@ def _prompt_format(prompt_format: PromptFormat) -> str:
     template, system_prompt = prompt_format.prompt_template, prompt_format.system_prompt
     system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
     exchange = [{"role": "user", "content": "{question}"}, {"role": "assistant", "content": "{answer}"}]
-    turns = dialog_turns(chat_messages([*system, *exchange, *exchange]), prompt_template(template))
+    written = prompt_template(template)
+    if isinstance(written, JinjaTemplate):
+        written = written.with_names("<s>", "</s>", prompt_format.stop_tokens)
+    turns = dialog_turns(chat_messages([*system, *exchange, *exchange]), written)
     text = text_of(turns, "<s>", "</s>")
     ends = next((f"`{token}`" for token in prompt_format.stop_tokens if token in text), "`</s>`")
     name = f"`{template}`" if isinstance(template, str) else "One of its own"

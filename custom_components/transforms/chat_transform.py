@@ -16,6 +16,7 @@ from custom_components.transforms.dialogs import (
     check_torchtune_masks,
     with_system_message,
 )
+from custom_components.transforms.jinja_dialogs import JinjaTemplate
 from custom_components.transforms.marked_template import MarkedTemplate
 from custom_components.transforms.template_choice import chosen_template, stop_tokens
 from custom_components.transforms.templates import PromptTemplate, dialog_turns
@@ -35,6 +36,7 @@ class _Changes(TypedDict, total=False):
     train_on: TrainOn
     stop_tokens: tuple[int, ...]
     tokenizer: Tokenizer
+    format_note: str
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -55,6 +57,7 @@ class ChatTransform:
         stop_tokens: the ids that end an answer.
         tokenizer: encodes and decodes text. Control tokens are recognized where the template itself names them; in a
             message, their text stays text.
+        format_note: how the template relates to the checkpoint's own, to be said once; "": there is nothing to say.
 
     Raises:
         UserError: there is no such tokenizer, or it does not have the control tokens of the template.
@@ -67,6 +70,7 @@ class ChatTransform:
     stop_tokens: tuple[int, ...]
     pad_id: ClassVar[int] = 0  # nothing here pads; torchtune's collators need it
     tokenizer: Tokenizer
+    format_note: str
     _template: PromptTemplate
 
     def __init__(
@@ -74,19 +78,20 @@ class ChatTransform:
         path: str | Path,
         max_seq_len: int | None = None,
         system_prompt: str | None = None,
-        prompt_template: str | dict[str, str] = "llama2",
+        prompt_template: str | dict[str, str] = "auto",
         train_on: TrainOn = "assistant",
     ) -> None:
         tokenizer = read_tokenizer(path)
-        name, template = chosen_template(prompt_template, tokenizer)
+        choice = chosen_template(prompt_template, tokenizer)
         vars(self).update(  # note: a frozen dataclass cannot set its fields one by one
             max_seq_len=max_seq_len,
-            system_prompt=system_prompt,
-            prompt_template=name,
+            system_prompt=choice.system_prompt if system_prompt is None else system_prompt,
+            prompt_template=choice.description,
             train_on=train_on,
             tokenizer=tokenizer,
-            stop_tokens=stop_tokens(template, tokenizer),
-            _template=template,
+            stop_tokens=stop_tokens(choice.template, tokenizer),
+            format_note=choice.note,
+            _template=choice.template,
         )
 
     def replace(self, **changes: Unpack[_Changes]) -> Self:
@@ -126,7 +131,7 @@ class ChatTransform:
     def begins_with_bos(self) -> bool:
         """Whether the template puts BOS at the start of a dialog."""
         template = self._template
-        return not isinstance(template, MarkedTemplate) or template.begins_with_bos
+        return not isinstance(template, MarkedTemplate | JinjaTemplate) or template.begins_with_bos
 
     @property
     def stop_pieces(self) -> list[str]:
@@ -137,7 +142,7 @@ class ChatTransform:
     def fingerprint(self) -> list[Any]:
         """All that determines the tokens of a row, as JSON values: the tokenizer's content and the settings."""
         settings = [self.max_seq_len, self.system_prompt, self.prompt_template, self.train_on]
-        named = self._template.control_tokens if isinstance(self._template, MarkedTemplate) else ()
+        named = self._template.control_tokens if isinstance(self._template, MarkedTemplate | JinjaTemplate) else ()
         ids = self.tokenizer.control_ids
         marks = [[mark, ids[mark]] for mark in named if mark in ids]
         return [self.tokenizer.digest, *settings, *([marks] if marks else [])]
@@ -240,6 +245,9 @@ def fit_tokenizer(tokenizer: ChatTransform, model: TransformerDecoder) -> ChatTr
     Raises:
         UserError: the tokenizer has ids for which the embedding has no row.
     """
+    if tokenizer.format_note:
+        print(tokenizer.format_note)
+        tokenizer = tokenizer.replace(format_note="")
     num_embeddings = model.tok_embeddings.num_embeddings
     if tokenizer.vocab_size > num_embeddings:
         raise UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from custom_components.transforms.jinja_dialogs import JinjaTemplate
 from custom_components.transforms.marked_template import MarkedTemplate
 from custom_components.transforms.templates import LLAMA2_TAGS, default_system_prompt, prompt_template
 
@@ -106,6 +107,8 @@ def chat_template(
     """
     bos, eos = control_pieces.get("bos_token", ""), control_pieces["eos_token"]
     template = prompt_template(description)
+    if isinstance(template, JinjaTemplate):
+        return template.source
     constants: dict[str, str | None | list[str]] = {
         "bos": bos,
         "eos": eos,

@@ -63,14 +63,15 @@ def tokenizer_with_format(
     """Load the checkpoint's tokenizer with the prompt format and stop tokens that training used.
 
     Args:
-        trained: None: none is stated; use Llama 2's, with the stop tokens that the checkpoint's own configs state.
+        trained: None: none is stated; use the checkpoint's own, or Llama 2's, also with the stop tokens its configs
+            state.
         prompt_template, system_prompt: override the prompt format; a warning says so if training used another.
 
     Raises:
         UserError: there is no tokenizer, the template is unknown, or the tokenizer does not have the stop tokens.
     """
     chosen: dict[str, Any] = {}
-    for name, told, default in (("prompt_template", prompt_template, "llama2"), ("system_prompt", system_prompt, None)):
+    for name, told, default in (("prompt_template", prompt_template, "auto"), ("system_prompt", system_prompt, None)):
         trained_value = getattr(trained, name) if trained else default
         if trained and told is not None and told != trained_value:
             print(f"warning: {name} is {told!r}, it was trained with {trained_value!r}", file=sys.stderr)
@@ -78,9 +79,9 @@ def tokenizer_with_format(
     tokenizer = ChatTransform(checkpoint_dir, **chosen)
     if trained is None:
         stated = stated_ids(checkpoint_dir, "eos_token_id")
-        stop_tokens = tuple(token for token in stated if tokenizer.tokenizer.piece(token) is not None)
-        return tokenizer.replace(stop_tokens=stop_tokens) if stop_tokens else tokenizer
-    return tokenizer.replace(stop_tokens=tuple(tokenizer.ids_of_pieces(trained.stop_tokens)))
+        stop_tokens = [token for token in stated if tokenizer.tokenizer.piece(token) is not None]
+        return tokenizer.replace(stop_tokens=tuple(dict.fromkeys((*stop_tokens, *tokenizer.stop_tokens))))
+    return tokenizer.replace(stop_tokens=tuple(tokenizer.ids_of_pieces(trained.stop_tokens)), format_note="")
 
 
 def write_prompt_format(prompt_format: PromptFormat, directory: Path) -> None:

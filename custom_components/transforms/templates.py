@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.dialogs import PLAIN_TEXT_ROLE, ChatMessage
+from custom_components.transforms.jinja_dialogs import JinjaTemplate
 from custom_components.transforms.marked_template import MarkedTemplate, template_of_parts
 from custom_components.transforms.turns import BOS, EOS, Turn, exchanges
 
@@ -122,7 +123,7 @@ TEMPLATES: dict[str, PromptTemplate] = {
 def prompt_template(description: str | Mapping[str, str]) -> PromptTemplate:
     """Look up a template by its name, or make your own from `{system, user, assistant}` with `{content}` in each.
 
-    One of your own may have `start`, see :class:`MarkedTemplate`.
+    One of your own may have `start`, see :class:`MarkedTemplate`. `{jinja: ...}` is a Jinja chat template.
 
     Raises:
         UserError: an unknown name or key, or a part without exactly one `{content}`.
@@ -134,6 +135,8 @@ def prompt_template(description: str | Mapping[str, str]) -> PromptTemplate:
                 "{system: ..., user: ..., assistant: ...} with {content} in each"
             )
         return TEMPLATES[description]
+    if description.keys() == {"jinja"}:
+        return JinjaTemplate(description["jinja"])
     try:
         return template_of_parts(description)
     except ValueError as error:

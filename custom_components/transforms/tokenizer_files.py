@@ -93,14 +93,6 @@ def _write_sentencepiece(directory: Path, tokenizer: SentencePieceTokenizer) -> 
     return {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
-def source_template(source_dir: Path) -> str | None:
-    """Read the chat template that a checkpoint comes with, if any."""
-    if (source_dir / "chat_template.jinja").exists():
-        return (source_dir / "chat_template.jinja").read_text(encoding="utf-8")
-    template = read_json(source_dir / "tokenizer_config.json").get("chat_template")
-    return template if isinstance(template, str) else None
-
-
 def _byte_level_config(exported: ExportedTokenizer, max_seq_len: int) -> dict[str, Any]:
     """Give the checkpoint's own tokenizer_config.json, with the tokens and the template that the model has now."""
     config = read_json(exported.tokenizer.path.parent / "tokenizer_config.json")

@@ -9,6 +9,7 @@ from custom_components.runtime.errors import UserError
 from custom_components.transforms import ChatTransform
 from custom_components.transforms.chat_transform import prompt_tokens
 from custom_components.transforms.tokenizer_files import ExportedTokenizer, write_tokenizer
+from tests.support.chat_templates import CHATML_JINJA, LLAMA3_JINJA, ZEPHYR_JINJA
 from tests.support.paths import TINY_TOKENIZER
 from tests.support.tokenizers import (
     LLAMA3_TOKENS,
@@ -18,24 +19,6 @@ from tests.support.tokenizers import (
 )
 
 CHATML_TOKENS = {"<|im_start|>": 1024, "<|im_end|>": 1025}
-# tokenizer_config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0, of teknium/OpenHermes-2.5-Mistral-7B and of
-# meta-llama/Meta-Llama-3-8B-Instruct.
-ZEPHYR_JINJA = (
-    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
-    "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
-    "{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
-)
-CHATML_JINJA = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
-    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3_JINJA = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
