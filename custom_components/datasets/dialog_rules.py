@@ -128,4 +128,4 @@ def _checked_message(
             notes.counted.append(EMPTY_QUESTION)
         else:
             raise ValueError(f"{named(message)} is empty")
-    return ChatMessage(message.role, message.content, is_supervised, message.instruction_and_input)
+    return ChatMessage(message.role, message.content, is_supervised, message.instruction_and_input, message.mark)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from custom_components.transforms.training_marks import is_blank, mark_keys, marked_as_trained
+from custom_components.transforms.training_marks import is_blank, mark_keys, marked_as_trained, names_of
 
 
 class RowMessage(NamedTuple):
@@ -18,6 +18,7 @@ class RowMessage(NamedTuple):
         place: where it is in the row, such as `message 2` or `'output'`.
         is_supervised: what its marks say; None: nothing.
         instruction_and_input: the two parts that `content` joins, for templates that write them apart.
+        mark: the keys of its marks, for errors.
     """
 
     role: str
@@ -25,6 +26,7 @@ class RowMessage(NamedTuple):
     place: str
     is_supervised: bool | None = None
     instruction_and_input: tuple[str, str] | None = None
+    mark: str = ""
 
 
 @dataclass
@@ -128,7 +130,7 @@ def _row_message(entry: Any, place: str, notes: RowNotes) -> RowMessage:
         content = ""
     if not isinstance(content, str):
         raise ValueError(f"{place} holds {shown(content)} where text is due")
-    return RowMessage(meaning, content, place, is_supervised)
+    return RowMessage(meaning, content, place, is_supervised, mark=names_of(marks))
 
 
 @lru_cache(maxsize=1024)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torchtune.data import Message
 
-from custom_components.transforms.training_marks import mark_keys, marked_as_trained
+from custom_components.transforms.training_marks import mark_keys, marked_as_trained, names_of
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class ChatMessage:
             `weight: 0` in OpenAI's rows; None: nothing, so `train_on` decides.
         instruction_and_input: the two parts that `content` joins, of a question of Alpaca's, for templates that write
             them apart.
+        mark: the key of the row that says whether it is supervised, for errors.
 
     Raises:
         ValueError: the content has half a surrogate pair.
@@ -27,6 +28,7 @@ class ChatMessage:
     content: str
     is_supervised: bool | None = None
     instruction_and_input: tuple[str, str] | None = None
+    mark: str = ""
 
     def __post_init__(self) -> None:
         # JSON can spell half a surrogate pair, "\ud83d": a str to Python, but no tokenizer can encode it.
@@ -82,8 +84,9 @@ def check_marks(dialog: Sequence[ChatMessage], trains_prompts: bool) -> None:
     """
     for number, message in enumerate(dialog, 1):
         if message.is_supervised and message.role in ("system", "user") and not trains_prompts:
+            by = f" by {message.mark}" if message.mark else ""
             raise ValueError(
-                f"message {number}, of role {message.role!r}, is marked to be trained, and only answers are; "
+                f"message {number}, of role {message.role!r}, is marked to be trained{by}, and only answers are; "
                 "set train_on: all, or remove the mark (torchtune: train_on_input: false)"
             )
     if trains_prompts and dialog[0].role == "system":
@@ -120,12 +123,12 @@ def _chat_message(message: Any, name: str) -> ChatMessage:
         if unknown:
             raise ValueError(f"{name} has {unknown}, which cannot be trained; only role, content and weight can")
         role, content = message["role"], message["content"]
-        is_supervised = marked_as_trained(message, marks, name)
+        is_supervised, mark = marked_as_trained(message, marks, name), names_of(marks)
     else:
         assert isinstance(message, Message)
-        role, content, is_supervised = message.role, message.text_content, not message.masked
+        role, content, is_supervised, mark = message.role, message.text_content, not message.masked, "'masked'"
     if role not in ROLES:
         raise ValueError(f"{name} is of role {str(role)[:60]!r}, not one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"{name} holds {str(content)[:60]} where text is due")
-    return ChatMessage(role, content, is_supervised)
+    return ChatMessage(role, content, is_supervised, mark=mark)

@@ -53,6 +53,11 @@ def marked_as_trained(values: Mapping[Any, Any], keys: Collection[Any], name: st
     return next(iter(found.values()), None)
 
 
+def names_of(keys: Iterable[Any]) -> str:
+    """Write keys for an error."""
+    return " and ".join(repr(key) for key in keys)
+
+
 def is_blank(value: Any) -> bool:
     """Whether a value says nothing: null, no text, an empty list or object."""
     return value is None or (isinstance(value, str) and not value.strip()) or (value in ([], {}, ()))

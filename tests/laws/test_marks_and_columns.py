@@ -117,7 +117,8 @@ def test_L32_a_mark_that_cannot_be_honoured_is_an_error_with_its_place(tmp_path,
 def test_L32_a_prompt_marked_to_be_trained_needs_train_on_all(tmp_path):
     row = {"messages": [USER | {"train": True}, ANSWER]}
     with pytest.raises(
-        UserError, match=r"rows\.jsonl:1: message 1, of role 'user', is marked to be trained.*train_on: all"
+        UserError,
+        match=r"rows\.jsonl:1: message 1, of role 'user', is marked to be trained by 'train', and.*train_on: all",
     ):
         read(tmp_path, row)
     assert all(supervised(read(tmp_path, row, tokenizer=TRAINS_ALL)[0])[1:])
