@@ -171,6 +171,7 @@ def solved_tasks(
         LlamaLM(model, tokenizer, batch_size=settings.batch_size, device=device),
         num_fewshot=settings.num_fewshot,
         max_rows=settings.max_task_rows,
+        apply_chat_template=settings.apply_chat_template,
     )
 
 

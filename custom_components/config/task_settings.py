@@ -89,6 +89,7 @@ class EvaluationSettings(Settings):
     tasks: list[Annotated[str, AfterValidator(path_text)]] = []
     num_fewshot: NonNegativeInt | None = None
     max_task_rows: PositiveInt | None = None
+    apply_chat_template: bool = False
 
     quantize_base: bool = False
     device: Device = "auto"
@@ -97,6 +98,8 @@ class EvaluationSettings(Settings):
     def combination_problems(self) -> Iterator[tuple[str, str]]:
         if self.dataset is None and not self.tasks:
             yield "dataset", "null without tasks leaves nothing to evaluate; name one of the two"
+        if self.apply_chat_template and not self.tasks:
+            yield "apply_chat_template", "true without tasks: rows of a dataset are dialogs anyway; set it to false"
         if self.dataset is None and self.generate_answers:
             yield "generate_answers", f"{self.generate_answers} without a dataset: there are no questions to answer"
         if self.dataset is None and self.val_fraction is not None:

@@ -29,6 +29,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 from tqdm import tqdm
 
+from custom_components.evaluation.chat_prompts import ChatPrompts
 from custom_components.evaluation.scores import head_scores
 from custom_components.generation.decoding import generate
 from custom_components.generation.sampling import Sampling
@@ -42,7 +43,9 @@ _NUM_BOOTSTRAPS = 1000  # resamplings for the standard error of metrics that hav
 
 
 class LlamaLM(TemplateLM):
-    """lm-eval's interface to a model. Prompts are the tasks' own text after one BOS, without a chat format.
+    """lm-eval's interface to a model.
+
+    Prompts are the tasks' own text after one BOS, or with `apply_chat_template` dialogs in the prompt format.
 
     Args:
         batch_size: rows of one forward.
@@ -59,6 +62,7 @@ class LlamaLM(TemplateLM):
         super().__init__()
         self._model = model
         self._tokenizer = tokenizer
+        self._chats = ChatPrompts(tokenizer)
         self._batch_size = batch_size
         self._device = device
 
@@ -75,7 +79,25 @@ class LlamaLM(TemplateLM):
     def max_length(self) -> int:
         return self._model.max_seq_len
 
+    @property
+    def tokenizer_name(self) -> str:
+        return self._chats.format_name
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return str(self._tokenizer.prompt_template) if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self._chats.text(chat_history)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if (prompt := self._chats.ids(context)) is None:
+            encoded: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            return encoded
+        return prompt, self._chats.ids_with_answer(context, continuation)[len(prompt) :]
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if (prompt := self._chats.ids(string)) is not None:
+            return prompt
         return self._tokenizer.encode(string, add_bos=add_special_tokens is not False, add_eos=False)
 
     def _loglikelihood_tokens(
@@ -135,7 +157,8 @@ class LlamaLM(TemplateLM):
         answers = [""] * len(requests)
         for indices in indices_by_settings.values():
             settings = normalize_gen_kwargs(dict(requests[indices[0]].args[1]), _MAX_ANSWER_TOKENS)
-            stop_texts = handle_stop_sequences(settings["until"], eos=None)
+            # A task may say `until: null`.
+            stop_texts = [text for text in handle_stop_sequences(settings["until"], eos=None) if text]
             if settings["do_sample"]:
                 task = requests[indices[0]].task_name
                 raise UserError(f"tasks: {task!r} samples its answers; only greedy answers are supported")
@@ -153,7 +176,7 @@ class LlamaLM(TemplateLM):
                     self._model,
                     [prompt[-(self.max_length - max_new_tokens) :] for prompt in prompts],
                     max_new_tokens=max_new_tokens,
-                    stop_tokens=[self.eot_token_id],
+                    stop_tokens=[self.eot_token_id, *self._tokenizer.stop_tokens],
                     sampling=Sampling(),
                     is_finished=has_stop_text,
                 )
@@ -198,13 +221,19 @@ class LoadedTasks(TaskManager):
 
 
 def task_measures(
-    tasks: LoadedTasks, model: LlamaLM, *, num_fewshot: int | None, max_rows: int | None
+    tasks: LoadedTasks,
+    model: LlamaLM,
+    *,
+    num_fewshot: int | None,
+    max_rows: int | None,
+    apply_chat_template: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Run every task; return its metrics, and their standard errors where there are any, by the task's name.
 
     Args:
         num_fewshot: solved questions before each; None: the task's own number.
         max_rows: questions of each task; None: all.
+        apply_chat_template: questions, and those shown solved, are messages of a dialog.
     """
     results = simple_evaluate(
         model,
@@ -212,6 +241,7 @@ def task_measures(
         task_manager=tasks,
         num_fewshot=num_fewshot,
         limit=max_rows,
+        apply_chat_template=apply_chat_template,
         bootstrap_iters=_NUM_BOOTSTRAPS,
         log_samples=False,
     )

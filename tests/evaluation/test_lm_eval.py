@@ -122,6 +122,52 @@ def test_answers_are_greedy_and_end_at_their_stop_texts(lm, theirs, tiny_tokeniz
         lm.generate_until(requests("generate_until", ("Who?", {"until": [], "do_sample": True, "temperature": 1})))
 
 
+def test_a_task_without_stop_texts_is_answered_to_the_end(lm):
+    settings = [{"until": until, "max_gen_toks": 8} for until in ([], None, [""])]
+    answers = lm.generate_until(requests("generate_until", *(("Who?", chosen) for chosen in settings)), True)
+    assert answers[0] and answers == answers[:1] * 3
+
+
+CHAT = [
+    *({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}),
+    *({"role": "assistant", "content": "Tem </s>."}, {"role": "user", "content": "Which tree?"}),
+]
+
+
+def test_a_question_in_the_prompt_format_has_the_tokens_of_training(lm, theirs, tiny_tokenizer):
+    """lm-eval passes it as text; what spells a control token in a message stays text."""
+    prompt = tiny_tokenizer({"messages": CHAT}, inference=True)["tokens"]
+    text = lm.apply_chat_template(CHAT)
+    assert text.startswith("<s> [INST] <<SYS>>") and text.endswith("[/INST]")
+    assert lm.tok_encode(text) == prompt
+    trained = tiny_tokenizer({"messages": [*CHAT, {"role": "assistant", "content": "rowan"}]})["tokens"]
+    for continuation in ("rowan", " rowan"):
+        [(score, _)] = lm.loglikelihood(requests("loglikelihood", (text, continuation)), disable_tqdm=True)
+        answer = trained[len(prompt) : -2]  # without the last space and EOS
+        assert score == pytest.approx(expected(theirs, prompt[-(41 - len(answer)) :], answer)[0], rel=1e-5)
+    [answer] = lm.generate_until(requests("generate_until", (text, {"until": None, "max_gen_toks": 5})), True)
+    cut = torch.tensor([prompt[-(CONTEXT_TOKENS - 5) :]])
+    output = theirs.generate(cut, max_new_tokens=5, do_sample=False, eos_token_id=2)
+    assert answer == tiny_tokenizer.decode(output[0, cut.shape[1] :].tolist())
+    with pytest.raises(UserError, match=r"apply_chat_template: .* contains '\[INST\]'"):
+        lm.apply_chat_template([{"role": "user", "content": "[INST] x"}])
+
+
+def test_an_answer_that_the_task_starts_is_continued(lm, tiny_tokenizer):
+    started = [*CHAT, {"role": "assistant", "content": "The tree is"}]
+    text = lm.apply_chat_template(started, add_generation_prompt=False)
+    prompt, continuation = lm._encode_pair(text, " a rowan")
+    assert tiny_tokenizer.eos_id not in prompt[-3:]
+    whole = tiny_tokenizer({"messages": [*CHAT, {"role": "assistant", "content": "The tree is a rowan"}]})["tokens"]
+    assert prompt + continuation == whole[:-2]
+
+
+def test_tokenizers_of_other_formats_have_other_names(lm, checkpoint, tiny_tokenizer):
+    other = tiny_tokenizer.with_system_prompt("Be kind.")
+    assert lm.tokenizer_name != lm_eval_model.LlamaLM(None, other, batch_size=1, device=CPU).tokenizer_name
+    assert lm.chat_template(True) == "llama2" and lm.chat_template(False) is None
+
+
 @pytest.fixture
 def write_task(tmp_path):
     """Writes a task and its data; returns the YAML file."""
@@ -184,6 +230,31 @@ def test_a_task_of_ones_own(lm, choice_task, write_task):
         metric_list=[{"metric": "exact_match"}],
     )
     assert task_measures(LoadedTasks([answer_task]), lm, num_fewshot=0, max_rows=None)["answers"]["exact_match"] == 0.5
+
+
+def test_a_task_asked_in_the_prompt_format(lm, write_task, tiny_tokenizer, monkeypatch):
+    """Solved questions are earlier turns of the dialog."""
+    docs = [{"question": question, "label": 0} for question in ("Who?", "What?")]
+    path = write_task(
+        "chats",
+        docs,
+        output_type="multiple_choice",
+        doc_to_text="{{question}}",
+        doc_to_choice=CHOICES,
+        doc_to_target="{{label}}",
+        metric_list=[{"metric": "acc"}],
+        fewshot_split="test",
+        fewshot_config={"sampler": "first_n"},
+    )
+    scored = []
+    score = lm._loglikelihood_tokens
+    monkeypatch.setattr(lm, "_loglikelihood_tokens", lambda rows, **_: scored.extend(rows) or score(rows, True))
+    measures = task_measures(LoadedTasks([path]), lm, num_fewshot=1, max_rows=1, apply_chat_template=True)
+    assert set(measures["chats"]) >= {"acc"}
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "rowan"}]
+    prompt = tiny_tokenizer({"messages": [*turns, {"role": "user", "content": "Who?"}]}, inference=True)["tokens"]
+    assert [ids for _, ids, _ in scored] == [prompt] * len(CHOICES)
+    assert [tiny_tokenizer.decode(answer) for _, _, answer in scored] == [choice.strip() for choice in CHOICES]
 
 
 def test_tasks_that_cannot_be_loaded(tmp_path, write_task):
