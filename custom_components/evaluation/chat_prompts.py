@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.chat_transform import ChatTransform
 
 
 class ChatPrompts:
@@ -14,7 +14,7 @@ class ChatPrompts:
     What spells a control token in a question's text would become one if the text itself were encoded.
     """
 
-    def __init__(self, tokenizer: Llama2ChatTransform) -> None:
+    def __init__(self, tokenizer: ChatTransform) -> None:
         self._tokenizer = tokenizer.replace(max_seq_len=None)
         self._dialogs: dict[str, list[dict[str, str]]] = {}
 
@@ -22,7 +22,7 @@ class ChatPrompts:
     def format_name(self) -> str:
         """Name the tokenizer and the prompt format, for lm-eval's cache of requests."""
         digest = hashlib.sha256(json.dumps(self._tokenizer.fingerprint).encode()).hexdigest()
-        return f"Llama2ChatTransform-{digest[:16]}"
+        return f"ChatTransform-{digest[:16]}"
 
     def text(self, dialog: Sequence[dict[str, str]]) -> str:
         """Show a dialog as it is in the prompt; this text stands for it from now on.
