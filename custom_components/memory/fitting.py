@@ -14,6 +14,7 @@ from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.batching import collate
 from custom_components.memory.estimate import estimate_memory, optimizer_bytes_per_parameter
 from custom_components.models.hidden_states import num_layers_with_backward
+from custom_components.runtime.out_of_memory import is_out_of_memory
 from custom_components.runtime.process_memory import usable_bytes
 from custom_components.runtime.terminal import say
 from custom_components.training.gradients import NOWHERE_ELSE, ForwardOptions, accumulate_gradients, supervised_loss
@@ -126,7 +127,7 @@ def tried_fit(
         model: with its weights, on the device.
 
     Raises:
-        torch.OutOfMemoryError: even the smallest does not fit.
+        RuntimeError: even the smallest does not fit.
     """
     if device.type != "cuda" or not fit.words:
         return fit
@@ -164,16 +165,18 @@ def first_fitting(
 
     Args:
         may_recompute, may_shrink: whether the config leaves recomputing and the rows of a forward open.
-        try_step: runs the largest step; raises `torch.OutOfMemoryError` where it does not fit.
+        try_step: runs the largest step; raises an error of :func:`is_out_of_memory` where it does not fit.
 
     Raises:
-        torch.OutOfMemoryError: even the smallest does not fit.
+        RuntimeError: even the smallest does not fit.
     """
     while True:
         try:
             try_step(fit)
             return fit
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if may_shrink and fit.batch_size > 1:
                 num_step_rows = fit.batch_size * fit.gradient_accumulation_steps
                 size = next(size for size in range(fit.batch_size - 1, 0, -1) if num_step_rows % size == 0)

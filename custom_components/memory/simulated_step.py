@@ -26,12 +26,19 @@ from custom_components.training.loss import LinearCrossEntropy
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors created while it is entered, as long as they live; earlier ones are not counted."""
+    """Counts the bytes of tensors created while it is entered, as long as they live; earlier ones are not counted.
 
-    def __init__(self) -> None:
+    Args:
+        device_type: "cpu" or "cuda". A dropout mask has one byte a value on CUDA, where it is its own operation; on
+            the CPU and the meta device it is as wide as the values that it multiplies.
+    """
+
+    def __init__(self, device_type: str = "cpu") -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = 0
+        self._device_type = device_type
         self._storages: dict[int, weakref.ref] = {}
+        self._num_bytes: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -41,6 +48,8 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
             self._count(storage, storage.nbytes())
+        if self._device_type == "cuda" and func is torch.ops.aten.bernoulli_.float:
+            self._recount(result.untyped_storage(), result.numel())
         return result
 
     def _count(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
@@ -50,11 +59,16 @@ class LiveBytes(TorchDispatchMode):
 
         def forget(_: Any) -> None:
             del self._storages[key]
-            self.live_bytes -= num_bytes
+            self.live_bytes -= self._num_bytes.pop(key)
 
         self._storages[key] = weakref.ref(storage, forget)
+        self._num_bytes[key] = num_bytes
         self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _recount(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
+        self.live_bytes += num_bytes - self._num_bytes[id(storage)]
+        self._num_bytes[id(storage)] = num_bytes
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
@@ -117,7 +131,7 @@ def simulated_step(
             for module in short_model.modules():
                 _give_shapes(module, dtype)
             batch = _batch_without_values(lengths, device_type)
-            with LiveBytes() as memory:
+            with LiveBytes(device_type) as memory:
                 options = ForwardOptions(num_recomputed_layers, neftune_noise_alpha)
                 loss_of = supervised_loss(short_model, loss_function, options)
                 no_scaler = torch.amp.GradScaler("cpu", enabled=False)

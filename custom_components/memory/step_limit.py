@@ -7,6 +7,7 @@ import torch
 
 from custom_components.datasets.batching import Batch
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.out_of_memory import is_out_of_memory
 
 
 class StepLimit:
@@ -34,7 +35,9 @@ class StepLimit:
         largest_forward_tokens = max(batch.num_tokens for batch in batches)
         try:
             yield
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise self.error(number, largest_forward_tokens) from None
         self.add_step(largest_forward_tokens)
 

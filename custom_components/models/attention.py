@@ -5,7 +5,8 @@ Dimensions: `B` batch, `S` positions, `L` positions attended to, `T` tokens of o
 """
 
 import functools
-import importlib
+import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,9 +20,13 @@ from torchtune.modules import KVCache
 from custom_components.models.blockwise_attention import attend_blockwise
 from custom_components.models.lora import lora_linears
 from custom_components.models.shapes import LlamaShape
+from custom_components.runtime.out_of_memory import is_out_of_memory
 
 # Beyond this length a block's scores no longer fit in cache, and torch's own kernel is as fast.
 _MAX_BLOCKWISE_TOKENS = 1024
+# Head sizes are multiples of this in 16-bit flash and memory-efficient attention; OpenLLaMA-3B's 100 is not one. torch
+# 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+_CUDA_HEAD_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -121,14 +126,7 @@ class SelfAttention(nn.Module):
                 key_cache_BKMH, value_cache_BKMH = self.kv_cache.update(key_BKSH, value_BKSH)
                 key_BKSH = key_cache_BKMH[:batch_size, :, : mask.shape[-1]]
                 value_BKSH = value_cache_BKMH[:batch_size, :, : mask.shape[-1]]
-            output_BNSH = F.scaled_dot_product_attention(
-                query_BNSH,
-                key_BKSH,
-                value_BKSH,
-                attn_mask=None if mask is None else mask.unsqueeze(1),
-                is_causal=mask is None,
-                enable_gqa=self.num_heads != self.num_kv_heads,
-            )
+            output_BNSH = attend(query_BNSH, key_BKSH, value_BKSH, mask)
         output_BSD = output_BNSH.transpose(1, 2).reshape(batch_size, seq_len, self.num_heads * self.head_dim)
         return self.output_proj(output_BSD)
 
@@ -140,7 +138,7 @@ def attend_within_rows(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor,
     is_on_cpu = rows.boundaries is None
     if is_on_cpu and query_1NSH.element_size() == 2 and max(rows.lengths) <= _MAX_BLOCKWISE_TOKENS:
         return attend_blockwise(query_1NSH, key_1KSH, value_1KSH, rows.lengths)
-    if query_1NSH.is_cuda and _variable_length_kernel_works(
+    if not is_on_cpu and _variable_length_kernel_works(
         query_1NSH.device, query_1NSH.dtype, query_1NSH.shape[1], key_1KSH.shape[1], query_1NSH.shape[3]
     ):
         return attend_within_rows_at_once(query_1NSH, key_1KSH, value_1KSH, rows)
@@ -165,40 +163,75 @@ def _causal_attention(query_1NTH: Tensor, key_1KTH: Tensor, value_1KTH: Tensor) 
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query_1NTH, key_1KTH, value_1KTH, is_causal=True
         )[0]
-    num_sharing = query_1NTH.shape[1] // key_1KTH.shape[1]
-    if query_1NTH.is_cuda and num_sharing > 1:
-        # Without flash attention, CUDA shares key/value heads only in the computation that keeps all probabilities.
-        key_1KTH, value_1KTH = (tensor.repeat_interleave(num_sharing, dim=1) for tensor in (key_1KTH, value_1KTH))
-    return F.scaled_dot_product_attention(
-        query_1NTH, key_1KTH, value_1KTH, is_causal=True, enable_gqa=query_1NTH.shape[1] != key_1KTH.shape[1]
+    return attend(query_1NTH, key_1KTH, value_1KTH, None)
+
+
+def attend(query_BNSH: Tensor, key_BKLH: Tensor, value_BKLH: Tensor, mask_BSL: Tensor | None) -> Tensor:
+    """Attend with torch's own kernels, causally where there is no mask: (B, N, S, H)."""
+    head_dim = query_BNSH.shape[3]
+    if query_BNSH.is_cuda:
+        query_BNSH, key_BKLH, value_BKLH = heads_for_cuda(query_BNSH, key_BKLH, value_BKLH)
+    output_BNSH = F.scaled_dot_product_attention(
+        query_BNSH,
+        key_BKLH,
+        value_BKLH,
+        attn_mask=None if mask_BSL is None else mask_BSL.unsqueeze(1),
+        is_causal=mask_BSL is None,
+        scale=head_dim**-0.5,
+        enable_gqa=query_BNSH.shape[1] != key_BKLH.shape[1],
     )
+    return output_BNSH[..., :head_dim]
+
+
+def heads_for_cuda(query_BNSH: Tensor, key_BKLH: Tensor, value_BKLH: Tensor) -> list[Tensor]:
+    """Give every query head its key/value head, and all a size that CUDA's kernels take: (B, N, S or L, H).
+
+    Without flash attention, which takes no mask and which a T4 does not have, CUDA shares key/value heads, and
+    multiplies heads of other sizes, only in the computation that keeps all probabilities.
+    """
+    num_sharing = query_BNSH.shape[1] // key_BKLH.shape[1]
+    if num_sharing > 1:
+        key_BKLH, value_BKLH = (tensor.repeat_interleave(num_sharing, dim=1) for tensor in (key_BKLH, value_BKLH))
+    return padded_heads(query_BNSH, key_BKLH, value_BKLH)
+
+
+def padded_heads(*tensors: Tensor) -> list[Tensor]:
+    """Append zeros to heads, (..., H), up to a multiple of CUDA's alignment; they change no score and no sum."""
+    num_missing = -tensors[0].shape[-1] % _CUDA_HEAD_ALIGNMENT
+    return [F.pad(tensor, (0, num_missing)) if num_missing else tensor for tensor in tensors]
 
 
 def attend_within_rows_at_once(query_1NSH: Tensor, key_1KSH: Tensor, value_1KSH: Tensor, rows: RowLengths) -> Tensor:
     """Compute `attend_within_rows` in one call of torch's variable-length flash attention (CUDA, 16 bits)."""
     assert rows.boundaries is not None
-    longest = max(rows.lengths)
-    # note: not every supported torch has it.
-    attend: Callable[..., Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    output_SNH = attend(
-        query_1NSH[0].transpose(0, 1),
-        key_1KSH[0].transpose(0, 1),
-        value_1KSH[0].transpose(0, 1),
+    longest, head_dim = max(rows.lengths), query_1NSH.shape[3]
+    # note: not every supported torch has it; 2.11's shares key/value heads without being told.
+    kernel: Callable[..., Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    options = {"enable_gqa": query_1NSH.shape[1] != key_1KSH.shape[1]}
+    # note: squeezed, because the backward of an index fills a tensor with zeros and copies into it.
+    output_SNH = kernel(
+        *padded_heads(*(tensor.squeeze(0).transpose(0, 1) for tensor in (query_1NSH, key_1KSH, value_1KSH))),
         rows.boundaries,
         rows.boundaries,
         longest,
         longest,
+        scale=head_dim**-0.5,
         window_size=(-1, 0),  # causal
-        **({"enable_gqa": True} if query_1NSH.shape[1] != key_1KSH.shape[1] else {}),
+        **{name: value for name, value in options.items() if name in inspect.signature(kernel).parameters},
     )
-    return output_SNH.transpose(0, 1).unsqueeze(0)
+    return output_SNH[..., :head_dim].transpose(0, 1).unsqueeze(0)
 
 
 @functools.cache
 def _variable_length_kernel_works(
     device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> bool:
-    """Check whether torch and the card have the kernel for these heads, by comparing it with the row loop."""
+    """Check whether torch and the card have the kernel for these heads, by comparing it with the row loop.
+
+    The meta device stands for a card that has it.
+    """
+    if device.type == "meta":
+        return importlib.util.find_spec("torch.nn.attention.varlen") is not None
     lengths = (5, 3)
     # note: it has its own generator, or the step's first dropout would differ when it is recomputed.
     random = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
@@ -207,8 +240,8 @@ def _variable_length_kernel_works(
     rows = RowLengths(lengths).to(device)
     try:
         output_1NSH = attend_within_rows_at_once(query_1NSH, key_1KSH, value_1KSH, rows)
-    except torch.OutOfMemoryError:
-        raise
-    except (ImportError, TypeError, RuntimeError, ValueError):
+    except (ImportError, TypeError, RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         return False
     return torch.allclose(output_1NSH, attend_row_by_row(query_1NSH, key_1KSH, value_1KSH, rows), atol=2e-2, rtol=2e-2)

@@ -103,7 +103,7 @@ def from_stored_tensors(tensors: Sequence[Tensor], shape: torch.Size, dtype: tor
         quantization_factor,
         scaler_mean,
         packed_codes,
-        codebook(device).to(dtype),
+        codebook(device, dtype),
     )
 
 
@@ -148,9 +148,14 @@ def dequantize_with_table(weight: NF4Tensor, dtype: torch.dtype) -> Tensor:
     return blocks.to(dtype).view(weight.shape)
 
 
-def codebook(device: torch.device) -> Tensor:
-    """Return the fp32 value of each of the 16 codes."""
-    return torch.tensor(_CODEBOOK, device=device)
+@functools.cache
+def codebook(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the value of each of the 16 codes, rounded to `dtype`: one tensor for all weights.
+
+    A tensor made of Python numbers waits for the device to finish what it is doing, once for each 4-bit product.
+    """
+    with torch.inference_mode(False):  # or training could not use what answering made
+        return torch.tensor(_CODEBOOK, device=device).to(dtype)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from custom_components.runs.run_directory import RunDirectory
 from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.terminal import say
+from custom_components.training.optimizer import page_loaded_state
 from custom_components.training.state import Progress, TrainingState
 from custom_components.weights.card import TrainedSteps, stated_steps
 
@@ -164,6 +165,7 @@ class ResumedRun:
         ]
         try:
             state.optimizer.load_state_dict(self.state["optimizer"])
+            page_loaded_state(state.optimizer)
             state.scaler.load_state_dict(self.state["scaler"])
         except (ValueError, KeyError, RuntimeError) as error:
             raise UserError(

@@ -29,7 +29,8 @@ def run_recipe(recipe_main: Callable[[], None]) -> None:
     0 when done, 2 after a :class:`UserError` (its lines on stderr, no traceback), 130 and 143 after SIGINT and SIGTERM,
     141 when nobody reads its output any more, as after `| head`. Anything else is a bug and keeps its traceback.
     """
-    import torch  # note: not at the top of a file that `--help` and the first error lines need at once
+    # note: not at the top of a file that `--help` and the first error lines need at once: it imports torch
+    from custom_components.runtime.out_of_memory import is_out_of_memory
 
     take_interrupts()
     signal.signal(signal.SIGTERM, _raise_system_exit)
@@ -40,7 +41,9 @@ def run_recipe(recipe_main: Callable[[], None]) -> None:
     except UserError as error:
         print_errors(error)
         sys.exit(EXIT_CODE_USER_ERROR)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0]
         print(f"error: {reason} Lower batch_size or max_seq_len, or set quantize_base=true", file=sys.stderr)
         sys.exit(EXIT_CODE_USER_ERROR)

@@ -23,3 +23,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # needs about fifty.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+
+# CUDA memory in segments that grow: batches of other sizes reuse the memory of earlier ones instead of leaving gaps.
+# Whoever has set the allocator up, under any of its names, keeps that. torch 2.11 and later read the first name, and
+# warn about the second.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torchtune.modules import TransformerDecoder
 
+from custom_components.runtime.terminal import say
+
 # Compiling takes about a minute: as much as it saves over this many forwards.
 _MIN_FORWARDS = 200
 
@@ -27,6 +29,7 @@ def compiled_layers(
     if not (_saves_time(device, num_forwards) if setting == "auto" else setting):
         yield
         return
+    say("compiling the layers: the first step takes about a minute longer, and so does the first validation")
     with torch._dynamo.config.patch(suppress_errors=setting == "auto"):
         for layer in model.layers:
             # note: dynamic from the start, because every batch has another number of tokens.

@@ -72,3 +72,18 @@ def stop_if_not_finite(loss: float, grad_norm: float, step: int, forwards: list[
             f"step {step}: loss {loss}, gradient norm {grad_norm}; the rows of the step are {forwards}, "
             "counted from 0. Look at them with recipes/preview.py, or lower optimizer.lr"
         )
+
+
+def page_loaded_state(optimizer: Optimizer) -> None:
+    """Move loaded state to the paged memory in which bitsandbytes' paged optimizers allocate it, in place.
+
+    Its `load_state_dict` leaves ordinary tensors, which would fill the card: bitsandbytes 0.50.2, optim/optimizer.py.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in state.keys() & {"state1", "state2"}:
+            buffer = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)  # type: ignore[attr-defined]
+            if parameter.is_cuda:
+                torch.cuda.synchronize(parameter.device)  # note: the card is still filling the buffer with zeros
+            state[name] = buffer.copy_(state[name])

@@ -1,5 +1,6 @@
 """`auto`: what fits is found, said, and the rows of an optimizer step stay as they were."""
 
+import copy
 import dataclasses
 from functools import partial
 
@@ -13,6 +14,7 @@ from custom_components.memory import fitting
 from custom_components.memory.estimate import estimate_memory
 from custom_components.memory.fitting import Fit, first_fitting, fit_to_device, largest_forward
 from custom_components.memory.simulated_step import simulated_step
+from custom_components.models.lora import adapter_modules
 from custom_components.training.loss import LinearCrossEntropy
 from tests.support.models import CPU
 from tests.support.paths import PROJECT
@@ -82,6 +84,23 @@ def test_only_the_cpu_keeps_probabilities_of_attention(model):
     }
     assert kept_bytes["cuda", (64,) * 4] == kept_bytes["cuda", (256,)]
     assert kept_bytes["cpu", (64,) * 4] < kept_bytes["cpu", (256,)]
+
+
+def test_a_dropout_mask_has_one_byte_a_value_on_cuda(model):
+    """Four inputs of a layer are dropped: of q, k and v, of the output, of gate and up, of down."""
+    num_tokens, itemsize = 256, 2
+    num_dropped = num_tokens * (3 * model.head_dim * model.num_heads + model.layers[0].mlp.w2.in_dim)
+    for device_type, mask_itemsize in (("cpu", itemsize), ("cuda", 1)):
+        kept_bytes = {}
+        for dropout in (0.0, 0.1):
+            changed = copy.deepcopy(model)
+            for module in adapter_modules(changed).values():
+                module.dropout = dropout
+            step = simulated_step(changed, torch.bfloat16, device_type, (num_tokens,), LinearCrossEntropy())
+            kept_bytes[dropout] = step.kept_layer_bytes
+        # CUDA's attention keeps its output for its own backward, besides the dropped one.
+        output_bytes = num_tokens * model.head_dim * model.num_heads * itemsize if device_type == "cuda" else 0
+        assert kept_bytes[0.1] - kept_bytes[0.0] == num_dropped * mask_itemsize + output_bytes, device_type
 
 
 def test_nothing_is_chosen_where_the_config_says_it_all(model, monkeypatch):

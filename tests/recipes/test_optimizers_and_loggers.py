@@ -10,6 +10,7 @@ from custom_components.config.reading import load_settings
 from custom_components.config.training_settings import refuse_cuda_only_settings
 from custom_components.memory.step_limit import StepLimit
 from custom_components.runtime.errors import UserError
+from custom_components.training.optimizer import page_loaded_state
 from tests.support.models import CPU
 from tests.support.paths import PROJECT
 from tests.support.recipe_runs import arguments, tune_run
@@ -55,6 +56,28 @@ def test_what_needs_cuda_is_refused_on_the_cpu(monkeypatch):
             refuse_cuda_only_settings(refused, CPU)
         refuse_cuda_only_settings(refused, torch.device("cuda"))
     refuse_cuda_only_settings(settings("optimizer._component_=bitsandbytes.optim.AdamW8bit", "~optimizer.fused"), CPU)
+
+
+def test_loaded_state_of_a_paged_optimizer_is_paged_again():
+    """A stub of bitsandbytes' class, which pages on CUDA only."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    pages = []
+
+    class Paged(torch.optim.AdamW):
+        is_paged = True
+
+        def get_state_buffer(self, parameter, dtype):
+            pages.append(torch.zeros(parameter.shape, dtype=dtype))
+            return pages[-1]
+
+    optimizer = Paged([parameter])
+    loaded = {"step": 5, "state1": torch.tensor([1.0, 2.0, 3.0]), "state2": torch.tensor([4, 5, 6], dtype=torch.uint8)}
+    optimizer.state[parameter] = dict(loaded)
+    page_loaded_state(optimizer)
+    state = optimizer.state[parameter]
+    assert {id(page) for page in pages} == {id(state["state1"]), id(state["state2"])}
+    assert state["step"] == 5 and all(torch.equal(state[name], loaded[name]) for name in ("state1", "state2"))
+    assert state["state2"].dtype is torch.uint8
 
 
 def test_sgd_samples_and_init_from_an_adapter(make_checkpoint, tmp_path):

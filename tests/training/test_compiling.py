@@ -50,3 +50,10 @@ def test_auto_compiles_long_runs_on_a_card_only(triton, setting, device, num_for
     model = Model()
     with compiled_layers(model, setting, device, num_forwards):
         assert are_compiled(model) == {False}
+
+
+def test_the_wait_for_the_compiler_is_said_and_nothing_where_nothing_is_compiled(capsys):
+    with compiled_layers(Model(), setting=True, device=CPU, num_forwards=1):
+        assert "about a minute" in capsys.readouterr().out
+    with compiled_layers(Model(), setting=False, device=CPU, num_forwards=1):
+        assert capsys.readouterr().out == ""

@@ -10,6 +10,7 @@ from torchtune.modules.peft import disable_adapter
 
 from custom_components.datasets.batching import collate
 from custom_components.models.llama import llama
+from custom_components.models.nf4 import stored_tensors
 from custom_components.models.shapes import LlamaShape
 from custom_components.training.gradients import ForwardOptions, accumulate_gradients, supervised_loss, validation_loss
 from custom_components.training.loss import LinearCrossEntropy
@@ -111,3 +112,22 @@ def test_a_model_whose_layers_are_trained_has_every_gradient(tied):
     for name, parameter in model.named_parameters():
         assert gradients[name].any(), name
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_step_makes_no_tensor_of_python_numbers(make_checkpoint, monkeypatch):
+    """On a card each of them waits for all that it is doing: one in each 4-bit product would be 445 in a step of 7B."""
+    model = loaded_model(make_checkpoint(), quantize_base=True)
+    batch = collate(random_rows(2))
+    loss_of = supervised_loss(model, LinearCrossEntropy(), ForwardOptions(num_recomputed_layers=1))
+    accumulate_gradients([batch], loss_of, NO_SCALER, CPU)
+    weight = model.layers[0].attn.q_proj.weight
+
+    def tensor(*args, **options):
+        raise AssertionError(f"torch.tensor{args}")
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    accumulate_gradients([batch], loss_of, NO_SCALER, CPU)
+    # A compiled step's product puts the weight together from its tensors.
+    torch.ops.llama_lora_recipes.nf4_product(
+        torch.ones(1, weight.shape[1]), stored_tensors(weight), weight.shape, False
+    )
