@@ -13,7 +13,8 @@ from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
 
 # Part of every key: raise it whenever the same inputs would give other tokens or other arrays.
-_VERSION = 5
+_VERSION = 6
+_SUMMARY_NAME, _DIGESTS_NAME = "summary.json", "digests.json"
 
 
 class TokenCache:
@@ -46,13 +47,18 @@ class TokenCache:
         if self._directory is None or not self._directory.is_dir():
             return None
         try:
-            # note: not np.load, which takes zip files as well.
-            arrays: dict[str, np.ndarray] = {
-                path.stem: open_memmap(path, mode="r") for path in self._directory.glob("*.npy")
-            }
-            return arrays, json.loads((self._directory / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None  # damaged or deleted meanwhile: it is made again
+            digests = json.loads((self._directory / _DIGESTS_NAME).read_text(encoding="utf-8"))
+            files = {path.name: path for path in self._directory.iterdir() if path.name in digests}
+            if digests == {name: _file_digest(path) for name, path in files.items()}:
+                # note: not np.load, which takes zip files as well.
+                arrays: dict[str, np.ndarray] = {
+                    path.stem: open_memmap(path, mode="r") for path in files.values() if path.suffix == ".npy"
+                }
+                return arrays, json.loads(files[_SUMMARY_NAME].read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        print(f"cache_dir: the tokens in {str(self._directory)!r} are damaged: they are made again")
+        return None
 
     def store(self, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:
         """Keep arrays and counts; if the folder cannot be written, nothing is kept and the run continues."""
@@ -62,7 +68,14 @@ class TokenCache:
             with whole_directory(self._directory) as directory:
                 for name, values in arrays.items():
                     np.save(directory / f"{name}.npy", values)
-                (directory / "summary.json").write_text(json.dumps(counts), encoding="utf-8")
+                (directory / _SUMMARY_NAME).write_text(json.dumps(counts), encoding="utf-8")
+                digests = {path.name: _file_digest(path) for path in directory.iterdir()}
+                (directory / _DIGESTS_NAME).write_text(json.dumps(digests), encoding="utf-8")
         except (OSError, UserError) as error:
             reason = error.strerror or error if isinstance(error, OSError) else error
             print(f"cache_dir: the tokens are not kept, {str(self._directory)!r} cannot be written ({reason})")
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -50,6 +50,7 @@ def load_base_weights(
         for name, module in model.named_modules()
         if isinstance(module, FrozenLinear) and module.quantize_base
     }
+    newly_quantized: list[str] = []
     cache = cached = None
     if quantized_cache_dir is not None and quantized:
         cache = QuantizedCache(quantized_cache_dir, base)
@@ -59,10 +60,10 @@ def load_base_weights(
         module_name, _, parameter_name = name.rpartition(".")
         module = model.get_submodule(module_name)
         if name in quantized:
-            if cached is not None:
-                value = cached.read(name, quantized[name])
-            else:
+            value = None if cached is None else cached.read(name, quantized[name])
+            if value is None:
                 value = nf4.quantize(sources[name].read().to(device), dtype)
+                newly_quantized.append(name)
         else:
             # Norms stay in fp32, the dtype they compute in.
             # note: copy, or the parameter is a view of the file's memory map and changes with the file.
@@ -76,7 +77,9 @@ def load_base_weights(
             threads.map(load, sources), "loading", len(sources), unit="tensor", leave=False, delay=1, disable=None
         ):
             pass
-    if cache is not None and cached is None:
+    if cache is not None and newly_quantized:
+        if cached is not None:
+            cache.say_damaged()
         cache.store({name: model.get_parameter(name).data for name in quantized})
     if isinstance(model.output, LoRALinear) and base.shape.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight
