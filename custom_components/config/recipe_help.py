@@ -9,12 +9,11 @@ import importlib
 import json
 import re
 import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
-from pydantic.fields import FieldInfo
 
 from custom_components.config.settings import ComponentNode, Settings
 from custom_components.config.signatures import parameters_in_source
@@ -41,6 +40,29 @@ class WrittenKey:
     effect: str
 
 
+@dataclass(frozen=True)
+class DescribedKey:
+    """All that is known of a key.
+
+    Attributes:
+        name: dotted.
+        section: the heading above it in the config.
+        type_words: its values; empty: unknown.
+        default: as a config spells it; None: it has none.
+        here: its value in the config; None: it is not there, or a mapping of keys.
+        effect: in words.
+        also: further keys of its node, after the last of those in the config.
+    """
+
+    name: str
+    section: str
+    type_words: str
+    default: str | None
+    here: str | None
+    effect: str
+    also: tuple[str, ...] = ()
+
+
 def recipe_help(description: str, settings_type: type[Settings], config: Path | None) -> str:
     """Write the text of `--help`.
 
@@ -52,12 +74,9 @@ def recipe_help(description: str, settings_type: type[Settings], config: Path | 
     summary, _, rest = description.strip().partition("\n")
     written = written_keys(config.read_text(encoding="utf-8")) if config else {}
     settings_type = settings_type.for_config(written)
-    sections: dict[str, list[str]] = {}
-    for written_key in written.values():
-        sections.setdefault(written_key.section, [])
-    for name, field in settings_type.model_fields.items():
-        section = written[name].section if name in written else _NO_SECTION
-        sections.setdefault(section, []).extend(_described(name, field, written))
+    sections: dict[str, list[str]] = {written_key.section: [] for written_key in written.values()}
+    for key in described_keys(settings_type, written):
+        sections.setdefault(key.section, []).extend(_entry(key))
     lines = [
         *textwrap.wrap(summary, WIDTH),
         "",
@@ -105,13 +124,15 @@ def written_keys(text: str) -> dict[str, WrittenKey]:
 
     def keys_of(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, WrittenKey]]:
         for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
-            is_block = isinstance(value_node, yaml.MappingNode) and not value_node.flow_style
+            is_block = isinstance(value_node, yaml.CollectionNode) and not value_node.flow_style
             end = key_node.end_mark if is_block else value_node.end_mark
+            is_block_mapping = is_block and isinstance(value_node, yaml.MappingNode)
             section = next((name for number, name in reversed(sections) if number < key_node.start_mark.line), "Keys")
-            value = None if is_block else text[value_node.start_mark.index : value_node.end_mark.index]
+            source = text[value_node.start_mark.index : value_node.end_mark.index].rstrip()
+            value = None if is_block_mapping else source
             key = f"{prefix}{key_node.value}"
             yield key, WrittenKey(section, value, _comment(lines, end.line, end.column))
-            if is_block:
+            if is_block_mapping:
                 yield from keys_of(value_node, f"{key}.")
 
     return dict(keys_of(root, ""))
@@ -130,44 +151,63 @@ def _comment(lines: list[str], line: int, column: int) -> str:
     return " ".join(part.strip() for part in parts)
 
 
-def _described(name: str, field: FieldInfo, written: dict[str, WrittenKey]) -> list[str]:
-    """Write the lines of a key and of the keys in it."""
-    node = next((marker for marker in field.metadata if isinstance(marker, ComponentNode)), None)
-    words = type_words(field.annotation, field.metadata)
-    default = None if field.is_required() else _shown(field.get_default())
-    here = written.get(name)
-    effect = (here.effect if here else "") or field.description or ""
-    lines = _entry(name, words, default, here.value if here else None, effect)
-    component = written.get(f"{name}._component_")
-    if node is None or component is None:
-        return lines
-    lines += _entry(f"{name}._component_", "dotted path", None, component.value, component.effect)
+def described_keys(settings_type: type[Settings], written: Mapping[str, WrittenKey]) -> Iterator[DescribedKey]:
+    """Describe every key of a recipe, and the keys in its nodes that do not follow another key.
+
+    Args:
+        written: the keys of a config, where effects, sections and example values are taken from.
+    """
+    for name, field in settings_type.model_fields.items():
+        here = written.get(name)
+        section = here.section if here else _NO_SECTION
+        words = type_words(field.annotation, field.metadata)
+        default = None if field.is_required() else _shown(field.get_default())
+        effect = (here.effect if here else "") or field.description or ""
+        yield DescribedKey(name, section, words, default, here.value if here else None, effect)
+        node = next((marker for marker in field.metadata if isinstance(marker, ComponentNode)), None)
+        if node is not None and f"{name}._component_" in written:
+            yield from _keys_in_node(name, node, written)
+
+
+def _keys_in_node(name: str, node: ComponentNode, written: Mapping[str, WrittenKey]) -> list[DescribedKey]:
+    component = written[f"{name}._component_"]
     parameters = {p.name: p for p in parameters_in_source(component.value or "") if p.name not in node.supplied}
     nested = {key.removeprefix(f"{name}."): value for key, value in written.items() if key.startswith(f"{name}.")}
+    keys = [
+        DescribedKey(f"{name}._component_", component.section, "dotted path", None, component.value, component.effect)
+    ]
     for key, value in nested.items():
         if key == "_component_" or (value.value and _REFERENCE.fullmatch(value.value)):
             continue
         parameter = parameters.get(key)
         words = type_words(parameter.annotation) if parameter else ""
         default = _shown_source(parameter.default) if parameter and parameter.default else None
-        lines += _entry(f"{name}.{key}", words, default, value.value, value.effect)
-    others = [f"{name}.{key}" for key in parameters if key not in nested and key not in ("self", "kwargs")]
-    if others:
-        lines += textwrap.wrap(f"also: {', '.join(others)}", WIDTH, initial_indent="  ", subsequent_indent="      ")
-    return lines
+        keys.append(DescribedKey(f"{name}.{key}", value.section, words, default, value.value, value.effect))
+    others = (f"{name}.{key}" for key in parameters if key not in nested and key not in ("self", "kwargs"))
+    keys[-1] = replace(keys[-1], also=tuple(others))
+    return keys
 
 
-def _entry(key: str, words: str, default: str | None, here: str | None, effect: str) -> list[str]:
-    parts = [words] if words else []
-    if default is not None:
-        parts.append(f"default {default}")
-    if here is not None and here != default:
-        parts.append(f"here {here}")
-    head = textwrap.wrap(
-        f"{key}  {'; '.join(parts)}", WIDTH, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False
+def _entry(key: DescribedKey) -> list[str]:
+    parts = [key.type_words] if key.type_words else []
+    if key.default is not None:
+        parts.append(f"default {key.default}")
+    if key.here is not None and key.here != key.default:
+        parts.append(f"here {key.here}")
+    lines = textwrap.wrap(
+        f"{key.name}  {'; '.join(parts)}",
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="      ",
+        break_on_hyphens=False,
     )
-    body = textwrap.wrap(effect, WIDTH, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False)
-    return [*head, *body]
+    lines += textwrap.wrap(
+        key.effect, WIDTH, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False
+    )
+    if key.also:
+        also = f"also: {', '.join(key.also)}"
+        lines += textwrap.wrap(also, WIDTH, initial_indent="  ", subsequent_indent="      ")
+    return lines
 
 
 def _wrapped(line: str) -> list[str]:

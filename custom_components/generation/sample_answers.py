@@ -9,11 +9,11 @@ from custom_components.generation.decoding import Sampling, answer_messages
 from custom_components.runtime.terminal import say
 from custom_components.transforms.chat_transform import ChatTransform
 
-_MAX_NEW_TOKENS = 100
+_MAX_NEW_TOKENS = 200
 
 
 def answer_sample_prompts(model: TransformerDecoder, tokenizer: ChatTransform, prompts: Sequence[str]) -> list[str]:
-    """Give the model's likeliest answers, of at most 100 tokens."""
+    """Give the model's likeliest answers, of at most 200 tokens."""
     dialogs = [[{"role": "user", "content": prompt}] for prompt in prompts]
     # note: layers compiled for training would be compiled once more for every length of an answer.
     with torch.compiler.set_stance("force_eager"):

@@ -9,7 +9,7 @@ from custom_components.memory.simulated_step import StepMemory
 
 _GIB = 2**30
 # The memory of each card as its driver reports it, in GiB, less the CUDA context.
-_CARDS_GIB = {
+CARDS_GIB = {
     "T4 16 GB": 14.2,
     "RTX 4090 24 GB": 23.1,
     "A100 40 GB": 38.9,
@@ -18,7 +18,7 @@ _CARDS_GIB = {
     "H200 141 GB": 139.3,
 }
 # Usable share of a card; fragmentation takes the rest.
-_USABLE_CARD_SHARE = 0.95
+USABLE_CARD_SHARE = 0.95
 _MAX_ROW_TOKENS = 2**20
 # Tokens per forward above which memory grows linearly.
 MANY_TOKENS = 8192
@@ -91,16 +91,16 @@ def card_table(
         this_config: the estimate for CUDA of the config's own forward.
     """
     lines = [f"{'card':16}{'this config':24}{'largest batch':>15}{'tokens of a forward':>22}"]
-    for card, card_gib in _CARDS_GIB.items():
-        usable_bytes = int(_USABLE_CARD_SHARE * card_gib * _GIB)
+    for card, card_gib in CARDS_GIB.items():
+        usable_bytes = int(USABLE_CARD_SHARE * card_gib * _GIB)
         largest_tokens = line.largest_forward_tokens(usable_bytes)
-        verdict = _verdict(this_config, usable_bytes, checkpointing)
+        verdict = card_verdict(this_config, usable_bytes, checkpointing)
         lines.append(f"{card:16}{verdict:24}{largest_tokens // row_tokens:15,}{largest_tokens:22,}")
     lines.append(f"largest batch of rows of {row_tokens} tokens, most tokens of a forward: with all layers recomputed")
     return "\n".join(lines)
 
 
-def _verdict(estimate: MemoryEstimate, usable_bytes: int, checkpointing: bool | Literal["auto"]) -> str:
+def card_verdict(estimate: MemoryEstimate, usable_bytes: int, checkpointing: bool | Literal["auto"]) -> str:
     if checkpointing != "auto":
         num_recomputed_layers = estimate.num_layers if checkpointing else 0
         return "fits" if estimate.peak_bytes(num_recomputed_layers) <= usable_bytes else "does not fit"

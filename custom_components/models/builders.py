@@ -25,6 +25,7 @@ qlora_llama2_70b = partial(lora_llama, llama_shapes.LLAMA2_70B, quantize_base=Tr
 lora_llama2_7b = partial(lora_llama, llama_shapes.LLAMA2_7B)
 lora_llama2_13b = partial(lora_llama, llama_shapes.LLAMA2_13B)
 lora_llama2_70b = partial(lora_llama, llama_shapes.LLAMA2_70B)
+lora_code_llama2_7b = partial(lora_llama, llama_shapes.CODE_LLAMA2_7B)
 lora_open_llama_3b = partial(lora_llama, llama_shapes.OPEN_LLAMA_3B)
 lora_tinyllama_1b = partial(lora_llama, llama_shapes.TINYLLAMA_1B)
 

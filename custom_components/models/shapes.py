@@ -45,6 +45,7 @@ class LlamaShape:
 LLAMA2_7B = LlamaShape(32_000, 32, 32, 32, 4096, 11_008, 4096)
 LLAMA2_13B = LlamaShape(32_000, 40, 40, 40, 5120, 13_824, 4096)
 LLAMA2_70B = LlamaShape(32_000, 80, 64, 8, 8192, 28_672, 4096)
+CODE_LLAMA2_7B = LlamaShape(32_016, 32, 32, 32, 4096, 11_008, 16_384, rope_base=1_000_000.0)
 OPEN_LLAMA_3B = LlamaShape(32_000, 26, 32, 32, 3200, 8640, 2048, norm_eps=1e-6)
 TINYLLAMA_1B = LlamaShape(32_000, 22, 32, 4, 2048, 5632, 2048)
 

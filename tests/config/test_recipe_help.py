@@ -70,12 +70,16 @@ def test_comments_are_told_from_values():
         "  # a remark\n"
         "# ---- Numbers\n"
         "d: 1\n"
+        "e:        # of e\n"
+        "  - one\n"
+        "  - two\n"
     )
     assert {key: (value.section, value.value, value.effect) for key, value in keys.items()} == {
         "a": ("Text", "'x # y'", "of a"),
         "b": ("Text", None, "of b and more"),
         "b.c": ("Text", "[1, 2]", "of c"),
         "d": ("Numbers", "1", ""),
+        "e": ("Numbers", "- one\n  - two", "of e"),
     }
 
 
