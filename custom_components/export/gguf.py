@@ -4,6 +4,7 @@ Format: ggml-org/ggml, docs/gguf.md; which keys a Llama has: ggml-org/llama.cpp,
 conversion/llama.py and conversion/base.py (`prepare_tensors`).
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchtune.models.convert_weights import get_mapped_key
 
 from custom_components.export.gguf_tokenizer import add_tokenizer
 from custom_components.models.llama import lora_llama
+from custom_components.models.rotary import rope_frequency_divisors_P
 from custom_components.models.shapes import LlamaShape
 from custom_components.runtime.atomic_files import whole_file
 from custom_components.runtime.errors import UserError
@@ -80,7 +82,7 @@ def write_gguf(
         with aside.open("r+b") as file:
             data_start = writer.ggml_pad(aside.stat().st_size, writer.data_alignment)
             file.truncate(data_start + sum(writer.ggml_pad(t.num_bytes, writer.data_alignment) for t in plan.values()))
-            for tune_name, tensor in tensors:
+            for tune_name, tensor in itertools.chain(_rope_tensors(shape), tensors):
                 planned = plan.pop(tune_name)
                 assert tuple(tensor.shape) == planned.shape, f"{tune_name}: {tuple(tensor.shape)}, not {planned.shape}"
                 file.seek(data_start + planned.offset)
@@ -118,6 +120,12 @@ def _add_model(writer: Any, gguf: ModuleType, shape: LlamaShape, name: str, quan
     writer.add_head_count_kv(shape.num_kv_heads)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_base)
+    if shape.rope_scaling is not None and shape.rope_scaling.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(shape.rope_scaling.factor)
+    if shape.own_head_dim is not None:
+        writer.add_key_length(shape.head_dim)
+        writer.add_value_length(shape.head_dim)
     writer.add_layer_norm_rms_eps(shape.norm_eps)
 
 
@@ -139,7 +147,15 @@ def _planned_tensors(gguf: ModuleType, shape: LlamaShape, quantization: str) -> 
         gguf_name = gguf_names.get_name(get_mapped_key(tune_name, HUGGING_FACE_NAMES), try_suffixes=(".weight",))
         plan[tune_name] = _PlannedTensor(gguf_name, tuple(parameter.shape), encoding, num_bytes, offset)
         offset += gguf.GGUFWriter.ggml_pad(num_bytes, gguf.GGUF_DEFAULT_ALIGNMENT)
+    for name, divisors_P in _rope_tensors(shape):
+        plan[name] = _PlannedTensor(name, tuple(divisors_P.shape), encodings.F32, 4 * len(divisors_P), offset)
     return plan
+
+
+def _rope_tensors(shape: LlamaShape) -> Iterator[tuple[str, Tensor]]:
+    """What rotary frequencies are divided by is a tensor of the file, unless one factor says it."""
+    if shape.rope_scaling is not None and shape.rope_scaling.kind == "llama3":
+        yield "rope_freqs.weight", rope_frequency_divisors_P(shape)
 
 
 def _encoded_rows(gguf: ModuleType, tensor: Tensor, planned: _PlannedTensor, tune_name: str) -> Iterator[np.ndarray]:

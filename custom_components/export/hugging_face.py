@@ -84,6 +84,14 @@ def write_config(
 
 def config_of_shape(shape: LlamaShape, bos_id: int | None) -> dict[str, Any]:
     """Give the entries of config.json that follow from a model's shape and its tokenizer."""
+    scaling = shape.rope_scaling
+    rope: dict[str, Any] = {} if scaling is None else {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling is not None and scaling.kind == "llama3":
+        rope |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
+        }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -98,6 +106,8 @@ def config_of_shape(shape: LlamaShape, bos_id: int | None) -> dict[str, Any]:
         "rms_norm_eps": shape.norm_eps,
         "hidden_act": "silu",
         "bos_token_id": bos_id,
+        **({"rope_scaling": rope} if rope else {}),
+        **({"head_dim": shape.own_head_dim} if shape.own_head_dim else {}),
     }
 
 

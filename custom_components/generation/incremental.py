@@ -149,7 +149,7 @@ class IncrementalLayer(nn.Module):
             query = query_BNSH.reshape(batch_size, self.num_kv_heads, -1, query_BNSH.shape[-1])
             mask = None if mask_BSL is None else mask_BSL.unsqueeze(1)
             output = F.scaled_dot_product_attention(query, key_BKLH, value_BKLH, attn_mask=mask)
-            output_BSD = output.reshape(input_BSD.shape)  # not view: some CUDA kernels give another memory layout
+            output_BSD = output.reshape(batch_size, 1, -1)  # not view: some CUDA kernels give another memory layout
         else:
             output_BNSH = F.scaled_dot_product_attention(
                 query_BNSH,
@@ -159,7 +159,7 @@ class IncrementalLayer(nn.Module):
                 is_causal=mask_BSL is None,
                 enable_gqa=self.num_heads != self.num_kv_heads,
             )
-            output_BSD = output_BNSH.transpose(1, 2).reshape(input_BSD.shape)
+            output_BSD = output_BNSH.transpose(1, 2).reshape(batch_size, num_new_tokens, -1)
         return self.attention_output(output_BSD.flatten(0, 1)).view_as(input_BSD)
 
 

@@ -28,6 +28,11 @@ lora_llama2_70b = partial(lora_llama, llama_shapes.LLAMA2_70B)
 lora_code_llama2_7b = partial(lora_llama, llama_shapes.CODE_LLAMA2_7B)
 lora_open_llama_3b = partial(lora_llama, llama_shapes.OPEN_LLAMA_3B)
 lora_tinyllama_1b = partial(lora_llama, llama_shapes.TINYLLAMA_1B)
+lora_llama3_8b = partial(lora_llama, llama_shapes.LLAMA3_8B)
+lora_llama3_1_8b = partial(lora_llama, llama_shapes.LLAMA3_1_8B)
+lora_llama3_2_1b = partial(lora_llama, llama_shapes.LLAMA3_2_1B)
+lora_llama3_2_3b = partial(lora_llama, llama_shapes.LLAMA3_2_3B)
+lora_mistral_7b = partial(lora_llama, llama_shapes.MISTRAL_7B)
 
 
 def lora_llama_from_config(

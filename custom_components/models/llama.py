@@ -62,7 +62,7 @@ def llama(shape: LlamaShape, linear: LinearMaker) -> TransformerDecoder:
     """
     # note: rope's cache is a buffer outside the checkpoint, so it must have values even when the weights do not yet.
     with torch.device("cpu") if torch.empty(0).is_meta else torch.device(torch.empty(0).device):
-        rope = RotaryPositions(shape.head_dim, shape.max_seq_len, shape.rope_base)
+        rope = RotaryPositions(shape.head_dim, shape.max_seq_len, shape.rope_base, shape.rope_scaling)
     norm = partial(RMSNorm, shape.embed_dim, shape.norm_eps)
     layers = [
         TransformerSelfAttentionLayer(
@@ -87,11 +87,16 @@ def llama(shape: LlamaShape, linear: LinearMaker) -> TransformerDecoder:
 
 
 def _self_attention(shape: LlamaShape, name: str, linear: LinearMaker, rope: RotaryPositions) -> SelfAttention:
-    kv_dim = shape.num_kv_heads * shape.head_dim
-    out_dims = {"q_proj": shape.embed_dim, "k_proj": kv_dim, "v_proj": kv_dim, "output_proj": shape.embed_dim}
+    query_dim, kv_dim = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    dims = {
+        "q_proj": (shape.embed_dim, query_dim),
+        "k_proj": (shape.embed_dim, kv_dim),
+        "v_proj": (shape.embed_dim, kv_dim),
+        "output_proj": (query_dim, shape.embed_dim),
+    }
     projections = {
-        projection: linear(LinearPlace(f"{name}.{projection}", "attention", shape.embed_dim, out_dim))
-        for projection, out_dim in out_dims.items()
+        projection: linear(LinearPlace(f"{name}.{projection}", "attention", in_dim, out_dim))
+        for projection, (in_dim, out_dim) in dims.items()
     }
     return SelfAttention(shape, pos_embeddings=rope, **projections)
 

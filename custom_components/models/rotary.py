@@ -3,15 +3,29 @@
 Dimensions: `B` batch, `S` positions, `N` heads, `H` head_dim, `P` pairs, head_dim / 2.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchtune.modules import RotaryPositionalEmbeddings
 
+from custom_components.models.shapes import LlamaShape, RopeScaling
+
 
 class RotaryPositions(RotaryPositionalEmbeddings):
-    """torchtune's rotary embedding, bit for bit, in a quarter of its time on the CPU: each pair is a complex number."""
+    """torchtune's rotary embedding, bit for bit, in a quarter of its time on the CPU: each pair is a complex number.
+
+    Args:
+        scaling: how the frequencies differ from those of `base`; None: not at all.
+    """
+
+    def __init__(self, dim: int, max_seq_len: int, base: float, scaling: RopeScaling | None = None) -> None:
+        super().__init__(dim, max_seq_len, base)
+        self.scaling = scaling
+        if scaling is not None:
+            self.theta.div_(frequency_divisors_P(self.theta, scaling))
+            self.build_rope_cache(max_seq_len)
 
     @property
     def rotations_SP(self) -> Tensor:
@@ -27,6 +41,27 @@ class RotaryPositions(RotaryPositionalEmbeddings):
             return super().forward(x, input_pos=input_pos)
         rotations = self.rotations_SP[: x.shape[1]] if input_pos is None else self.rotations_SP[input_pos]
         return _Rotate.apply(x, rotations.view(-1, x.shape[1], 1, rotations.shape[-1]))
+
+
+def frequency_divisors_P(frequencies_P: Tensor, scaling: RopeScaling) -> Tensor:
+    """Give what each frequency is divided by so that a model reads longer texts than it was pretrained on.
+
+    Linear: Chen et al. 2023, arXiv 2306.15595. llama3: meta-llama/llama-models @1b5c3a3, models/llama3/model.py,
+    `apply_scaling`: high frequencies stay, low ones are divided by the factor, and those between by something between.
+    """
+    if scaling.kind == "linear":
+        return torch.full_like(frequencies_P, scaling.factor)
+    num_turns_P = scaling.original_max_seq_len * frequencies_P / (2 * math.pi)
+    kept_P = (num_turns_P - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept_P = kept_P.clamp(0, 1)
+    return 1 / ((1 - kept_P) / scaling.factor + kept_P)
+
+
+def rope_frequency_divisors_P(shape: LlamaShape) -> Tensor:
+    """Give the divisors of a model's frequencies; they have to be scaled."""
+    assert shape.rope_scaling is not None
+    pairs_P = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device="cpu")
+    return frequency_divisors_P(1 / shape.rope_base ** (pairs_P / shape.head_dim), shape.rope_scaling)
 
 
 class _Rotate(torch.autograd.Function):

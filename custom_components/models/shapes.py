@@ -1,14 +1,32 @@
 """The sizes of Llama-architecture models, by name and from a checkpoint's own config."""
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.json_files import read_json_object
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are scaled for longer texts than the pretraining's, see :func:`frequency_divisors_P`.
+
+    Attributes:
+        factor: low frequencies, or with "linear" all, are divided by it.
+        low_freq_factor, high_freq_factor: turns in the original context below which a frequency is low, above which
+            high.
+        original_max_seq_len: the context of the pretraining, in tokens.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
 
 
 @dataclass(frozen=True)
@@ -22,6 +40,8 @@ class LlamaShape:
         max_seq_len: the context, in tokens.
         rope_base: base of the rotary frequencies (`rope_theta`).
         tied_embeddings: the output head is the embedding's weight.
+        rope_scaling: None: rotary frequencies are those of `rope_base`.
+        own_head_dim: the width of a head where it is not `embed_dim / num_heads`.
     """
 
     vocab_size: int
@@ -34,10 +54,12 @@ class LlamaShape:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
+    rope_scaling: RopeScaling | None = None
+    own_head_dim: int | None = None
 
     @property
     def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
+        return self.own_head_dim or self.embed_dim // self.num_heads
 
 
 # Llama 2: Touvron et al. 2023, arXiv 2307.09288, table 1 and appendix A.2.1; intermediate sizes and epsilon from the
@@ -48,6 +70,13 @@ LLAMA2_70B = LlamaShape(32_000, 80, 64, 8, 8192, 28_672, 4096)
 CODE_LLAMA2_7B = LlamaShape(32_016, 32, 32, 32, 4096, 11_008, 16_384, rope_base=1_000_000.0)
 OPEN_LLAMA_3B = LlamaShape(32_000, 26, 32, 32, 3200, 8640, 2048, norm_eps=1e-6)
 TINYLLAMA_1B = LlamaShape(32_000, 22, 32, 4, 2048, 5632, 2048)
+# v0.1, of which attention sees 4096 tokens; later versions have another rotary base, and v0.3 more pieces.
+MISTRAL_7B = LlamaShape(32_000, 32, 32, 8, 4096, 14_336, 4096)
+LLAMA3_8B = LlamaShape(128_256, 32, 32, 8, 4096, 14_336, 8192, rope_base=500_000.0)
+LLAMA3_1_8B = replace(LLAMA3_8B, max_seq_len=131_072, rope_scaling=RopeScaling("llama3", 8.0))
+_LLAMA3_2_ROPE = RopeScaling("llama3", 32.0)
+LLAMA3_2_1B = LlamaShape(128_256, 16, 32, 8, 2048, 8192, 131_072, 500_000.0, 1e-5, True, _LLAMA3_2_ROPE)
+LLAMA3_2_3B = LlamaShape(128_256, 28, 24, 8, 3072, 8192, 131_072, 500_000.0, 1e-5, True, _LLAMA3_2_ROPE)
 
 
 def shape_from_checkpoint(checkpoint_dir: Path) -> LlamaShape:
@@ -79,41 +108,74 @@ def shape_and_config(checkpoint_dir: Path) -> tuple[LlamaShape, dict[str, Any]]:
 def _shape_from_hugging_face(config: dict[str, Any], path: Path) -> LlamaShape:
     # transformers 5 writes rope_parameters where 4 wrote rope_theta and rope_scaling.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    # At a factor of 1 these leave every frequency as it is; transformers, modeling_rope_utils.py.
-    scales_rope = not (rope_type in ("linear", "dynamic", "llama3") and rope.get("factor") == 1)
+    model_type = config.get("model_type", "llama")
+    if model_type not in ("llama", "mistral"):
+        raise UserError(f"{path}: model_type = {model_type!r} is not supported: {_what_is_missing(model_type)}")
     refusals = {
-        "model_type": config.get("model_type") not in ("llama", None) and config.get("model_type"),
         "hidden_act": config.get("hidden_act", "silu") != "silu" and config.get("hidden_act"),
         "attention_bias": config.get("attention_bias", False),
         "mlp_bias": config.get("mlp_bias", False),
-        "sliding_window": config.get("sliding_window"),
-        "rope scaling": rope_type != "default" and scales_rope and rope_type,
         "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
     }
     _refuse(refusals, path)
     try:
         num_heads, embed_dim = config["num_attention_heads"], config["hidden_size"]
-        shape = LlamaShape(
+        max_seq_len = config.get("max_position_embeddings", 2048)
+        head_dim = config.get("head_dim") or embed_dim // num_heads
+        return LlamaShape(
             vocab_size=config["vocab_size"],
             num_layers=config["num_hidden_layers"],
             num_heads=num_heads,
             num_kv_heads=config.get("num_key_value_heads") or num_heads,
             embed_dim=embed_dim,
             intermediate_dim=config["intermediate_size"],
-            max_seq_len=config.get("max_position_embeddings", 2048),
+            # Within the window attention is that of a Llama.
+            max_seq_len=min(max_seq_len, config.get("sliding_window") or max_seq_len),
             rope_base=rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
             norm_eps=config.get("rms_norm_eps", 1e-6),
             tied_embeddings=config.get("tie_word_embeddings", False),
+            rope_scaling=_rope_scaling(rope, max_seq_len, path),
+            own_head_dim=head_dim if head_dim * num_heads != embed_dim else None,
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing; is this a Llama checkpoint's config.json?") from None
-    head_dim = config.get("head_dim") or shape.head_dim
-    if head_dim * num_heads != embed_dim:
-        raise UserError(
-            f"{path}: head_dim {head_dim} times {num_heads} heads is not hidden_size {embed_dim}: not supported"
+
+
+# What a model of each kind has that no Llama has, for those that people try: transformers, models/*/modeling_*.py.
+_MISSING = {
+    "qwen2": "its attention has biases",
+    **dict.fromkeys(("qwen3", "olmo2", "gemma3", "gemma3_text"), "it normalizes queries and keys"),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "llama4"), "its feed-forward is of experts"),
+    **dict.fromkeys(("gemma", "gemma2"), "its embeddings and norms are scaled in another way"),
+    **dict.fromkeys(("phi3", "phi4"), "its projections are joined in one weight"),
+    **dict.fromkeys(
+        ("phi", "gpt2", "gpt_neox", "falcon", "bloom", "mpt", "opt"), "its layers are put together otherwise"
+    ),
+    **dict.fromkeys(("mllama", "llava", "mistral3", "pixtral"), "it reads images"),
+}
+
+
+def _what_is_missing(model_type: Any) -> str:
+    missing = f"{_MISSING[model_type]}, which is not built here; " if model_type in _MISSING else ""
+    return f"{missing}this package trains the Llama and Mistral architectures, model_type llama or mistral"
+
+
+def _rope_scaling(rope: dict[str, Any], max_seq_len: int, path: Path) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    # At a factor of 1 these leave every frequency as it is; transformers, modeling_rope_utils.py.
+    if kind == "default" or (kind in ("linear", "dynamic", "llama3") and rope.get("factor") == 1):
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", rope["factor"])
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            rope["factor"],
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+            rope.get("original_max_position_embeddings", max_seq_len),
         )
-    return shape
+    raise UserError(f"{path}: rope scaling = {kind!r} is not supported; default, linear and llama3 are")
 
 
 def _refuse(refusals: dict[str, Any], path: Path) -> None:
@@ -126,8 +188,8 @@ def _refuse(refusals: dict[str, Any], path: Path) -> None:
 
 def _shape_from_meta(params: dict[str, Any], path: Path) -> LlamaShape:
     """Read Meta's params.json; for the feed-forward's width see meta-llama/llama @689c7f2, model.py, FeedForward."""
-    # Llama 3.1's scaled frequencies, its quantized models; Mistral's names for windows and experts.
-    keys = ("use_scaled_rope", "quantization_args", "lora_args", "sliding_window", "moe", "vision_chunk_size")
+    # Llama 3.2's quantized models and those with images; Mistral's names for windows and experts.
+    keys = ("quantization_args", "lora_args", "sliding_window", "moe", "vision_chunk_size")
     _refuse({key: params.get(key) for key in keys}, path)
     try:
         embed_dim, num_heads = params["dim"], params["n_heads"]
@@ -143,9 +205,10 @@ def _shape_from_meta(params: dict[str, Any], path: Path) -> LlamaShape:
             num_kv_heads=params.get("n_kv_heads") or num_heads,
             embed_dim=embed_dim,
             intermediate_dim=params.get("hidden_dim") or rounded_dim,
-            max_seq_len=LLAMA2_7B.max_seq_len,
+            max_seq_len=_context_of_meta(params),
             rope_base=params.get("rope_theta", 10_000.0),
             norm_eps=params["norm_eps"],
+            rope_scaling=_rope_scaling_of_meta(params),
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing; is this Meta's params.json?") from None
@@ -154,6 +217,23 @@ def _shape_from_meta(params: dict[str, Any], path: Path) -> LlamaShape:
             f"{path}: head_dim {params['head_dim']} times {num_heads} heads is not dim {embed_dim}: not supported"
         )
     return shape
+
+
+def _context_of_meta(params: dict[str, Any]) -> int:
+    """The context is in no file of Meta's: that of the release whose params.json looks so."""
+    if params.get("use_scaled_rope"):
+        return LLAMA3_1_8B.max_seq_len
+    return (LLAMA3_8B if params.get("vocab_size") == LLAMA3_8B.vocab_size else LLAMA2_7B).max_seq_len
+
+
+def _rope_scaling_of_meta(params: dict[str, Any]) -> RopeScaling | None:
+    """Read Llama 3.1's scaled frequencies; the factor of 3.2's small models is in none of Meta's files."""
+    if not params.get("use_scaled_rope"):
+        return None
+    for small in (LLAMA3_2_1B, LLAMA3_2_3B):
+        if (params["dim"], params["n_layers"]) == (small.embed_dim, small.num_layers):
+            return small.rope_scaling
+    return RopeScaling("llama3", params.get("rope_scaling_factor") or 8.0)
 
 
 def _num_rows_of_meta_embedding(directory: Path) -> int:

@@ -118,7 +118,9 @@ def _check_same_model(model: TransformerDecoder, base: BaseCheckpoint) -> None:
         "num_layers": len(model.layers),
         "num_heads": model.num_heads,
         "num_kv_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
         "rope_base": attention.pos_embeddings.base,
+        "rope_scaling": attention.pos_embeddings.scaling,
         "vocab_size": model.tok_embeddings.num_embeddings,
     }
     for name, value in built.items():

@@ -36,7 +36,8 @@ def hugging_face_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Ten
     """Random weights for a config.json, under Hugging Face's names."""
     generator = torch.Generator().manual_seed(seed)
     dim, hidden, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv_dim = dim // config["num_attention_heads"] * config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or dim // config["num_attention_heads"]
+    query_dim, kv_dim = head_dim * config["num_attention_heads"], head_dim * config["num_key_value_heads"]
 
     def weight(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator) * 0.1
@@ -47,10 +48,10 @@ def hugging_face_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Ten
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         tensors |= {
-            f"{prefix}.self_attn.q_proj.weight": weight(dim, dim),
+            f"{prefix}.self_attn.q_proj.weight": weight(query_dim, dim),
             f"{prefix}.self_attn.k_proj.weight": weight(kv_dim, dim),
             f"{prefix}.self_attn.v_proj.weight": weight(kv_dim, dim),
-            f"{prefix}.self_attn.o_proj.weight": weight(dim, dim),
+            f"{prefix}.self_attn.o_proj.weight": weight(dim, query_dim),
             f"{prefix}.mlp.gate_proj.weight": weight(hidden, dim),
             f"{prefix}.mlp.up_proj.weight": weight(hidden, dim),
             f"{prefix}.mlp.down_proj.weight": weight(dim, hidden),
