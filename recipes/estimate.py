@@ -15,12 +15,15 @@ from custom_components.memory.estimate import estimate_memory
 from custom_components.memory.report import MANY_TOKENS, MemoryLine, card_table, memory_table
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import run_recipe
+from custom_components.weights.checkpoint_files import open_checkpoint
 
 
 def recipe_main() -> None:
     settings = load_settings(AnyTrainingSettings, sys.argv[1:])
     device = resolved_device(settings.device)
     dtype, dtype_words = resolved_dtype(settings.dtype, device)
+    if "checkpoint_dir" in settings.model:
+        open_checkpoint(settings.checkpoint_dir)
     with torch.device("meta"):
         model = instantiate(settings.model)
     row_tokens = min(settings.max_seq_len or model.max_seq_len, model.max_seq_len)

@@ -45,14 +45,14 @@ def recipe_main() -> None:
     device = resolved_device(settings.device)
     dtype, dtype_words = resolved_dtype(settings.dtype, device)
     with results_file(settings.output_file) as results:
-        tokenizer = trained_tokenizer(settings)
         base = open_checkpoint(settings.checkpoint_dir)
+        adapter = open_adapter(settings.adapter_dir) if settings.adapter_dir else None
+        tokenizer = trained_tokenizer(settings)
         tokenizer = fit_tokenizer(tokenizer, model_for_adapter(base, None, quantize_base=False))
         dataset = rows_to_evaluate(settings, tokenizer)
         questions = questions_to_answer(settings, dataset, tokenizer)
         tasks = tasks_to_solve(settings)
 
-        adapter = open_adapter(settings.adapter_dir) if settings.adapter_dir else None
         model = load_model_for_inference(base, adapter, settings.quantize_base, dtype, device)
         print(f"device {device}, dtype {dtype_words}{'; the base in NF4' if settings.quantize_base else ''}")
         rows: dict[str, dict[str, Measures]] = {}

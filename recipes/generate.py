@@ -35,7 +35,7 @@ from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import stated_prompt_format, tokenizer_with_format
 from custom_components.weights.adapted_model import load_model_for_inference
-from custom_components.weights.adapter_files import open_adapter
+from custom_components.weights.adapter_files import StoredAdapter, open_adapter
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
 
 
@@ -44,16 +44,17 @@ def recipe_main() -> None:
     check_that_something_is_asked(settings)
     # Answers have stdout for themselves.
     with contextlib.redirect_stdout(sys.stderr):
+        base = open_checkpoint(settings.checkpoint_dir)
+        adapter = open_adapter(settings.adapter_dir) if settings.adapter_dir else None
         tokenizer = tokenizer_with_format(
             settings.checkpoint_dir,
             stated_prompt_format(settings.checkpoint_dir, settings.adapter_dir),
             prompt_template=settings.prompt_template,
             system_prompt=settings.system_prompt,
         )
-        base = open_checkpoint(settings.checkpoint_dir)
         # Read before the model is loaded, so that errors in them are reported at once.
         prompts = tokenized_prompts(settings, tokenizer, base.shape.max_seq_len)
-        loaded = load_model(settings, base)
+        loaded = load_model(settings, base, adapter)
         tokenizer = fit_tokenizer(tokenizer, loaded)
         model = made_for_inference(loaded, fold_adapter=settings.fold_adapter)
 
@@ -89,10 +90,9 @@ def answer_columns(settings: GenerationSettings) -> tuple[str, str]:
     return (ANSWER, BASE_ANSWER) if settings.num_answers == 1 else (ANSWERS, BASE_ANSWERS)
 
 
-def load_model(settings: GenerationSettings, base: BaseCheckpoint) -> TransformerDecoder:
+def load_model(settings: GenerationSettings, base: BaseCheckpoint, adapter: StoredAdapter | None) -> TransformerDecoder:
     device = resolved_device(settings.device)
     dtype, _ = resolved_dtype(settings.dtype, device)
-    adapter = open_adapter(settings.adapter_dir) if settings.adapter_dir else None
     return load_model_for_inference(base, adapter, settings.quantize_base, dtype, device)
 
 

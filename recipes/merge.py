@@ -62,7 +62,8 @@ def recipe_main() -> None:
 
     checkpoint = open_checkpoint(settings.checkpoint_dir)
     base = BaseWeights(checkpoint, dequantized=settings.base == "dequantized")
-    adapters = [read_adapter(checkpoint, open_adapter(a.dir), a.weight) for a in settings.weighted_adapters]
+    key = "adapters" if settings.adapters else "adapter_dir"
+    adapters = [read_adapter(checkpoint, open_adapter(a.dir, key), a.weight) for a in settings.weighted_adapters]
     check_not_merged_yet(settings.checkpoint_dir, adapters, allow_merged_base=settings.allow_merged_base)
     if settings.format == "gguf_lora":
         export_adapter(settings, checkpoint, adapters[0])

@@ -20,9 +20,11 @@ from custom_components.datasets.summary import counted
 from custom_components.datasets.training_data import Data
 from custom_components.recipe_parts.opening import open_rows
 from custom_components.runtime.errors import UserError, run_recipe
+from custom_components.runtime.paths import is_or_holds
 from custom_components.runtime.terminal import say
 from custom_components.training.plan import long_warmup, plan_of
 from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
+from custom_components.weights.checkpoint_files import open_checkpoint
 
 
 def recipe_main() -> None:
@@ -50,6 +52,9 @@ def recipe_main() -> None:
 
 def fitted_tokenizer(settings: PreviewSettings) -> ChatTransform:
     """Make the tokenizer, held against the model if its checkpoint is here already."""
+    # The checkpoint may be not there yet, if the tokenizer is elsewhere.
+    if settings.checkpoint_dir.exists() or is_or_holds(settings.checkpoint_dir, settings.tokenizer.get("path", "")):
+        open_checkpoint(settings.checkpoint_dir)
     # What the adapter learns with is what validation and generation use.
     tokenizer = instantiate(settings.tokenizer).with_system_prompt(settings.dataset.get("system_prompt"))
     if not settings.checkpoint_dir.is_dir():

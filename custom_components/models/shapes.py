@@ -1,6 +1,7 @@
 """The sizes of Llama-architecture models, by name and from a checkpoint's own config."""
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -84,8 +85,13 @@ def shape_from_checkpoint(checkpoint_dir: Path) -> LlamaShape:
     return shape_and_config(checkpoint_dir)[0]
 
 
-def shape_and_config(checkpoint_dir: Path) -> tuple[LlamaShape, dict[str, Any]]:
+def shape_and_config(
+    checkpoint_dir: Path, check_config: Callable[[dict[str, Any]], None] | None = None
+) -> tuple[LlamaShape, dict[str, Any]]:
     """Read the shape that a checkpoint states, and all of its config.json; Meta's params.json gives the shape only.
+
+    Args:
+        check_config: called with config.json before its shape is read.
 
     Raises:
         UserError: there is no such directory or no config in it, or it is not a plain Llama; it names what differs.
@@ -97,6 +103,8 @@ def shape_and_config(checkpoint_dir: Path) -> tuple[LlamaShape, dict[str, Any]]:
         )
     if (path := checkpoint_dir / "config.json").is_file():
         config = read_json_object(path)
+        if check_config is not None:
+            check_config(config)
         return _shape_from_hugging_face(config, path), config
     if (path := checkpoint_dir / "params.json").is_file():
         return _shape_from_meta(read_json_object(path), path), {}

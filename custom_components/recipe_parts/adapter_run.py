@@ -40,7 +40,8 @@ def adapter_to_begin_from(opening: Opening[LoRASettings, Data]) -> Mapping[str, 
     """
     if opening.settings.init_adapter_from is None or opening.resumed is not None:
         return {}
-    return check_adapter_fits(opening.model, open_adapter(opening.settings.init_adapter_from))
+    stored = open_adapter(opening.settings.init_adapter_from, "init_adapter_from")
+    return check_adapter_fits(opening.model, stored)
 
 
 def adapter_run(

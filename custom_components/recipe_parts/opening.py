@@ -113,6 +113,7 @@ def open_training(
         UserError: something is missing, damaged, or does not fit the rest.
     """
     machine = _machine_for(settings)
+    base = open_checkpoint(settings.checkpoint_dir)
     with torch.device("meta"):
         model = instantiate(settings.model)
     data = open_data(settings, fit_tokenizer(instantiate(settings.tokenizer), model))
@@ -121,7 +122,6 @@ def open_training(
     if resumed is not None:
         settings = resumed.checked_settings(settings)
         _leave_if_finished(settings, data, resumed)
-    base = open_checkpoint(settings.checkpoint_dir)
     check_base_weights(model, base)
     max_seq_len = data.tokenizer.max_seq_len
     fit = fit_to_device(settings, model, data.lengths, max_seq_len, machine.dtype, machine.device)

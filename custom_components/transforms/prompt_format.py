@@ -76,7 +76,12 @@ def tokenizer_with_format(
         if trained and told is not None and told != trained_value:
             print(f"warning: {name} is {told!r}, it was trained with {trained_value!r}", file=sys.stderr)
         chosen[name] = trained_value if told is None else told
-    tokenizer = ChatTransform(checkpoint_dir, **chosen)
+    try:
+        tokenizer = ChatTransform(checkpoint_dir, **chosen)
+    except UserError as error:  # the recipes that ask here have no key of that name
+        raise UserError(
+            *(message.replace("tokenizer.path:", "checkpoint_dir:") for message in error.messages)
+        ) from None
     if trained is None:
         stated = stated_ids(checkpoint_dir, "eos_token_id")
         stop_tokens = [token for token in stated if tokenizer.tokenizer.piece(token) is not None]

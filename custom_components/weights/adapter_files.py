@@ -16,6 +16,7 @@ from torch import Tensor
 from custom_components.runtime.errors import UserError
 from custom_components.weights.card import stated_steps
 from custom_components.weights.checkpoint_files import StoredTensor, tensors_of_file
+from custom_components.weights.directory_checks import check_adapter_directory
 from custom_components.weights.names import interleave_rope_rows
 from custom_components.weights.peft_format import (
     ADAPTER_CONFIG_NAME,
@@ -89,12 +90,16 @@ def rope_heads(name: str, num_heads: int, num_kv_heads: int) -> int | None:
     return num_heads if ".q_proj." in name else num_kv_heads if ".k_proj." in name else None
 
 
-def open_adapter(adapter_dir: Path) -> StoredAdapter:
+def open_adapter(adapter_dir: Path, key: str = "adapter_dir") -> StoredAdapter:
     """Open the adapter of a directory: once for a recipe, which hands it on. Only headers of tensors are read.
+
+    Args:
+        key: the setting that names the directory.
 
     Raises:
         UserError: there is none, it is damaged or of a kind that cannot be built here, or no Llama has its tensors.
     """
+    check_adapter_directory(adapter_dir, key)
     config = read_peft_config(_directory_with_config(adapter_dir))
     files = _weights_files(adapter_dir)
     if not files:

@@ -4,13 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
 
+from custom_components.weights.card_metadata import CARD_NAME, card_metadata
 from custom_components.weights.checkpoint_files import BaseCheckpoint
-
-CARD_NAME = "README.md"
 
 TAG = "llama-lora-recipes"
 FIRST_SECTION = "\n## Data\n\n"
@@ -76,13 +73,6 @@ def _licence(checkpoint_dir: Path) -> dict[str, Any]:
     if str(stated.get("license_link", "")).startswith("https://"):
         licence["license_link"] = stated["license_link"]
     return licence if "license" in licence else {}
-
-
-def card_metadata(path: Path) -> dict[str, Any]:
-    try:
-        return metadata_load(path) or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
 
 
 def local_path(path: Path | str) -> str:

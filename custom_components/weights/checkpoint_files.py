@@ -19,6 +19,7 @@ from torch import Tensor
 
 from custom_components.models.shapes import LlamaShape, shape_and_config
 from custom_components.runtime.errors import UserError
+from custom_components.weights.directory_checks import check_model_directory, check_not_quantized
 from custom_components.weights.names import (
     TUNE_NAMES_OF_HUGGING_FACE,
     TUNE_NAMES_OF_META,
@@ -91,9 +92,12 @@ def open_checkpoint(checkpoint_dir: Path) -> BaseCheckpoint:
     """Open a directory of base weights: once for a recipe, which hands it on.
 
     Raises:
-        UserError: no such directory, no config in it, or a model that is not a plain Llama.
+        UserError: it is not the directory of a model, see :mod:`directory_checks`; or the model is quantized, or not a
+            plain Llama.
     """
-    return BaseCheckpoint(checkpoint_dir, *shape_and_config(checkpoint_dir))
+    check_model_directory(checkpoint_dir)
+    shape, config = shape_and_config(checkpoint_dir, partial(check_not_quantized, checkpoint_dir))
+    return BaseCheckpoint(checkpoint_dir, shape, config)
 
 
 def _tensors_of_checkpoint(checkpoint_dir: Path, shape: LlamaShape) -> dict[str, StoredTensor]:
