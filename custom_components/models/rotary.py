@@ -20,7 +20,9 @@ class RotaryPositions(RotaryPositionalEmbeddings):
         scaling: how the frequencies differ from those of `base`; None: not at all.
     """
 
-    def __init__(self, dim: int, max_seq_len: int, base: float, scaling: RopeScaling | None = None) -> None:
+    def __init__(
+        self, dim: int, max_seq_len: int = 4096, base: float = 10_000.0, scaling: RopeScaling | None = None
+    ) -> None:
         super().__init__(dim, max_seq_len, base)
         self.scaling = scaling
         if scaling is not None:
