@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from custom_components.models.checkpoint_configs import HuggingFaceKeys, MetaKeys, RopeKeys, checked_keys
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.json_files import read_json_object
 
@@ -114,39 +115,35 @@ def shape_and_config(
 
 
 def _shape_from_hugging_face(config: dict[str, Any], path: Path) -> LlamaShape:
-    # transformers 5 writes rope_parameters where 4 wrote rope_theta and rope_scaling.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    model_type = config.get("model_type", "llama")
+    model_type = config.get("model_type") or "llama"
     if model_type not in ("llama", "mistral"):
         raise UserError(f"{path}: model_type = {model_type!r} is not supported: {_what_is_missing(model_type)}")
+    keys = checked_keys(HuggingFaceKeys, config, path)
+    rope = keys.rope
     refusals = {
-        "hidden_act": config.get("hidden_act", "silu") != "silu" and config.get("hidden_act"),
-        "attention_bias": config.get("attention_bias", False),
-        "mlp_bias": config.get("mlp_bias", False),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
+        "hidden_act": keys.hidden_act != "silu" and keys.hidden_act,
+        "attention_bias": keys.attention_bias,
+        "mlp_bias": keys.mlp_bias,
+        "partial_rotary_factor": (rope.partial_rotary_factor or keys.partial_rotary_factor or 1.0) != 1.0,
     }
     _refuse(refusals, path)
-    try:
-        num_heads, embed_dim = config["num_attention_heads"], config["hidden_size"]
-        max_seq_len = config.get("max_position_embeddings", 2048)
-        head_dim = config.get("head_dim") or embed_dim // num_heads
-        return LlamaShape(
-            vocab_size=config["vocab_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
-            embed_dim=embed_dim,
-            intermediate_dim=config["intermediate_size"],
-            # Within the window attention is that of a Llama.
-            max_seq_len=min(max_seq_len, config.get("sliding_window") or max_seq_len),
-            rope_base=rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            tied_embeddings=config.get("tie_word_embeddings", False),
-            rope_scaling=_rope_scaling(rope, max_seq_len, path),
-            own_head_dim=head_dim if head_dim * num_heads != embed_dim else None,
-        )
-    except KeyError as error:
-        raise UserError(f"{path}: the key {error} is missing; is this a Llama checkpoint's config.json?") from None
+    num_heads, embed_dim, max_seq_len = keys.num_attention_heads, keys.hidden_size, keys.max_position_embeddings
+    head_dim = keys.head_dim or embed_dim // num_heads
+    return LlamaShape(
+        vocab_size=keys.vocab_size,
+        num_layers=keys.num_hidden_layers,
+        num_heads=num_heads,
+        num_kv_heads=keys.num_key_value_heads or num_heads,
+        embed_dim=embed_dim,
+        intermediate_dim=keys.intermediate_size,
+        # Within the window attention is that of a Llama.
+        max_seq_len=min(max_seq_len, keys.sliding_window or max_seq_len),
+        rope_base=rope.rope_theta or keys.rope_theta or 10_000.0,
+        norm_eps=keys.rms_norm_eps,
+        tied_embeddings=bool(keys.tie_word_embeddings),
+        rope_scaling=_rope_scaling(rope, max_seq_len, path),
+        own_head_dim=head_dim if head_dim * num_heads != embed_dim else None,
+    )
 
 
 # What a model of each kind has that no Llama has, for those that people try: transformers, models/*/modeling_*.py.
@@ -164,26 +161,30 @@ _MISSING = {
 
 
 def _what_is_missing(model_type: Any) -> str:
-    missing = f"{_MISSING[model_type]}, which is not built here; " if model_type in _MISSING else ""
+    missing = f"{_MISSING[model_type]}, which is not built here; " if str(model_type) in _MISSING else ""
     return f"{missing}this package trains the Llama and Mistral architectures, model_type llama or mistral"
 
 
-def _rope_scaling(rope: dict[str, Any], max_seq_len: int, path: Path) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _rope_scaling(rope: RopeKeys, max_seq_len: int, path: Path) -> RopeScaling | None:
     # At a factor of 1 these leave every frequency as it is; transformers, modeling_rope_utils.py.
-    if kind == "default" or (kind in ("linear", "dynamic", "llama3") and rope.get("factor") == 1):
+    if rope.kind == "default" or (rope.kind in ("linear", "dynamic", "llama3") and rope.factor == 1):
         return None
-    if kind == "linear":
-        return RopeScaling("linear", rope["factor"])
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            rope["factor"],
-            rope["low_freq_factor"],
-            rope["high_freq_factor"],
-            rope.get("original_max_position_embeddings", max_seq_len),
-        )
-    raise UserError(f"{path}: rope scaling = {kind!r} is not supported; default, linear and llama3 are")
+    if rope.kind not in ("linear", "llama3"):
+        raise UserError(f"{path}: rope scaling = {rope.kind!r} is not supported; default, linear and llama3 are")
+    needed = ("factor",) if rope.kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
+    if missing := [name for name in needed if getattr(rope, name) is None]:
+        raise UserError(f"{path}: rope scaling {rope.kind!r} is without {', '.join(missing)}; download the file again")
+    assert rope.factor is not None
+    if rope.kind == "linear":
+        return RopeScaling("linear", rope.factor)
+    assert rope.low_freq_factor is not None and rope.high_freq_factor is not None
+    return RopeScaling(
+        "llama3",
+        rope.factor,
+        rope.low_freq_factor,
+        rope.high_freq_factor,
+        rope.original_max_position_embeddings or max_seq_len,
+    )
 
 
 def _refuse(refusals: dict[str, Any], path: Path) -> None:
@@ -197,51 +198,46 @@ def _refuse(refusals: dict[str, Any], path: Path) -> None:
 def _shape_from_meta(params: dict[str, Any], path: Path) -> LlamaShape:
     """Read Meta's params.json; for the feed-forward's width see meta-llama/llama @689c7f2, model.py, FeedForward."""
     # Llama 3.2's quantized models and those with images; Mistral's names for windows and experts.
-    keys = ("quantization_args", "lora_args", "sliding_window", "moe", "vision_chunk_size")
-    _refuse({key: params.get(key) for key in keys}, path)
-    try:
-        embed_dim, num_heads = params["dim"], params["n_heads"]
-        multiple_of = params.get("multiple_of", 256)
-        intermediate_dim = int(params.get("ffn_dim_multiplier", 1.0) * int(2 * (4 * embed_dim) / 3))
-        rounded_dim = multiple_of * ((intermediate_dim + multiple_of - 1) // multiple_of)
+    refused = ("quantization_args", "lora_args", "sliding_window", "moe", "vision_chunk_size")
+    _refuse({key: params.get(key) for key in refused}, path)
+    keys = checked_keys(MetaKeys, params, path)
+    intermediate_dim = int((keys.ffn_dim_multiplier or 1.0) * int(2 * (4 * keys.dim) / 3))
+    rounded_dim = keys.multiple_of * ((intermediate_dim + keys.multiple_of - 1) // keys.multiple_of)
+    shape = LlamaShape(
         # Llama 2's params.json has -1 and CodeLlama's has none, because the tokenizer states the size.
-        vocab_size = params.get("vocab_size", -1)
-        shape = LlamaShape(
-            vocab_size=vocab_size if vocab_size > 0 else _num_rows_of_meta_embedding(path.parent),
-            num_layers=params["n_layers"],
-            num_heads=num_heads,
-            num_kv_heads=params.get("n_kv_heads") or num_heads,
-            embed_dim=embed_dim,
-            intermediate_dim=params.get("hidden_dim") or rounded_dim,
-            max_seq_len=_context_of_meta(params),
-            rope_base=params.get("rope_theta", 10_000.0),
-            norm_eps=params["norm_eps"],
-            rope_scaling=_rope_scaling_of_meta(params),
-        )
-    except KeyError as error:
-        raise UserError(f"{path}: the key {error} is missing; is this Meta's params.json?") from None
-    if params.get("head_dim", shape.head_dim) != shape.head_dim:
+        vocab_size=keys.vocab_size if keys.vocab_size > 0 else _num_rows_of_meta_embedding(path.parent),
+        num_layers=keys.n_layers,
+        num_heads=keys.n_heads,
+        num_kv_heads=keys.n_kv_heads or keys.n_heads,
+        embed_dim=keys.dim,
+        intermediate_dim=keys.hidden_dim or rounded_dim,
+        max_seq_len=_context_of_meta(keys),
+        rope_base=keys.rope_theta,
+        norm_eps=keys.norm_eps,
+        rope_scaling=_rope_scaling_of_meta(keys),
+    )
+    if keys.head_dim not in (None, shape.head_dim):
         raise UserError(
-            f"{path}: head_dim {params['head_dim']} times {num_heads} heads is not dim {embed_dim}: not supported"
+            f"{path}: head_dim {keys.head_dim} times {keys.n_heads} heads is not dim {keys.dim}: not supported"
         )
     return shape
 
 
-def _context_of_meta(params: dict[str, Any]) -> int:
+def _context_of_meta(keys: MetaKeys) -> int:
     """The context is in no file of Meta's: that of the release whose params.json looks so."""
-    if params.get("use_scaled_rope"):
+    if keys.use_scaled_rope:
         return LLAMA3_1_8B.max_seq_len
-    return (LLAMA3_8B if params.get("vocab_size") == LLAMA3_8B.vocab_size else LLAMA2_7B).max_seq_len
+    return (LLAMA3_8B if keys.vocab_size == LLAMA3_8B.vocab_size else LLAMA2_7B).max_seq_len
 
 
-def _rope_scaling_of_meta(params: dict[str, Any]) -> RopeScaling | None:
+def _rope_scaling_of_meta(keys: MetaKeys) -> RopeScaling | None:
     """Read Llama 3.1's scaled frequencies; the factor of 3.2's small models is in none of Meta's files."""
-    if not params.get("use_scaled_rope"):
+    if not keys.use_scaled_rope:
         return None
     for small in (LLAMA3_2_1B, LLAMA3_2_3B):
-        if (params["dim"], params["n_layers"]) == (small.embed_dim, small.num_layers):
+        if (keys.dim, keys.n_layers) == (small.embed_dim, small.num_layers):
             return small.rope_scaling
-    return RopeScaling("llama3", params.get("rope_scaling_factor") or 8.0)
+    return RopeScaling("llama3", keys.rope_scaling_factor or 8.0)
 
 
 def _num_rows_of_meta_embedding(directory: Path) -> int:
