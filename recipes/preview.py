@@ -4,21 +4,24 @@ tune run recipes/preview.py --config configs/llama2_7b_qlora.yaml row=17
 """
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from custom_components.config.components import component, instantiate
+from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import load_settings
 from custom_components.config.training_kinds import PreviewSettings
-from custom_components.datasets.chat import ChatReader, chat_dataset, chat_readers
+from custom_components.datasets.chat import chat_dataset, chat_readers
+from custom_components.datasets.preference import preference_dataset, preference_readers
 from custom_components.datasets.preview_page import PreviewPage, page_file
 from custom_components.datasets.preview_text import marks_of_stdout, row_text
 from custom_components.datasets.row_preview import ShownRow, length_histogram, rows_of_dataset, rows_of_files
+from custom_components.datasets.source_reader import SourceReader
 from custom_components.datasets.summary import counted
-from custom_components.datasets.training_data import Data
-from custom_components.recipe_parts.opening import open_rows
+from custom_components.datasets.training_data import Data, PairData, RowsOfRun
+from custom_components.recipe_parts.opening import open_rows_as
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.paths import is_or_holds
 from custom_components.runtime.terminal import say
@@ -26,13 +29,20 @@ from custom_components.training.plan import long_warmup, plan_of
 from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
 from custom_components.weights.checkpoint_files import open_checkpoint
 
+# What reads the rows of our data sets, to look at them one by one.
+_READERS: Mapping[Any, Callable[..., Sequence[SourceReader]]] = {
+    chat_dataset: chat_readers,
+    preference_dataset: preference_readers,
+}
+
 
 def recipe_main() -> None:
     settings = load_settings(PreviewSettings, sys.argv[1:])
     with page_file(settings.output_file) as page:
         tokenizer = fitted_tokenizer(settings)
         try:
-            data = open_rows(settings, tokenizer)
+            kind = PairData if isinstance(settings, PreferenceSettings) else Data
+            data: RowsOfRun = open_rows_as(kind, settings, tokenizer)
         except UserError:  # the rows are shown nevertheless, as far as they can be read
             show_rows(rows_to_train_on(settings, tokenizer, None), page)
             raise
@@ -63,7 +73,7 @@ def fitted_tokenizer(settings: PreviewSettings) -> ChatTransform:
         return fit_tokenizer(tokenizer, instantiate(settings.model))
 
 
-def rows_to_train_on(settings: PreviewSettings, tokenizer: ChatTransform, data: Data | None) -> Iterator[ShownRow]:
+def rows_to_train_on(settings: PreviewSettings, tokenizer: ChatTransform, data: RowsOfRun | None) -> Iterator[ShownRow]:
     """Show the first rows of the training files, or a single one; without `data`, which cannot be read as a whole."""
     wanted = range(settings.num_rows) if settings.row is None else range(settings.row, settings.row + 1)
     held_out: Collection[bytes] = ()
@@ -77,7 +87,7 @@ def rows_to_train_on(settings: PreviewSettings, tokenizer: ChatTransform, data: 
         yield from rows_of_dataset(data.train, tokenizer, wanted, with_tokens=with_tokens)
 
 
-def rows_to_validate_on(settings: PreviewSettings, tokenizer: ChatTransform, data: Data) -> Iterator[ShownRow]:
+def rows_to_validate_on(settings: PreviewSettings, tokenizer: ChatTransform, data: RowsOfRun) -> Iterator[ShownRow]:
     """Show the first rows of `dataset_val`, if there is one."""
     wanted = range(settings.num_rows)
     if settings.dataset_val is None or data.validation is None:
@@ -90,13 +100,14 @@ def rows_to_validate_on(settings: PreviewSettings, tokenizer: ChatTransform, dat
 
 
 def is_ours(node: Mapping[str, Any]) -> bool:
-    """Tell whether a data set is read from files by `chat_dataset`, and not by a component of the user's own."""
-    return component(node["_component_"]) is chat_dataset
+    """Tell whether a data set is read from files by one of our components, and not by one of the user's own."""
+    return component(node["_component_"]) in _READERS
 
 
-def readers_of(node: Mapping[str, Any], tokenizer: ChatTransform) -> list[ChatReader]:
-    """Find the sources of a `chat_dataset` node."""
-    return chat_readers(tokenizer, **{key: value for key, value in node.items() if key != "_component_"})
+def readers_of(node: Mapping[str, Any], tokenizer: ChatTransform) -> Sequence[SourceReader]:
+    """Find the sources of a node that :func:`is_ours`."""
+    readers = _READERS[component(node["_component_"])]
+    return readers(tokenizer, **{key: value for key, value in node.items() if key != "_component_"})
 
 
 def show_rows(rows: Iterable[ShownRow], page: PreviewPage) -> None:
@@ -106,12 +117,12 @@ def show_rows(rows: Iterable[ShownRow], page: PreviewPage) -> None:
         page.add_row(row)
 
 
-def plan_words(settings: PreviewSettings, data: Data) -> str:
+def plan_words(settings: PreviewSettings, data: RowsOfRun) -> str:
     """Describe the optimizer steps that the run would take, and how full they are."""
     lengths = data.train.lengths
     is_auto = settings.batch_size == "auto"  # gradient_accumulation_steps then counts the rows of a step
     settings = settings.model_copy(update={"batch_size": 1}) if is_auto else settings
-    plan = plan_of(settings, lengths, data.tokenizer.max_seq_len, has_validation=False)
+    plan = plan_of(settings, lengths, data.pack_capacity_tokens, has_validation=False)
     forward_sizes = [sum(lengths[row] for row in rows) for step in plan.steps for rows in step.forwards]
     forwards = (
         f"{len(forward_sizes)} forwards of {min(forward_sizes)} to {max(forward_sizes)} tokens, "

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 Trial = Callable[[Callable[..., Any], Mapping[str, Any]], None]
@@ -40,6 +41,23 @@ def try_schedule(target: Callable[..., Any], keys: Mapping[str, Any]) -> None:
 def try_loss(target: Callable[..., Any], keys: Mapping[str, Any]) -> None:
     """Make a loss."""
     target(**keys)
+
+
+def try_preference_loss(target: Callable[..., Any], keys: Mapping[str, Any]) -> None:
+    """Compute the loss of two pairs.
+
+    Raises:
+        ValueError: it is not one finite number a pair, or there is no reward for each answer.
+    """
+    import torch
+
+    policy, reference = torch.tensor([[-3.0, -5.0], [-4.0, -2.0]]), torch.tensor([[-4.0, -4.0], [-2.0, -5.0]])
+    of_each = {"policy_N2": policy, "reference_N2": reference, "num_tokens_N2": torch.tensor([[2, 3], [4, 1]])}
+    losses, rewards = target(answers=SimpleNamespace(**of_each, log_ratios_N2=policy - reference), **keys)
+    if losses.shape != (2,) or rewards.shape != (2, 2):
+        raise ValueError(f"of 2 pairs it gives losses of shape {[*losses.shape]} and rewards of {[*rewards.shape]}")
+    if not losses.isfinite().all():
+        raise ValueError(f"of 2 pairs it gives the losses {losses.tolist()}")
 
 
 def find_logger_package(target: Callable[..., Any], keys: Mapping[str, Any]) -> None:

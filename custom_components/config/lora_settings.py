@@ -42,6 +42,11 @@ class LoRASettings(TrainingSettings, AdapterKeys):
         """Give the directory where the 4-bit base is kept for the next start; None: it is not kept."""
         return self.cache_dir if self.quantized_cache else None
 
+    @property
+    def preference_loss(self) -> str | None:
+        """The name of the loss of pairs of answers; None: the recipe trains on single answers."""
+        return None
+
     def training_hyperparameters(self) -> dict[str, object]:
         return {
             "rank_pattern": self.rank_pattern,

@@ -6,13 +6,14 @@ from typing import Any
 from pydantic import Field, NonNegativeInt, PositiveInt, create_model
 
 from custom_components.config.lora_settings import LoRASettings
+from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.settings import PathText, Settings
 from custom_components.config.training_settings import TrainingSettings
 
 
 def training_kind(values: Mapping[str, Any]) -> type[TrainingSettings]:
     """Tell by its keys which recipe a training config is for, and give that recipe's settings."""
-    return LoRASettings
+    return PreferenceSettings if PreferenceSettings.is_for(values) else LoRASettings
 
 
 class AnyTrainingSettings(TrainingSettings):

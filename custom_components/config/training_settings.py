@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
@@ -64,6 +64,8 @@ class TrainingSettings(RunPaths):
     """What all training recipes have in common."""
 
     alternatives = (("warmup_steps", "warmup_ratio"), ("dataset_val", "val_fraction"))
+    # The dialogs of a row.
+    num_row_dialogs: ClassVar[int] = 1
 
     model: Annotated[dict[str, Any], MODEL]
 
@@ -112,6 +114,11 @@ class TrainingSettings(RunPaths):
     log_every_n_steps: PositiveInt = 1
     metric_logger: Annotated[dict[str, Any] | None, METRIC_LOGGER] = None
     sample_prompts: list[str] = []
+
+    @property
+    def position_loss(self) -> dict[str, Any]:
+        """The node of what computes the losses of supervised positions."""
+        return self.loss
 
     def training_hyperparameters(self) -> dict[str, object]:
         """Name what shaped the training, by keys of the config; None: no effect. The weights' sizes are not of it."""

@@ -79,6 +79,7 @@ def chat_readers(
     source: SourceName | list[SourceName | WeightedSource],
     cache_dir: str | Path | None = None,
     column_map: dict[str, str] | None = None,
+    packed: bool = False,
     **settings: Any,
 ) -> "list[ChatReader]":
     """Find the sources that :func:`chat_dataset` reads with the same arguments, to look at their rows one by one."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import PositiveInt
@@ -48,7 +48,7 @@ def preference_dataset(
         UserError: a source or row cannot be read, named by file and line; or no pair has a token to train on.
     """
     readers = source_readers(
-        _PairsReader,
+        PairsReader,
         tokenizer,
         source,
         **{"split": split, "subset": subset, "revision": revision, "streaming": streaming, "max_rows": max_rows},
@@ -59,7 +59,18 @@ def preference_dataset(
     return mixed([(reader.cached(cache_dir), reader.settings.weight) for reader in readers])
 
 
-class _PairsReader(SourceReader[PreferenceDataset]):
+def preference_readers(
+    tokenizer: ChatTransform,
+    source: SourceName | list[SourceName | WeightedSource],
+    cache_dir: str | Path | None = None,
+    column_map: dict[str, str] | None = None,
+    **settings: Any,
+) -> "list[PairsReader]":
+    """Find the sources that :func:`preference_dataset` reads with the same arguments, to look at their rows."""
+    return source_readers(PairsReader, tokenizer, source, column_map=column_map or {}, **settings)
+
+
+class PairsReader(SourceReader[PreferenceDataset]):
     """Reads rows that are two dialogs each, chosen and rejected."""
 
     formats = PAIR_FORMATS

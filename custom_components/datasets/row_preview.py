@@ -1,18 +1,18 @@
 """What a preview shows of rows: where each is in its file, what becomes of it, and its tokens as they are trained."""
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
-import numpy as np
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from custom_components.datasets.file_readers import BadRow, Row
 from custom_components.datasets.row_tokenizer import RowTokenizer, TokenizedChunk, location_of
 from custom_components.datasets.source_reader import SourceReader
 from custom_components.datasets.summary import counted
-from custom_components.datasets.tokenized_rows import ChatDataset, row_digest
+from custom_components.datasets.tokenized_rows import TokenizedRows
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.terminal import visible
 from custom_components.transforms.chat_transform import ChatTransform
@@ -88,7 +88,7 @@ def rows_of_files(
         for record in reader.records():
             if num_rows in wanted:
                 name = f"{kind} {num_rows}, {location_of(record)}"
-                yield _shown_record(name, record, rows, with_tokens, held_out)
+                yield from _shown_record(name, record, reader, rows, with_tokens, held_out)
             elif not rows.rows.format_found:
                 rows.tokenized([record])  # the first row decides the format
             num_rows += 1
@@ -99,7 +99,7 @@ def rows_of_files(
 
 
 def rows_of_dataset(
-    dataset: ChatDataset, tokenizer: ChatTransform, wanted: range, *, with_tokens: bool, kind: str = "row"
+    dataset: TokenizedRows, tokenizer: ChatTransform, wanted: range, *, with_tokens: bool, kind: str = "row"
 ) -> Iterator[ShownRow]:
     """Show rows of a data set that a component of the user's own made, of whose files nothing is known.
 
@@ -110,8 +110,9 @@ def rows_of_dataset(
         raise UserError(f"row: {wanted.start} is not there, the data set has the rows 0 to {len(dataset) - 1}")
     for index in wanted:
         if index < len(dataset):
-            row = dataset[index]
-            yield _trained_row(f"{kind} {index}", row["tokens"], row["labels"], "", tokenizer, with_tokens)
+            for answer, row in _dialogs(dataset[index]):
+                name = f"{kind} {index}{answer}"
+                yield _trained_row(name, row["tokens"], row["labels"], "", tokenizer, with_tokens)
 
 
 def row_spans(tokens: Sequence[int], labels: Sequence[int], tokenizer: ChatTransform) -> tuple[Span, ...]:
@@ -142,17 +143,27 @@ def length_histogram(lengths: Sequence[int]) -> str:
 
 
 def _shown_record(
-    name: str, record: Row | BadRow, rows: RowTokenizer, with_tokens: bool, held_out: Collection[bytes]
-) -> ShownRow:
+    name: str,
+    record: Row | BadRow,
+    reader: SourceReader,
+    rows: RowTokenizer,
+    with_tokens: bool,
+    held_out: Collection[bytes],
+) -> Iterator[ShownRow]:
     chunk = rows.tokenized([record])
     if chunk.summary.num_kept == 0:
-        return ShownRow(name, f"not trained on: {_reason(chunk)}", record=_shortened(record))
-    tokens, is_supervised = chunk.arrays["tokens"], chunk.arrays["is_supervised"]
-    labels = np.where(is_supervised, tokens, CROSS_ENTROPY_IGNORE_IDX).tolist()
-    is_held_out = row_digest(tokens, is_supervised) in held_out
-    notes = [*chunk.summary.losses(), *(["kept for validation"] if is_held_out else [])]
+        yield ShownRow(name, f"not trained on: {_reason(chunk)}", record=_shortened(record))
+        return
+    dataset = reader.dataset(chunk.arrays, chunk.summary)
+    notes = [*chunk.summary.losses(), *(["kept for validation"] if dataset.content_digest(0) in held_out else [])]
     remarks = "".join(f", {note}" for note in notes)
-    return _trained_row(name, tokens.tolist(), labels, remarks, rows.tokenizer, with_tokens)
+    for answer, row in _dialogs(dataset[0]):
+        yield _trained_row(f"{name}{answer}", row["tokens"], row["labels"], remarks, rows.tokenizer, with_tokens)
+
+
+def _dialogs(row: Mapping[str, Any]) -> list[tuple[str, Mapping[str, list[int]]]]:
+    """Give a row's dialog, or of a pair the two, each with what it is called."""
+    return [("", row)] if "tokens" in row else [(f", {answer}", row[answer]) for answer in ("chosen", "rejected")]
 
 
 def _trained_row(

@@ -1,16 +1,22 @@
 """The rows of a training run, and the batches that they become."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from custom_components.datasets.batching import Batch, BatchPlan, collate
+from custom_components.datasets.pair_batching import PairBatch, collate_pairs
+from custom_components.datasets.pair_rows import PreferenceDataset
 from custom_components.datasets.summary import account, counted
-from custom_components.datasets.tokenized_rows import ChatDataset
+from custom_components.datasets.tokenized_rows import ChatDataset, TokenizedRows
 from custom_components.transforms.chat_transform import ChatTransform
+
+Rows = TypeVar("Rows", bound=TokenizedRows)
 
 
 @dataclass(frozen=True)
-class Data:
+class RowsOfRun(ABC, Generic[Rows]):
     """The rows that a run trains on and validates on.
 
     Attributes:
@@ -18,9 +24,18 @@ class Data:
         tokenizer: that made both.
     """
 
-    train: ChatDataset
-    validation: ChatDataset | None
+    train: Rows
+    validation: Rows | None
     tokenizer: ChatTransform
+
+    @abstractmethod
+    def batch(self, dataset: Rows, rows: Sequence[int]) -> Batch:
+        """Lay rows of one of the two data sets out in a forward."""
+
+    @property
+    def pack_capacity_tokens(self) -> int | None:
+        """The tokens of a pack, where rows are packed."""
+        return self.tokenizer.max_seq_len
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -41,17 +56,36 @@ class Data:
 
     def batches(self, forwards: Sequence[Sequence[int]]) -> list[Batch]:
         """Make the batch of each forward from the rows to train on."""
-        return [collate([self.train[row] for row in rows]) for rows in forwards]
+        return [self.batch(self.train, rows) for rows in forwards]
 
     def validation_batches(self, batch_size: int) -> list[Batch]:
         """Make the batches of a validation, in the order of the rows."""
         if self.validation is None:
             return []
         [*steps] = BatchPlan(batch_size, 1, shuffle=False, seed=0).steps(self.validation.lengths, epoch=0)
-        return [collate([self.validation[row] for row in rows]) for [rows] in steps]
+        return [self.batch(self.validation, rows) for [rows] in steps]
 
 
-def _validation_lines(train: ChatDataset, validation: ChatDataset) -> Iterator[str]:
+class Data(RowsOfRun[ChatDataset]):
+    """Rows of supervised fine-tuning."""
+
+    def batch(self, dataset: ChatDataset, rows: Sequence[int]) -> Batch:
+        return collate([dataset[row] for row in rows])
+
+
+class PairData(RowsOfRun[PreferenceDataset]):
+    """Pairs of answers."""
+
+    def batch(self, dataset: PreferenceDataset, rows: Sequence[int]) -> PairBatch:
+        return collate_pairs([dataset[row] for row in rows])
+
+    @property
+    def pack_capacity_tokens(self) -> int | None:
+        limit = self.tokenizer.max_seq_len  # of each of a pair's two dialogs
+        return None if limit is None else 2 * limit
+
+
+def _validation_lines(train: TokenizedRows, validation: TokenizedRows) -> Iterator[str]:
     num_rows = len(validation)
     if validation.arrays["tokens"] is train.arrays["tokens"]:
         yield f"{counted(num_rows, 'row')} {_are(num_rows)} kept for validation"

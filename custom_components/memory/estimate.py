@@ -110,7 +110,12 @@ def estimate_memory(
         optimizer_bytes=round(num_trained * optimizer_bytes_per_parameter(settings)),
         loading_bytes=NUM_LOADING_THREADS * largest_bytes,
         step=simulated_step(
-            model, dtype, device_type, tuple(row_lengths), instantiate(settings.loss), settings.neftune_noise_alpha
+            model,
+            dtype,
+            device_type,
+            tuple(row_lengths),
+            instantiate(settings.position_loss),
+            settings.neftune_noise_alpha,
         ),
         num_layers=num_layers_with_backward(model),
         overhead_bytes=overhead_bytes,

@@ -44,7 +44,7 @@ def fit_to_device(
     settings: TrainingSettings,
     model: TransformerDecoder,
     lengths: Sequence[int],
-    max_seq_len: int | None,
+    pack_capacity_tokens: int | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Fit:
@@ -57,19 +57,19 @@ def fit_to_device(
     Args:
         model: on the meta device.
         lengths: of the rows, in tokens.
-        max_seq_len: the tokens of a pack.
+        pack_capacity_tokens: the tokens of a pack.
     """
     num_layers = num_layers_with_backward(model)
     checkpointing = settings.enable_activation_checkpointing
     if settings.batch_size != "auto" and checkpointing != "auto":
         return Fit(settings.batch_size, settings.gradient_accumulation_steps, num_layers if checkpointing else 0)
     available_bytes = usable_bytes(device)
-    fits = possible_fits(settings, lengths, max_seq_len)
+    fits = possible_fits(settings, lengths, pack_capacity_tokens)
     if available_bytes is None:
         return replace(fits[-1], words="this system does not say how much memory is free: nothing is recomputed")
     gib = available_bytes / 2**30
     for fit in fits:
-        row_lengths = largest_forward(lengths, max_seq_len, fit.batch_size, is_packed=settings.packed)
+        row_lengths = largest_forward(settings, lengths, pack_capacity_tokens, fit.batch_size)
         estimate = estimate_memory(model, settings, dtype, device.type, row_lengths)
         if checkpointing == "auto":
             num_recomputed_layers = estimate.num_recomputed_layers(available_bytes)
@@ -89,7 +89,7 @@ def fit_to_device(
     return replace(fits[-1], num_recomputed_layers=num_recomputed_layers, words=words)
 
 
-def possible_fits(settings: TrainingSettings, lengths: Sequence[int], max_seq_len: int | None) -> list[Fit]:
+def possible_fits(settings: TrainingSettings, lengths: Sequence[int], pack_capacity_tokens: int | None) -> list[Fit]:
     """List the divisions of a step that the config allows, from full forwards to small; nothing is recomputed."""
     if settings.batch_size != "auto":
         return [Fit(settings.batch_size, settings.gradient_accumulation_steps, 0)]
@@ -98,19 +98,24 @@ def possible_fits(settings: TrainingSettings, lengths: Sequence[int], max_seq_le
     return [
         Fit(size, num_step_rows // size, 0)
         for size in sizes
-        if size == 1
-        or sum(largest_forward(lengths, max_seq_len, size, is_packed=settings.packed)) <= _ENOUGH_FORWARD_TOKENS
+        if size == 1 or sum(largest_forward(settings, lengths, pack_capacity_tokens, size)) <= _ENOUGH_FORWARD_TOKENS
     ]
 
 
 def largest_forward(
-    lengths: Sequence[int], max_seq_len: int | None, batch_size: int, *, is_packed: bool
+    settings: TrainingSettings, lengths: Sequence[int], pack_capacity_tokens: int | None, batch_size: int
 ) -> tuple[int, ...]:
-    """Return the lengths of the rows in the largest possible forward; a pack counts as one row."""
-    if is_packed:
-        assert max_seq_len is not None
-        return (max_seq_len,) * batch_size
-    return tuple(nlargest(batch_size, lengths))
+    """Return the lengths of the dialogs in the largest possible forward; a pack counts as one row.
+
+    Of a row with several dialogs they are taken to be of one length.
+    """
+    if settings.packed:
+        assert pack_capacity_tokens is not None
+        rows = [pack_capacity_tokens] * batch_size
+    else:
+        rows = nlargest(batch_size, lengths)
+    num_dialogs = settings.num_row_dialogs
+    return tuple((length + index) // num_dialogs for length in rows for index in range(num_dialogs))
 
 
 def tried_fit(
@@ -118,7 +123,7 @@ def tried_fit(
     model: TransformerDecoder,
     settings: TrainingSettings,
     lengths: Sequence[int],
-    max_seq_len: int | None,
+    pack_capacity_tokens: int | None,
     device: torch.device,
 ) -> Fit:
     """On CUDA, try what `auto` has chosen with the largest possible step, and make it smaller until it fits.
@@ -131,12 +136,12 @@ def tried_fit(
     """
     if device.type != "cuda" or not fit.words:
         return fit
-    loss_function, scaler = instantiate(settings.loss), torch.amp.GradScaler(device.type, enabled=False)
+    loss_function, scaler = instantiate(settings.position_loss), torch.amp.GradScaler(device.type, enabled=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_optimizer_bytes = round(sum(p.numel() for p in trained) * optimizer_bytes_per_parameter(settings))
 
     def try_step(fit: Fit) -> None:
-        row_lengths = largest_forward(lengths, max_seq_len, fit.batch_size, is_packed=settings.packed)
+        row_lengths = largest_forward(settings, lengths, pack_capacity_tokens, fit.batch_size)
         batch = collate([{"tokens": [0] * length, "labels": [0] * length} for length in row_lengths])
         # The second forward has the gradients in memory too, and the optimizer's state to come.
         optimizer_state = torch.empty(num_optimizer_bytes, dtype=torch.uint8, device=device)

@@ -1,13 +1,14 @@
 """A run that trains an adapter: its beginning, its state, its result."""
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from custom_components.config.components import instantiate
 from custom_components.config.lora_settings import LoRASettings
-from custom_components.datasets.training_data import Data
+from custom_components.datasets.training_data import RowsOfRun
 from custom_components.recipe_parts.opening import Opening
 from custom_components.recipe_parts.training import fitted_run
 from custom_components.runs.adapter_card import TrainingFacts, adapter_card
@@ -31,22 +32,28 @@ from custom_components.weights.adapters import (
 from custom_components.weights.card import CARD_NAME, TrainedSteps
 from custom_components.weights.checkpoint_loading import load_base_weights
 
+AdapterOpening = Opening[LoRASettings, RowsOfRun[Any]]
+SettingsType = TypeVar("SettingsType", bound=LoRASettings)
 
-def adapter_to_begin_from(opening: Opening[LoRASettings, Data]) -> Mapping[str, Tensor]:
+
+def adapter_to_begin_from(opening: AdapterOpening, *, also_resumed: bool = False) -> Mapping[str, Tensor]:
     """Open the adapter that the config names to begin from; empty: a new run begins with a new one.
+
+    Args:
+        also_resumed: also where the run goes on, because it still needs the adapter that it began from.
 
     Raises:
         UserError: it does not fit the model.
     """
-    if opening.settings.init_adapter_from is None or opening.resumed is not None:
+    if opening.settings.init_adapter_from is None or (opening.resumed is not None and not also_resumed):
         return {}
     stored = open_adapter(opening.settings.init_adapter_from, "init_adapter_from")
     return check_adapter_fits(opening.model, stored)
 
 
 def adapter_run(
-    opening: Opening[LoRASettings, Data], directory: RunDirectory, start: Mapping[str, Tensor]
-) -> tuple[Run[LoRASettings], ForwardOptions]:
+    opening: Opening[SettingsType, RowsOfRun[Any]], directory: RunDirectory, start: Mapping[str, Tensor]
+) -> tuple[Run[SettingsType], ForwardOptions]:
     """Load the base and the adapter to begin with, and make the run, see :func:`fitted_run`.
 
     Args:
@@ -75,7 +82,7 @@ def new_adapter_state(run: Run[LoRASettings], data_digest: str) -> TrainingState
 
 
 def save_adapter_result(
-    opening: Opening[LoRASettings, Data], run: Run[LoRASettings], plan: Plan, state: TrainingState, *, is_finished: bool
+    opening: AdapterOpening, run: Run[LoRASettings], plan: Plan, state: TrainingState, *, is_finished: bool
 ) -> None:
     """Save the adapter of the best validation, or else the last, with its card, and draw the plot.
 
@@ -93,6 +100,7 @@ def save_adapter_result(
         opening.prompt_format,
         settings.train_on,
         settings.training_hyperparameters(),
+        settings.preference_loss,
     )
     steps = TrainedSteps(progress.num_steps, len(plan.steps), is_finished)
     card = adapter_card(training, opening.data.train, opening.data.validation, progress, steps, run.directory.metrics)

@@ -13,7 +13,7 @@ from torchtune.modules import TransformerDecoder
 from custom_components.config.components import instantiate
 from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
 from custom_components.datasets.tokenized_rows import split_validation
-from custom_components.datasets.training_data import Data
+from custom_components.datasets.training_data import Data, RowsOfRun
 from custom_components.memory.fitting import Fit, fit_to_device
 from custom_components.runs.resuming import AUTO, ResumedRun, open_run_to_resume
 from custom_components.runs.run_directory import RunDirectory, check_results, run_directory
@@ -43,12 +43,19 @@ class Rows(Protocol):
         """The tokens of each row to train on."""
 
     @property
+    def pack_capacity_tokens(self) -> int | None:
+        """The tokens of a pack, where rows are packed."""
+
+    @property
     def has_validation(self) -> bool:
         """Whether there are rows to validate on."""
 
 
 SettingsType = TypeVar("SettingsType", bound=TrainingSettings)
 RowsType = TypeVar("RowsType", bound=Rows)
+SettingsType_co = TypeVar("SettingsType_co", bound=TrainingSettings, covariant=True)
+RowsType_co = TypeVar("RowsType_co", bound=Rows, covariant=True)
+RowsOfRunType = TypeVar("RowsOfRunType", bound=RowsOfRun)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Opening(Generic[SettingsType, RowsType]):
+class Opening(Generic[SettingsType_co, RowsType_co]):
     """What a training recipe has opened. Nothing is written and no weight is loaded yet.
 
     Attributes:
@@ -83,10 +90,10 @@ class Opening(Generic[SettingsType, RowsType]):
         fit: how a step is divided into forwards.
     """
 
-    settings: SettingsType
+    settings: SettingsType_co
     machine: Machine
     model: TransformerDecoder
-    data: RowsType
+    data: RowsType_co
     base: BaseCheckpoint
     resumed: ResumedRun | None
     overwrites: bool
@@ -123,21 +130,26 @@ def open_training(
         settings = resumed.checked_settings(settings)
         _leave_if_finished(settings, data, resumed)
     check_base_weights(model, base)
-    max_seq_len = data.tokenizer.max_seq_len
-    fit = fit_to_device(settings, model, data.lengths, max_seq_len, machine.dtype, machine.device)
+    pack_capacity_tokens = data.pack_capacity_tokens
+    fit = fit_to_device(settings, model, data.lengths, pack_capacity_tokens, machine.dtype, machine.device)
     return Opening(settings, machine, model, data, base, resumed, _overwrites(settings, resumed), fit)
 
 
 def open_rows(settings: TrainingSettings, tokenizer: ChatTransform) -> Data:
     """Open the rows of supervised fine-tuning: those to train on, and those to validate on, if any."""
+    return open_rows_as(Data, settings, tokenizer)
+
+
+def open_rows_as(data: type[RowsOfRunType], settings: TrainingSettings, tokenizer: ChatTransform) -> RowsOfRunType:
+    """Open the rows that a config names, for `data` to lay out."""
     # What the model learns with is what validation and generation use.
     tokenizer = tokenizer.with_system_prompt(settings.dataset.get("system_prompt"))
     dataset = instantiate(settings.dataset, tokenizer=tokenizer)
     if settings.val_fraction is not None:
-        return Data(*split_validation(dataset, settings.val_fraction, settings.seed), tokenizer)
+        return data(*split_validation(dataset, settings.val_fraction, settings.seed), tokenizer)
     if settings.dataset_val is not None:
-        return Data(dataset, instantiate(settings.dataset_val, tokenizer=tokenizer), tokenizer)
-    return Data(dataset, None, tokenizer)
+        return data(dataset, instantiate(settings.dataset_val, tokenizer=tokenizer), tokenizer)
+    return data(dataset, None, tokenizer)
 
 
 @contextlib.contextmanager
@@ -167,7 +179,7 @@ def _leave_if_finished(settings: TrainingSettings, data: Rows, resumed: ResumedR
     """End the process if the run that `settings` describe, with `auto` for resuming, has its result."""
     if settings.resume_from_checkpoint != AUTO or not resumed.is_inside(settings.output_dir):
         return
-    plan = plan_of(settings, data.lengths, data.tokenizer.max_seq_len, has_validation=False)
+    plan = plan_of(settings, data.lengths, data.pack_capacity_tokens, has_validation=False)
     if resumed.is_finished(len(plan.steps), settings.early_stopping_patience):
         say(f"{settings.output_dir}: the run is finished, {resumed.progress.num_steps} steps; nothing is left to do")
         sys.exit()

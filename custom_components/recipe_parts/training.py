@@ -34,7 +34,7 @@ def fitted_run(opening: Opening, weights: TrainedWeights, directory: RunDirector
     """
     settings, machine, data = opening.settings, opening.machine, opening.data
     return_freed_memory()
-    fit = tried_fit(opening.fit, opening.model, settings, data.lengths, data.tokenizer.max_seq_len, machine.device)
+    fit = tried_fit(opening.fit, opening.model, settings, data.lengths, data.pack_capacity_tokens, machine.device)
     describe_fit(fit, settings, num_layers_with_backward(opening.model))
     run = Run(fitted_settings(settings, fit), weights, machine.device, machine.dtype, directory, machine.memory)
     return run, forward_options(settings, fit)
@@ -42,7 +42,7 @@ def fitted_run(opening: Opening, weights: TrainedWeights, directory: RunDirector
 
 def plan_of_run(settings: TrainingSettings, data: Rows) -> Plan:
     """Plan the steps of a run, and say so if its warm-up is longer than itself."""
-    plan = plan_of(settings, data.lengths, data.tokenizer.max_seq_len, has_validation=data.has_validation)
+    plan = plan_of(settings, data.lengths, data.pack_capacity_tokens, has_validation=data.has_validation)
     if words := long_warmup(plan, settings.optimizer["lr"]):
         print(words)
     return plan

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from custom_components.datasets.source_files import is_on_hub
-from custom_components.datasets.tokenized_rows import ChatDataset
+from custom_components.datasets.tokenized_rows import TokenizedRows
 from custom_components.runs.metrics import read_metrics
 from custom_components.training.state import Progress
 from custom_components.transforms.dialogs import chat_messages
@@ -39,6 +39,7 @@ class TrainingFacts:
         is_base_quantized: it was trained over NF4 weights.
         train_on: what was supervised, a value of the config's key.
         hyperparameters: by their names in the config; None: without effect, and not named.
+        preference_loss: the name of the loss of pairs of answers; None: it was trained on single answers.
     """
 
     base: BaseCheckpoint
@@ -47,12 +48,31 @@ class TrainingFacts:
     prompt_format: PromptFormat
     train_on: str
     hyperparameters: Mapping[str, object]
+    preference_loss: str | None = None
+
+    @property
+    def method(self) -> str:
+        """What the adapter was trained by, in words."""
+        if self.preference_loss is None:
+            return "supervised fine-tuning"
+        return f"{_METHODS.get(self.preference_loss, self.preference_loss)}, from pairs of a better and a worse answer"
+
+
+# Losses of pairs, by their names in preference_losses.
+_METHODS = {
+    "sigmoid": "direct preference optimization (DPO)",
+    "cdpo": "conservative direct preference optimization (cDPO)",
+    "robust": "robust direct preference optimization (rDPO)",
+    "ipo": "identity preference optimization (IPO)",
+    "simpo": "simple preference optimization (SimPO)",
+    "orpo": "odds ratio preference optimization (ORPO)",
+}
 
 
 def adapter_card(
     training: TrainingFacts,
-    dataset: ChatDataset,
-    dataset_val: ChatDataset | None,
+    dataset: TokenizedRows,
+    dataset_val: TokenizedRows | None,
     progress: Progress,
     steps: TrainedSteps,
     metrics: Path,
@@ -64,11 +84,12 @@ def adapter_card(
         metrics: the run's metrics.jsonl.
     """
     base, directory = training.base.hub_name, training.base.directory
+    is_of_pairs = training.preference_loss is not None
     head = front_matter(
         training.base,
         relation="adapter",
         library_name="peft",
-        tags=["lora", *(["qlora"] if training.is_base_quantized else []), TAG],
+        tags=["lora", *(["qlora"] if training.is_base_quantized else []), *(["dpo"] if is_of_pairs else []), TAG],
         datasets=[summary.source for summary in dataset.summaries if is_on_hub(summary.source)],
         steps=steps,
     )
@@ -77,15 +98,15 @@ def adapter_card(
         [
             head,
             f"\n# {kind} adapter for {markdown_link(base) or local_path(directory)}\n",
-            f"\nTrained with `llama-lora-recipes`. {_which_step(progress, steps)}\n",
+            f"\nTrained with `llama-lora-recipes`, by {training.method}. {_which_step(progress, steps)}\n",
             FIRST_SECTION,
             *(f"- {line}\n" for line in _data_lines(training, dataset, dataset_val)),
             "\n## Prompt format\n",
             _prompt_format(training.prompt_format),
             "\n## Training\n\n",
             *(f"- {name}: {plain_text(value)}\n" for name, value in _hyperparameters(training, progress).items()),
-            "\n## Losses\n\nIn nats per supervised token.\n\n",
-            *(f"- {line}\n" for line in _loss_lines(progress, metrics)),
+            f"\n## Losses\n\n{'Per pair' if is_of_pairs else 'In nats per supervised token'}.\n\n",
+            *(f"- {line}\n" for line in (_pair_lines if is_of_pairs else _loss_lines)(progress, metrics)),
             LAST_SECTION,
             how_to_load_adapter(training.adapter, base or f"path/to/{path_name(directory)}"),
         ]
@@ -102,7 +123,7 @@ def _which_step(progress: Progress, steps: TrainedSteps) -> str:
     return f"{stopped}It is the state after the last of {progress.num_steps} steps."
 
 
-def _data_lines(training: TrainingFacts, dataset: ChatDataset, dataset_val: ChatDataset | None) -> Iterator[str]:
+def _data_lines(training: TrainingFacts, dataset: TokenizedRows, dataset_val: TokenizedRows | None) -> Iterator[str]:
     for summary in dataset.summaries:
         name = markdown_link(summary.source, "datasets/") if is_on_hub(summary.source) else local_path(summary.source)
         split = f", split {summary.split}" if summary.split != "train" else ""
@@ -113,6 +134,9 @@ def _data_lines(training: TrainingFacts, dataset: ChatDataset, dataset_val: Chat
     yield f"rows trained on: {len(dataset)}"
     if dataset_val is not None:
         yield f"rows validated on: {len(dataset_val)}"
+    if training.preference_loss is not None:
+        yield "compared: the answers in which the two dialogs of a row differ"
+        return
     yield {
         "assistant": "supervised: the answers",
         "last_assistant": "supervised: the last answer of each dialog",
@@ -163,6 +187,18 @@ def _loss_lines(progress: Progress, metrics: Path) -> Iterator[str]:
     yield f"training, mean over the tokens of all steps: {mean:.4f}"
     if progress.best_step is not None:
         yield f"validation, best, after step {progress.best_step}: {progress.best_val_loss:.4f}"
+
+
+def _pair_lines(progress: Progress, metrics: Path) -> Iterator[str]:
+    records = read_metrics(metrics)
+    steps = [record for record in records if record.get("loss") is not None]
+    yield f"training, last step: {steps[-1]['loss']:.4f}"
+    yield f"training, pairs right in the last step: {steps[-1]['reward_accuracy']:.1%}"
+    validations = {record["step"]: record for record in records if "val_loss" in record}
+    if progress.best_step in validations:
+        best = validations[progress.best_step]
+        yield f"validation, best, after step {progress.best_step}: {best['val_loss']:.4f}"
+        yield f"validation, pairs right then: {best['val_reward_accuracy']:.1%}"
 
 
 # The ranks that `vllm serve --max-lora-rank` takes: vllm-project/vllm, vllm/config/lora.py, MaxLoRARanks.

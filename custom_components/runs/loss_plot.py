@@ -1,4 +1,7 @@
-"""The plot of a run: losses, and below them the learning rate and the gradient norm."""
+"""The plot of a run: losses, and below them the learning rate and the gradient norm.
+
+Beside them, of a run that learns preferences: the margin of rewards, and the share of pairs that it gets right.
+"""
 
 import math
 import os
@@ -22,7 +25,10 @@ _LOG_AXIS_RATIO = 20.0
 
 
 def plot_losses(metrics_path: Path, plot_path: Path) -> None:
-    """Draw training and validation loss, learning rate and gradient norm over the optimizer steps."""
+    """Draw training and validation loss, learning rate and gradient norm over the optimizer steps.
+
+    Records with a `reward_margin` are of a preference run, whose loss is per pair.
+    """
     # note: matplotlib keeps its list of fonts in the home directory, unless another is named before its import.
     with tempfile.TemporaryDirectory() as font_list_dir:
         os.environ.setdefault("MPLCONFIGDIR", font_list_dir)
@@ -31,16 +37,25 @@ def plot_losses(metrics_path: Path, plot_path: Path) -> None:
         from matplotlib.ticker import MaxNLocator
 
     records = read_metrics(metrics_path)
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    has_pairs = any("reward_margin" in record for record in records)
+    columns = [["loss", "lr", "grad_norm"], *([["reward_margin", "reward_accuracy", "reward_accuracy"]] * has_pairs)]
+    figure = Figure(figsize=(8 * len(columns), 7), layout="constrained")
     FigureCanvasAgg(figure)
-    loss_axes, rate_axes, norm_axes = figure.subplots(3, sharex=True, height_ratios=(4, 1, 1))
-    _draw_losses(loss_axes, *points_of(records, "loss"), *points_of(records, "val_loss"))
-    for axes, key, label in ((rate_axes, "lr", "learning rate"), (norm_axes, "grad_norm", "gradient norm")):
-        _draw(axes, *points_of(records, key), color="C0")
-        axes.set_ylabel(label)
-    norm_axes.set_xlabel("optimizer step")
-    norm_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (loss_axes, rate_axes, norm_axes):
+    rows = [[*row] for row in zip(*columns, strict=True)]
+    panels: dict[str, Any] = figure.subplot_mosaic(rows, sharex=True, height_ratios=(4, 1, 1))
+    loss_label = f"loss per {'pair' if has_pairs else 'supervised token (nats)'}"
+    _draw_measure(panels["loss"], records, "loss", loss_label, may_be_log=True)
+    for key, label in (("lr", "learning rate"), ("grad_norm", "gradient norm")):
+        _draw(panels[key], *points_of(records, key), color="C0")
+        panels[key].set_ylabel(label)
+    if has_pairs:
+        _draw_measure(panels["reward_margin"], records, "reward_margin", "margin of rewards, chosen - rejected")
+        _draw_measure(panels["reward_accuracy"], records, "reward_accuracy", "share of pairs right")
+        panels["reward_accuracy"].set_ylim(-0.05, 1.05)
+    for column in columns:
+        panels[column[-1]].set_xlabel("optimizer step")
+        panels[column[-1]].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels.values():
         axes.grid(alpha=0.3)
     figure.align_ylabels()
     with whole_file(plot_path) as aside:
@@ -66,22 +81,25 @@ def needs_log_axis(losses: Sequence[float]) -> bool:
     return bool(losses) and min(losses) > 0 and max(losses) > _LOG_AXIS_RATIO * min(losses)
 
 
-def _draw_losses(
-    axes: Any, steps: list[int], losses: list[float], val_steps: list[int], val_losses: list[float]
+def _draw_measure(
+    axes: Any, records: Sequence[dict[str, Any]], key: str, label: str, *, may_be_log: bool = False
 ) -> None:
-    shown = losses
+    """Draw what is measured both while training and while validating, as the loss is."""
+    steps, values = points_of(records, key)
+    val_steps, val_values = points_of(records, f"val_{key}")
+    shown = values
     if len(steps) > _MOST_STEPS_OF_A_LINE:
-        axes.plot(steps, losses, ".", color="C0", alpha=0.25, markersize=3, markeredgewidth=0)
+        axes.plot(steps, values, ".", color="C0", alpha=0.25, markersize=3, markeredgewidth=0)
         num_steps = math.ceil(_MEAN_SHARE * len(steps)) | 1  # odd: the mean is of a step and its neighbours
-        shown = running_mean(losses, num_steps)
+        shown = running_mean(values, num_steps)
         _draw(axes, steps, shown, color="C0", label=f"training, mean of {num_steps} steps")
     else:
-        _draw(axes, steps, losses, color="C0", label="training")
+        _draw(axes, steps, values, color="C0", label="training")
     if val_steps:
-        axes.plot(val_steps, val_losses, "o-", color="C1", label="validation", linewidth=1.5, markersize=4)
-    if needs_log_axis([*shown, *val_losses]):
+        axes.plot(val_steps, val_values, "o-", color="C1", label="validation", linewidth=1.5, markersize=4)
+    if may_be_log and needs_log_axis([*shown, *val_values]):
         axes.set_yscale("log")
-    axes.set_ylabel("loss per supervised token (nats)")
+    axes.set_ylabel(label)
     axes.legend()
 
 

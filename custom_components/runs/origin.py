@@ -1,6 +1,6 @@
 """The run that an adapter came from, as the config.yaml beside its adapter/ states it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,18 @@ import yaml
 
 from custom_components import datasets
 from custom_components.datasets.chat import chat_dataset
+from custom_components.datasets.pair_rows import PreferenceDataset
+from custom_components.datasets.preference import preference_dataset
 from custom_components.datasets.source_files import is_on_hub
+from custom_components.datasets.tokenized_rows import ChatDataset
 from custom_components.runs.recognition import RUN_CONFIG_NAME
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
 
-_CHAT_DATASET = f"{datasets.__name__}.{chat_dataset.__name__}"
+_DATASETS: dict[str, Callable[..., ChatDataset | PreferenceDataset]] = {
+    f"{datasets.__name__}.{made_by.__name__}": made_by for made_by in (chat_dataset, preference_dataset)
+}
 # Rows are a few and cut short, so that a proof on a model of 7B takes minutes on a CPU.
 _NUM_ROWS = 4
 _NUM_TOKENS_PER_ROW = 64
@@ -107,17 +112,18 @@ def open_origin(adapter_dir: Path) -> Origin:
 
 
 def _training_rows(node: Any, tokenizer: ChatTransform) -> list[list[int]]:
-    if not isinstance(node, dict) or node.get("_component_") != _CHAT_DATASET:
+    if not isinstance(node, dict) or node.get("_component_") not in _DATASETS:
         return []
     try:
         if any(is_on_hub(source) for source in _sources(node)):
             return []
         keys = ("source", "split", "format", "column_map", "system_prompt")
         settings = {key: node[key] for key in keys if node.get(key) is not None}
-        dataset = chat_dataset(tokenizer, max_rows=_NUM_ROWS, on_bad_row="skip", **settings)
+        dataset = _DATASETS[node["_component_"]](tokenizer, max_rows=_NUM_ROWS, on_bad_row="skip", **settings)
     except (UserError, KeyError, TypeError, AttributeError):
         return []  # files that have changed since: the proof does without them
-    return [dataset[index]["tokens"][:_NUM_TOKENS_PER_ROW] for index in range(min(_NUM_ROWS, len(dataset)))]
+    rows: list[Any] = [dataset[index] for index in range(min(_NUM_ROWS, len(dataset)))]
+    return [row.get("chosen", row)["tokens"][:_NUM_TOKENS_PER_ROW] for row in rows]
 
 
 def _sources(node: dict[str, Any]) -> Sequence[str]:

@@ -37,6 +37,8 @@ _ADAPTER_CONFIG_KEYS = {
     *("bias", "fan_in_fan_out", "inference_mode", "rank_pattern", "alpha_pattern", "layers_to_transform"),
 }
 _RECORD_HEAD = b'{"step": '
+# The first key of the file with a preference run's reference.
+REFERENCE_DIGEST = "reference_digest"
 # Width and height in pixels of the plots of before 0.2, which name no author: PNG specification, section 11.2.2, IHDR.
 _UNSIGNED_PLOT_SIZE = (960, 540)
 # The format's own limit: huggingface/safetensors, README.md, section "Format".
@@ -77,6 +79,14 @@ def is_metrics(path: Path) -> bool:
 @_or_no
 def is_samples(path: Path) -> bool:
     return _has_records(path, lambda record: record.keys() >= {"step", "prompt", "answer"})
+
+
+@_or_no
+def is_reference(path: Path) -> bool:
+    """Look at the head only: of a damaged file, too, which is then computed anew."""
+    head = f'{{"{REFERENCE_DIGEST}": '.encode()
+    with path.open("rb") as file:
+        return file.read(len(head)) in (head, bytes(len(head)))
 
 
 @_or_no

@@ -13,11 +13,11 @@ from custom_components.runs.run_directory import RunDirectory
 from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.process_memory import PeakMemory
 
-SettingsType = TypeVar("SettingsType", bound=TrainingSettings)
+SettingsType_co = TypeVar("SettingsType_co", bound=TrainingSettings, covariant=True)
 
 
 @dataclass(frozen=True)
-class Run(Generic[SettingsType]):
+class Run(Generic[SettingsType_co]):
     """A training run.
 
     Attributes:
@@ -28,7 +28,7 @@ class Run(Generic[SettingsType]):
         memory: measured since the start of the program.
     """
 
-    settings: SettingsType
+    settings: SettingsType_co
     weights: TrainedWeights
     device: torch.device
     dtype: torch.dtype

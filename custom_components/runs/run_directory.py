@@ -19,6 +19,7 @@ from custom_components.runs.recognition import (
     is_logged_config,
     is_metrics,
     is_plot,
+    is_reference,
     is_run_config,
     is_samples,
     is_wandb_run,
@@ -51,6 +52,11 @@ class RunDirectory:
         return self.path / "samples.jsonl"
 
     @property
+    def reference(self) -> Path:
+        """How the reference model rates the pairs of a preference run."""
+        return self.path / "reference_log_probabilities.json"
+
+    @property
     def plot(self) -> Path:
         return self.path / "loss.png"
 
@@ -78,6 +84,7 @@ class RunDirectory:
             self.metrics: is_metrics,
             self.samples: is_samples,
             self.plot: is_plot,
+            self.reference: is_reference,
             self.logged_config: is_logged_config,
             self.wandb_run: is_wandb_run,
             self.config: is_run_config,

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from custom_components.datasets.batching import Batch
@@ -12,6 +12,8 @@ from custom_components.runs.progress_bar import ProgressBar
 from custom_components.runs.run import Run
 from custom_components.training.plan import PlannedStep
 from custom_components.training.step import StepResult
+
+_NONE: Mapping[str, float] = {}
 
 
 class TrainingLog(contextlib.AbstractContextManager):
@@ -30,13 +32,20 @@ class TrainingLog(contextlib.AbstractContextManager):
         self._logger.log_config(run.config, run.directory)
         self._bar = ProgressBar(num_steps, num_done_steps)
 
-    def step(self, step: PlannedStep, batches: Sequence[Batch], result: StepResult) -> None:
-        """Record an optimizer step."""
+    def step(
+        self, step: PlannedStep, batches: Sequence[Batch], result: StepResult, measures: Mapping[str, float] = _NONE
+    ) -> None:
+        """Record an optimizer step.
+
+        Args:
+            measures: beside the loss, by name.
+        """
         num_tokens = sum(batch.num_tokens for batch in batches)
         record = {
             "step": step.number,
             "epoch": step.epoch,
             "loss": result.loss,
+            **measures,
             "lr": result.rate,
             "grad_norm": result.grad_norm,
             "tokens": num_tokens,
@@ -50,9 +59,14 @@ class TrainingLog(contextlib.AbstractContextManager):
             self._logger.log(record, step.number)
         self._bar.update(step.number, result.loss)
 
-    def validation(self, step: PlannedStep, val_loss: float) -> None:
-        """Record a validation after a step."""
-        record = {"step": step.number, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)}
+    def validation(self, step: PlannedStep, val_loss: float, measures: Mapping[str, float] | None = None) -> None:
+        """Record a validation after a step.
+
+        Args:
+            measures: beside the loss, by name, where the loss is not per token; None: it is, and has a perplexity.
+        """
+        beside = {"perplexity": math.exp(val_loss)} if measures is None else measures
+        record = {"step": step.number, "val_loss": val_loss, **{f"val_{name}": beside[name] for name in beside}}
         self._metrics.write(record)
         self._logger.log(record, step.number)
 

@@ -62,11 +62,11 @@ def long_warmup(plan: Plan, peak_rate: float) -> str | None:
     )
 
 
-def batch_plan(settings: TrainingSettings, max_seq_len: int | None) -> BatchPlan:
+def batch_plan(settings: TrainingSettings, pack_capacity_tokens: int | None) -> BatchPlan:
     """Read how rows become steps from a config whose `batch_size` is a number.
 
     Args:
-        max_seq_len: the tokens of a pack.
+        pack_capacity_tokens: the tokens of a pack.
     """
     assert settings.batch_size != "auto"
     return BatchPlan(
@@ -74,14 +74,14 @@ def batch_plan(settings: TrainingSettings, max_seq_len: int | None) -> BatchPlan
         settings.gradient_accumulation_steps,
         settings.shuffle,
         settings.seed,
-        pack_capacity_tokens=max_seq_len if settings.packed else None,
+        pack_capacity_tokens=pack_capacity_tokens if settings.packed else None,
         group_by_length=settings.group_by_length,
         max_steps_per_epoch=settings.max_steps_per_epoch,
     )
 
 
 def plan_of(
-    settings: TrainingSettings, lengths: Sequence[int], max_seq_len: int | None, *, has_validation: bool
+    settings: TrainingSettings, lengths: Sequence[int], pack_capacity_tokens: int | None, *, has_validation: bool
 ) -> Plan:
     """Plan the steps of a training config, a pure function of it and of the rows' lengths.
 
@@ -89,10 +89,10 @@ def plan_of(
 
     Args:
         lengths: tokens of each row.
-        max_seq_len: the tokens of a pack.
+        pack_capacity_tokens: the tokens of a pack.
         has_validation: there are rows to validate on.
     """
-    batches = batch_plan(settings, max_seq_len)
+    batches = batch_plan(settings, pack_capacity_tokens)
     steps = batches.run_steps(lengths, settings.epochs, settings.max_steps)
     num_warmup_steps = schedules.num_warmup_steps(settings.warmup_steps, settings.warmup_ratio, len(steps))
     planned = []

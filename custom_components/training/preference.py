@@ -3,7 +3,8 @@
 Dimensions: `N` pairs, 2 answers of each, first the chosen one; `A` answers, 2N; `P` supervised positions; `M` measures.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,14 +12,23 @@ from torchtune.modules import TransformerDecoder
 
 from custom_components.datasets.batching import Batch
 from custom_components.datasets.pair_batching import PairBatch
-from custom_components.training.gradients import ForwardOptions, LossOf, supervised_hidden_states
+from custom_components.training.gradients import ForwardOptions, Losses, LossOf, supervised_hidden_states
 from custom_components.training.loss import LinearCrossEntropy
 from custom_components.training.preference_losses import AnswerLogProbabilities, PairLosses, margins
 
-PreferenceLoss = Callable[[AnswerLogProbabilities], PairLosses]
+# Of the argument `answers`, the log-probabilities of pairs.
+PreferenceLoss = Callable[..., PairLosses]
 
 # The measures of a pair beside its loss, by their names in metrics.jsonl; means over pairs, in nats but for accuracy.
 MEASURES = ("reward_margin", "reward_accuracy", "chosen_log_probability", "rejected_log_probability")
+
+
+@dataclass(frozen=True)
+class MeasuredLosses(Losses):
+    """The losses of a preference recipe, with the measures of the pairs that each has seen since they were taken."""
+
+    training_measures: "PairMeasures"
+    validation_measures: "PairMeasures"
 
 
 class PairMeasures:
@@ -35,12 +45,12 @@ class PairMeasures:
         self._sums_M = sums_M if self._sums_M is None else self._sums_M + sums_M
         self._num_pairs += len(margins_N)
 
-    def means(self) -> Tensor:
-        """Take the means, (M,), in the order of `MEASURES`, and begin again."""
+    def take(self) -> dict[str, float]:
+        """Give the means by the names of `MEASURES`, and begin again."""
         assert self._sums_M is not None
-        means_M = self._sums_M / self._num_pairs
+        means = (self._sums_M / self._num_pairs).tolist()
         self._sums_M, self._num_pairs = None, 0
-        return means_M
+        return dict(zip(MEASURES, means, strict=True))
 
 
 def answer_log_probabilities(
@@ -74,7 +84,8 @@ def preference_loss(
     def loss_of(batch: Batch) -> Tensor:
         assert isinstance(batch, PairBatch)
         policy_N2 = answer_log_probabilities(model, batch, log_losses, options)
-        losses_N, rewards_N2 = loss_function(AnswerLogProbabilities(policy_N2, batch.reference_N2, batch.num_tokens_N2))
+        answers = AnswerLogProbabilities(policy_N2, batch.reference_N2, batch.num_tokens_N2)
+        losses_N, rewards_N2 = loss_function(answers=answers)
         measures.add(policy_N2, rewards_N2)
         return losses_N.sum().float()
 
@@ -84,7 +95,7 @@ def preference_loss(
 @torch.no_grad()
 def reference_log_probabilities(
     model: TransformerDecoder, batches: Iterable[PairBatch], log_losses: LinearCrossEntropy, device: torch.device
-) -> Sequence[tuple[float, float]]:
+) -> list[list[float]]:
     """Compute the log-probabilities of all answers under the model as it is now, without dropout: one row a pair.
 
     The model as a run begins is the reference: a new adapter changes nothing, so it is the base; after supervised
@@ -92,8 +103,10 @@ def reference_log_probabilities(
     """
     was_training = model.training
     model.eval()
-    rows_N2 = [
-        answer_log_probabilities(model, batch.to(device), log_losses, ForwardOptions()).cpu() for batch in batches
+    rated = [
+        pair
+        for batch in batches
+        for pair in answer_log_probabilities(model, batch.to(device), log_losses, ForwardOptions()).tolist()
     ]
     model.train(was_training)
-    return torch.cat(rows_N2).tolist()
+    return rated

@@ -108,8 +108,9 @@ def test_nothing_is_chosen_where_the_config_says_it_all(model, monkeypatch):
 
 
 def test_the_largest_forward():
-    assert largest_forward(LENGTHS, 256, 3, is_packed=False) == (30, 30, 30)
-    assert largest_forward(LENGTHS, 256, 2, is_packed=True) == (256, 256)
+    assert largest_forward(training_settings(), LENGTHS, 256, 3) == (30, 30, 30)
+    packed = training_settings("packed=true", "max_seq_len=256")
+    assert largest_forward(packed, LENGTHS, 256, 2) == (256, 256)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,21 @@ def test_many_steps_are_points_under_their_running_mean_on_a_log_axis(axes_of):
     assert mean[1000] == pytest.approx(10 * math.exp(-1001 / 300), rel=0.05)
 
 
+def test_a_preference_run_shows_margin_and_accuracy_beside_the_loss(axes_of):
+    measures = [{"reward_margin": step / 10, "reward_accuracy": step % 2} for step in range(1, 31)]
+    records = [record(step, 0.7) | measure for step, measure in enumerate(measures, 1)]
+    validation = {"step": 30, "val_loss": 0.5, "val_reward_margin": 2.0, "val_reward_accuracy": 0.75}
+    by_label = {axes.get_ylabel(): axes for axes in axes_of([*records, validation])}
+    assert set(by_label) == {
+        *("loss per pair", "learning rate", "gradient norm"),
+        *("margin of rewards, chosen - rejected", "share of pairs right"),
+    }
+    training, validated = by_label["margin of rewards, chosen - rejected"].lines
+    assert list(training.get_ydata()) == [measure["reward_margin"] for measure in measures]
+    assert list(validated.get_ydata()) == [2.0]
+    assert list(by_label["share of pairs right"].lines[1].get_ydata()) == [0.75]
+
+
 def test_a_plot_of_no_records_is_drawn(axes_of):
     losses, *_ = axes_of([])
     assert losses.get_yscale() == "linear"

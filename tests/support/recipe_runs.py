@@ -43,6 +43,16 @@ def arguments(checkpoint: Path, rows: Path, output_dir: Path, *overrides: str) -
     ]
 
 
+def preference_arguments(checkpoint: Path, pairs: Path, output_dir: Path, *overrides: str) -> list[str]:
+    """A small run of DPO on the pairs in `pairs`, as :func:`arguments` is of fine-tuning on dialogs."""
+    names = {"model.checkpoint_dir": checkpoint, "checkpoint_dir": checkpoint, "dataset.source": pairs}
+    return [
+        *("--config", "configs/tiny_dpo.yaml", *(f"{key}={value}" for key, value in names.items())),
+        *("~dataset_val", "run_val_every_n_steps=null", f"output_dir={output_dir}", "overwrite_output_dir=false"),
+        *("device=cpu", "batch_size=2", "cache_dir=null", *overrides),
+    ]
+
+
 def run_here(recipe: str, *arguments: str) -> tuple[int, str, str]:
     """Run a recipe in this process: exit code, stdout and stderr."""
     recipe_main = importlib.import_module(f"recipes.{recipe}").recipe_main

@@ -15,9 +15,20 @@ def write_dialogs(path: Path, dialogs: Iterable[tuple[str, str]]) -> Path:
     return path
 
 
-def random_dialogs(num_dialogs: int) -> Iterator[tuple[str, str]]:
+def write_pairs(path: Path, num_pairs: int) -> Path:
+    """A JSONL file of questions with a better and a worse answer."""
+    better, worse = random_dialogs(num_pairs), random_dialogs(num_pairs, seed=1)
+    pairs = [
+        {"prompt": question, "chosen": chosen, "rejected": f"no, {rejected}"}
+        for (question, chosen), (_, rejected) in zip(better, worse, strict=True)
+    ]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path
+
+
+def random_dialogs(num_dialogs: int, seed: int = 0) -> Iterator[tuple[str, str]]:
     """Questions and answers of one to eight words."""
-    generator = random.Random(0)
+    generator = random.Random(seed)
     words = ["red", "green", "blue", "up", "down", "left", "right"]
     for _ in range(num_dialogs):
         question, answer = (" ".join(generator.choices(words, k=generator.randint(1, 8))) for _ in range(2))

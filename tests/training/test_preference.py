@@ -10,7 +10,6 @@ from custom_components.datasets.pair_batching import collate_pairs
 from custom_components.training.gradients import ForwardOptions, accumulate_gradients
 from custom_components.training.loss import LinearCrossEntropy
 from custom_components.training.preference import (
-    MEASURES,
     PairMeasures,
     answer_log_probabilities,
     preference_loss,
@@ -69,10 +68,10 @@ def test_L07_a_step_counts_pairs_however_they_are_divided_into_forwards(make_mod
         measures = PairMeasures()
         batches = [collate_pairs(some) for some in forwards]
         loss = accumulate_gradients(batches, loss_of(model, measures), NO_SCALER, CPU)
-        gradients.append((loss, measures.means(), [p.grad.clone() for p in model.parameters() if p.requires_grad]))
+        gradients.append((loss, measures.take(), [p.grad.clone() for p in model.parameters() if p.requires_grad]))
     for loss, means, grads in gradients[1:]:
         torch.testing.assert_close(loss, gradients[0][0])
-        torch.testing.assert_close(means, gradients[0][1], rtol=1e-5, atol=1e-5)
+        assert means == pytest.approx(gradients[0][1], rel=1e-5, abs=1e-5)
         for grad, first in zip(grads, gradients[0][2], strict=True):
             torch.testing.assert_close(grad, first, rtol=1e-3, atol=1e-6)
 
@@ -87,7 +86,7 @@ def test_L37_the_first_loss_of_a_new_adapter_is_ln_2_with_dropout_too(make_model
         [collate_pairs(pairs[:2]), collate_pairs(pairs[2:])], loss_of(model, measures), NO_SCALER, CPU
     )
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    assert dict(zip(MEASURES, measures.means().tolist(), strict=True))["reward_margin"] == pytest.approx(0, abs=1e-5)
+    assert measures.take()["reward_margin"] == pytest.approx(0, abs=1e-5)
 
 
 def test_L37_after_fine_tuning_it_is_ln_2_without_dropout(make_model):
@@ -128,4 +127,4 @@ def test_measures_are_means_over_all_pairs(make_model):
     rewards = 0.1 * (policy - torch.tensor([pair["reference"] for pair in pairs], dtype=torch.float64))
     margins = rewards[:, 0] - rewards[:, 1]
     expected = [margins.mean(), (margins > 0).double().mean(), *policy.mean(0)]
-    torch.testing.assert_close(measures.means(), torch.stack(expected))
+    assert list(measures.take().values()) == pytest.approx([value.item() for value in expected])

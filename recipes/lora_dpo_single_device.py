@@ -1,0 +1,107 @@
+"""Learn preferences on one device with LoRA or QLoRA: DPO and its kin, from pairs of a better and a worse answer.
+
+tune run recipes/lora_dpo_single_device.py --config configs/llama2_7b_dpo.yaml init_adapter_from=outputs/sft/adapter
+"""
+
+import sys
+import time
+
+from custom_components.config.preference_settings import PreferenceSettings
+from custom_components.config.reading import load_settings
+from custom_components.datasets.training_data import PairData
+from custom_components.generation.sample_answers import answer_sample_prompts
+from custom_components.memory.step_limit import StepLimit
+from custom_components.recipe_parts.adapter_run import (
+    adapter_run,
+    adapter_to_begin_from,
+    new_adapter_state,
+    save_adapter_result,
+)
+from custom_components.recipe_parts.opening import directory_of_run, open_training
+from custom_components.recipe_parts.preference_run import open_pairs, preference_losses, reference_of_run
+from custom_components.recipe_parts.training import close_training, leave_if_stopped, plan_of_run, training_begun
+from custom_components.runs.checkpoint_saver import CheckpointSaver
+from custom_components.runs.metric_logger import MetricLogger
+from custom_components.runs.run import Run
+from custom_components.runs.training_log import TrainingLog
+from custom_components.runtime.errors import run_recipe
+from custom_components.runtime.stopping import stop_requests
+from custom_components.training.gradients import accumulate_gradients, validation_loss
+from custom_components.training.plan import Plan
+from custom_components.training.preference import MeasuredLosses
+from custom_components.training.state import TrainingState
+from custom_components.training.step import begin_step, finish_step
+from custom_components.weights.checkpoint_loading import frozen_checksum
+
+
+def recipe_main() -> None:
+    opening = open_training(load_settings(PreferenceSettings, sys.argv[1:]), open_pairs)
+    settings, model, data = opening.settings, opening.model, opening.data
+    start = adapter_to_begin_from(opening, also_resumed=True)
+    with directory_of_run(opening) as directory:
+        run, options = adapter_run(opening, directory, start)
+        answers_before = answer_sample_prompts(model, data.tokenizer, settings.sample_prompts)
+        checksum_before = frozen_checksum(model) if settings.verify_base else None
+
+        plan = plan_of_run(run.settings, data)
+        state = new_adapter_state(run, data.train.digest)
+        reference = reference_of_run(opening, run, start)
+        losses = preference_losses(run, options)
+        with training_begun(opening, run, plan, state) as logger:
+            if reference is not None:
+                reference.keep(directory)
+                data = reference.rated(data)
+            signal_number = train(run, data, plan, state, losses, logger)
+
+        if checksum_before is not None and frozen_checksum(model) != checksum_before:
+            raise AssertionError("verify_base: the frozen base has changed")
+        save_adapter_result(opening, run, plan, state, is_finished=signal_number is None)
+        leave_if_stopped(run, plan, state, signal_number, __file__)
+        close_training(opening, run, state, answers_before)
+
+
+def train(
+    run: Run[PreferenceSettings],
+    data: PairData,
+    plan: Plan,
+    state: TrainingState,
+    losses: MeasuredLosses,
+    logger: MetricLogger,
+) -> int | None:
+    """Train the run's model and keep `state`, in place, from the state's step to the last or until asked to stop.
+
+    Returns:
+        the signal that asked to stop, after its step was saved; None: the run is finished.
+    """
+    settings, progress, model = run.settings, state.progress, run.weights.model
+    validation_batches = data.validation_batches(plan.batch_size)
+    checkpoints = CheckpointSaver(run, settings.save_every_minutes, settings.keep_last_n_checkpoints)
+    step_limit = StepLimit(run.device, plan.batch_size)
+    model.train()
+    with TrainingLog(run, logger, len(plan.steps), progress.num_steps) as log, stop_requests() as stop:
+        for step in plan.steps[progress.num_steps :]:
+            if progress.stops_early(settings.early_stopping_patience):
+                log.say(f"stopped early: {progress.num_validations_since_best} validations without a better loss")
+                break
+            start_seconds = time.perf_counter()
+            begin_step(step, state)
+            batches = data.batches(step.forwards)
+            with step_limit.step(step.number, batches):
+                mean_loss = accumulate_gradients(batches, losses.training, state.scaler, run.device)
+            result = finish_step(step, state, batches, mean_loss, settings.clip_grad_norm, start_seconds)
+            log.step(step, batches, result, losses.training_measures.take())
+            if step.validates:
+                val_loss = validation_loss(model, validation_batches, losses.validation, run.device)
+                log.validation(step, val_loss, losses.validation_measures.take())
+                if progress.add_validation(val_loss):
+                    state.keep_best(model)
+                log.samples(step, answer_sample_prompts(model, data.tokenizer, settings.sample_prompts))
+            stops = stop.is_asked or progress.stops_early(settings.early_stopping_patience)
+            checkpoints.save_if_due(step, state, stops=stops)
+            if stop.is_asked:
+                break
+    return stop.signal_number
+
+
+if __name__ == "__main__":
+    run_recipe(recipe_main)
