@@ -34,11 +34,12 @@ class PreferenceSettings(LoRASettings):
     @classmethod
     def is_for(cls, values: Mapping[str, Any]) -> bool:
         """Tell by its keys whether a config is for this recipe."""
-        components = {key: str((values.get(key) or {}).get("_component_")) for key in ("dataset", "loss")}
+        nodes = {key: values.get(key) for key in ("dataset", "loss")}
+        paths = {key: str(node.get("_component_")) for key, node in nodes.items() if isinstance(node, Mapping)}
         return (
             "loss_chunk_size" in values
-            or components["dataset"] == PAIRS.ours
-            or components["loss"].startswith(f"{_LOSSES}.")
+            or paths.get("dataset") == PAIRS.ours
+            or paths.get("loss", "").startswith(f"{_LOSSES}.")
         )
 
     @property
