@@ -106,6 +106,21 @@ _ROWS: list[tuple[str | None, str, str]] = [
     ("save_every_n_steps", "", "save_steps saves_per_epoch save_strategy checkpoint_every"),
     ("keep_last_n_checkpoints", "", "save_total_limit"),
     ("run_val_every_n_steps", "", "eval_steps evals_per_epoch eval_strategy evaluation_strategy eval_every"),
+    # ---- Preferences
+    ("loss.beta", "", "beta pref_beta rl_beta dpo_beta simpo_beta orpo_alpha"),
+    (
+        "loss",
+        "with a _component_ such as custom_components.training.preference_losses.sigmoid, which is DPO",
+        "loss_type pref_loss rl label_smoothing dpo_label_smoothing simpo_gamma simpo_gamma_beta_ratio",
+    ),
+    ("loss_chunk_size", "", "loss.chunk_size"),
+    ("max_seq_len", "of each of a pair's dialogs", "max_prompt_length max_completion_length max_target_length"),
+    (
+        None,
+        "the reference is the model as the run begins, and its log-probabilities are computed once",
+        "ref_model ref_model_path reference_model ref_adapter_name model_adapter_name sync_ref_model "
+        "precompute_ref_log_probs precompute_ref_batch_size precompute_reference_log_probs disable_dropout",
+    ),
     # ---- The device
     ("dtype", "bf16, fp16, fp32 or auto", "bf16 fp16 tf32 torch_dtype bnb_4bit_compute_dtype precision"),
     ("compile", "", "torch_compile"),
@@ -164,6 +179,10 @@ FOREIGN_COMPONENTS = {
         for kind in ("", "lora_", "qlora_")
         for size in ("7b", "13b", "70b")
     },
+    "torchtune.datasets.preference_dataset": "custom_components.datasets.preference_dataset",
+    "torchtune.datasets.hh_rlhf_helpful_dataset": "custom_components.datasets.preference_dataset",
+    "torchtune.datasets.stack_exchange_paired_dataset": "custom_components.datasets.preference_dataset",
+    "torchtune.rlhf.loss.DPOLoss": "custom_components.training.preference_losses.sigmoid",
     "torch.optim.lr_scheduler.LinearLR": f"{_SCHEDULES}.linear",
     "torch.optim.lr_scheduler.ConstantLR": f"{_SCHEDULES}.constant",
     "transformers.get_linear_schedule_with_warmup": f"{_SCHEDULES}.linear",

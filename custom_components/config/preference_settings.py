@@ -14,6 +14,7 @@ PAIRS = replace(
     DATASET,
     ours="custom_components.datasets.preference_dataset",
     attributes=(*DATASET.attributes, "with_reference", "distinct"),
+    of_other_recipes={"custom_components.datasets.chat_dataset": "recipes/lora_single_device.py"},
 )
 PREFERENCE_LOSS = ComponentNode(
     "custom_components.training.preference_losses.sigmoid", supplied=("answers",), trial=try_preference_loss

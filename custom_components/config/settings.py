@@ -100,6 +100,7 @@ class ComponentNode:
         methods: of what the component makes, those that the recipe calls, with their number of arguments.
         attributes: of what the component makes, those that the recipe reads.
         trial: called with the component and its keys; it raises what they are refused for.
+        of_other_recipes: components of ours that would fit by their methods, and the recipe that each is for.
     """
 
     ours: str
@@ -109,6 +110,7 @@ class ComponentNode:
     methods: Mapping[str, int] = field(default_factory=dict)
     attributes: tuple[str, ...] = ()
     trial: Trial | None = None
+    of_other_recipes: Mapping[str, str] = field(default_factory=dict)
 
 
 # torchtune's names of the nodes that the recipes share.
@@ -121,6 +123,7 @@ DATASET = ComponentNode(
     of_others=("packed",),
     methods={"__len__": 0, "__getitem__": 1, "rows": 1, "content_digest": 1, "prompt_digest": 1},
     attributes=("lengths", "digest", "summaries"),
+    of_other_recipes={"custom_components.datasets.preference_dataset": "recipes/lora_dpo_single_device.py"},
 )
 
 

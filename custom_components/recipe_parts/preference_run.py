@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -118,7 +118,7 @@ def preference_losses(run: Run[PreferenceSettings], options: ForwardOptions) -> 
 
 def _key(opening: PreferenceOpening, run: Run[PreferenceSettings], start: Mapping[str, Tensor]) -> ReferenceKey:
     data, adapter = opening.data, adapter_settings(run.weights.model)
-    digest = hashlib.sha256(f"{adapter.rank} {adapter.alpha}".encode())
+    digest = hashlib.sha256(repr(replace(adapter, dropout=0.0)).encode())
     for name, tensor in sorted(start.items()):
         digest.update(name.encode() + tensor.cpu().float().numpy().tobytes())
     return ReferenceKey(

@@ -9,6 +9,7 @@ from custom_components.config.component_checks import component_nodes, component
 from custom_components.config.components import component
 from custom_components.config.foreign_names import FOREIGN_COMPONENTS, FOREIGN_KEYS
 from custom_components.config.lora_settings import LoRASettings
+from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
 from custom_components.runtime.errors import UserError
@@ -16,6 +17,7 @@ from tests.support.paths import PROJECT
 
 CONFIGS = {
     LoRASettings: "configs/tiny_qlora.yaml",
+    PreferenceSettings: "configs/tiny_dpo.yaml",
     EvaluationSettings: "configs/evaluate.yaml",
     GenerationSettings: "configs/generate.yaml",
     MergeSettings: "configs/merge.yaml",

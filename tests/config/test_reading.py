@@ -7,15 +7,19 @@ import yaml
 
 from custom_components.config.component_checks import component_nodes
 from custom_components.config.lora_settings import LoRASettings
+from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import config_text, load_settings
 from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
-from custom_components.config.training_kinds import PreviewSettings
+from custom_components.config.training_kinds import AnyTrainingSettings, PreviewSettings
 from custom_components.runtime.errors import UserError
 from tests.support.forked_tune import ForkedTune
 from tests.support.paths import PROJECT
 
+PREFERENCE_CONFIGS = sorted(PROJECT.glob("configs/*dpo.yaml"))
 TRAINING_CONFIGS = [
-    path for path in sorted(PROJECT.glob("configs/*.yaml")) if "run recipes/lora_single_device.py" in path.read_text()
+    path
+    for path in sorted(PROJECT.glob("configs/*.yaml"))
+    if "run recipes/lora_single_device.py" in path.read_text() and path not in PREFERENCE_CONFIGS
 ]
 TINY = PROJECT / "configs/tiny_qlora.yaml"
 # Components that take the settings as they are.
@@ -41,13 +45,14 @@ def problems(*overrides, config=TINY):
     return error.value.messages
 
 
-@pytest.mark.parametrize("config", TRAINING_CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("config", [*TRAINING_CONFIGS, *PREFERENCE_CONFIGS], ids=lambda path: path.name)
 def test_configs_are_right_and_complete(config):
     """Every key there is, each with its effect in a comment."""
-    assert len(TRAINING_CONFIGS) >= 13
-    training_settings(config=config)
+    assert len(TRAINING_CONFIGS) >= 13 and len(PREFERENCE_CONFIGS) == 2
+    settings_type = PreferenceSettings if config in PREFERENCE_CONFIGS else LoRASettings
+    assert isinstance(load_settings(AnyTrainingSettings, ["--config", str(config)]), settings_type)
     text = config.read_text()
-    assert set(yaml.safe_load(text)) == set(LoRASettings.model_fields)
+    assert set(yaml.safe_load(text)) == set(settings_type.model_fields)
     for line in text[text.index("# ---- Paths") :].splitlines():
         is_component_or_passed_on = re.search(r"_component_|\$\{|:$|^ +- ", line)
         assert "#" in line or not line.strip() or is_component_or_passed_on or "weight_decay" in line, line
@@ -77,7 +82,8 @@ def test_every_key_is_read_and_every_key_read_is_a_setting():
     """A key that no code reads would be a promise without effect."""
     readers = ["recipes/*.py", *(f"custom_components/{pattern}" for pattern in READERS)]
     code = "\n".join(path.read_text() for pattern in readers for path in PROJECT.glob(pattern))
-    for settings_type in (LoRASettings, PreviewSettings, GenerationSettings, EvaluationSettings, MergeSettings):
+    tasks = (PreviewSettings, GenerationSettings, EvaluationSettings, MergeSettings)
+    for settings_type in (LoRASettings, PreferenceSettings, *tasks):
         for name in settings_type.model_fields:
             passed_on = f"{name}: ${{{name}}}" in TINY.read_text()
             assert passed_on or re.search(rf"(settings|self)\.{name}\b", code) or f'("{name}"' in code, name

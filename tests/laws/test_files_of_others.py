@@ -7,9 +7,10 @@ import yaml
 
 from custom_components.config.checks import known_annotations, union_members
 from custom_components.config.lora_settings import LoRASettings
+from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
-from custom_components.config.training_kinds import PreviewSettings
+from custom_components.config.training_kinds import AnyTrainingSettings, PreviewSettings
 from custom_components.runtime.errors import UserError
 from tests.support.paths import PROJECT, snapshot
 from tests.support.recipe_runs import run_here
@@ -23,6 +24,7 @@ TRAINING_PATHS = [
 # Every path of every recipe.
 PATHS = {
     "lora_single_device": ("configs/tiny_qlora.yaml", LoRASettings, TRAINING_PATHS),
+    "lora_dpo_single_device": ("configs/tiny_dpo.yaml", PreferenceSettings, TRAINING_PATHS),
     "preview": ("configs/tiny_qlora.yaml", PreviewSettings, [*TRAINING_PATHS, "output_file"]),
     "estimate": ("configs/tiny_qlora.yaml", LoRASettings, TRAINING_PATHS),
     "generate": (
@@ -250,5 +252,5 @@ def test_the_shipped_configs_are_right():
             "generate": GenerationSettings,
             "evaluate": EvaluationSettings,
             "merge": MergeSettings,
-        }.get(config.stem, LoRASettings)
+        }.get(config.stem, AnyTrainingSettings)
         load_settings(settings_type, ["--config", str(config)])
