@@ -22,3 +22,9 @@ def stated_base_model(directory: Path) -> str | None:
     stated = card_metadata(directory / CARD_NAME).get("base_model")
     first = stated[0] if isinstance(stated, list) and stated else stated
     return first if isinstance(first, str) else None
+
+
+def names_no_base_model(directory: Path) -> bool:
+    """Tell whether a directory has a card, and one of a model that was not made from another."""
+    stated = card_metadata(directory / CARD_NAME)
+    return bool(stated) and "base_model" not in stated

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from custom_components.models.shapes import LlamaShape, shape_and_config
 from custom_components.runtime.errors import UserError
+from custom_components.weights.card_metadata import names_no_base_model
 from custom_components.weights.directory_checks import check_model_directory, check_not_quantized
 from custom_components.weights.names import (
     TUNE_NAMES_OF_HUGGING_FACE,
@@ -69,8 +70,9 @@ class BaseCheckpoint:
     def hub_name(self) -> str | None:
         """Find the name on the hub; None if it is not known.
 
-        It is in a file that `tune download` writes or in the path of the hub's cache. That of config.json may be the
-        parent of a model trained further, so it counts only if the directory is named so too.
+        It is in a file that `tune download` writes, in the path of the hub's cache or in the clone of its repository.
+        That of config.json may be the parent of a model trained further, so it counts only if the directory is named so
+        too, or has a card that names no parent.
         """
         if name := _stated_text(self.directory / "original_repo_id.json", "repo_id"):
             return name
@@ -78,9 +80,13 @@ class BaseCheckpoint:
             for part, next_part in itertools.pairwise(directory.parts):
                 if next_part == "snapshots" and (found := re.fullmatch(r"models--(.+?)--(.+)", part)):
                     return "/".join(found.groups())
+        if name := _cloned_repository(self.directory):
+            return name
         name = self.config.get("_name_or_path")
-        is_of_hub = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-        return name if is_of_hub and Path(str(name)).name == self.directory.absolute().name else None
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            return None
+        is_named_so = Path(name).name == self.directory.absolute().name
+        return name if is_named_so or names_no_base_model(self.directory) else None
 
     @property
     def name(self) -> str:
@@ -252,6 +258,16 @@ def _by_tune_name(tensors: Iterable[StoredTensor], names: Mapping[str, str | Non
             f"(the first: {unexpected[0].stored_name!r}); is this another architecture, or an adapter?"
         )
     return by_name
+
+
+def _cloned_repository(directory: Path) -> str | None:
+    """Find the repository on the hub that a directory is a Git clone of; None: it is none."""
+    try:
+        text = (directory / ".git/config").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = re.search(r"(?m)^\s*url\s*=\s*\S*\b(?:huggingface\.co|hf\.co)[/:]([\w.-]+/[\w.-]+?)(?:\.git)?/?\s*$", text)
+    return found[1] if found else None
 
 
 def _stated_text(path: Path, key: str) -> str | None:

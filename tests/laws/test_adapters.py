@@ -88,3 +88,21 @@ def test_the_base_is_named_as_the_hub_does_where_that_is_known(tmp_path, monkeyp
     assert open_checkpoint(Path("Llama-2-7b-hf")).name == "meta-llama/Llama-2-7b-hf"
     # What was trained further names its parent there.
     assert open_checkpoint(write_checkpoint(Path("my-model"), **config)).name == "my-model"
+    Path("my-model/README.md").write_text("---\nbase_model: meta-llama/Llama-2-7b-hf\n---\n")
+    assert open_checkpoint(Path("my-model")).name == "my-model"
+    # The card of a model that was pretrained names no parent.
+    Path("my-model/README.md").write_text("---\nlicense: llama2\n---\n")
+    assert open_checkpoint(Path("my-model")).name == "meta-llama/Llama-2-7b-hf"
+
+
+@pytest.mark.parametrize(
+    "url", ["https://huggingface.co/a/b", "https://user:token@huggingface.co/a/b.git", "git@hf.co:a/b"]
+)
+def test_the_base_is_named_as_the_repository_that_it_is_a_clone_of(tmp_path, url):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/config").write_text(
+        f'[core]\n\tbare = false\n[remote "origin"]\n\turl = {url}\n\tfetch = +refs\n'
+    )
+    assert BaseCheckpoint(tmp_path, LLAMA2_7B).name == "a/b"
+    (tmp_path / ".git/config").write_text('[remote "origin"]\n\turl = https://github.com/a/b\n')
+    assert BaseCheckpoint(tmp_path, LLAMA2_7B).name == str(tmp_path)
