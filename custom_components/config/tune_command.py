@@ -27,6 +27,7 @@ from custom_components.config.recipe_files import (
 from custom_components.runtime import tune_startup  # noqa: F401 - it has to take effect before torch is imported
 from custom_components.runtime.errors import EXIT_CODE_USER_ERROR, UserError, print_errors
 from custom_components.runtime.starting import start_command
+from custom_components.runtime.terminal import say
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,10 @@ def copy(arguments: Sequence[str], project: Project) -> None:
     if destination.exists():
         if not options.no_clobber:
             raise UserError(f"{destination} is there already; copy to another name")
-        print(f"{destination} is there already: not copied")
+        say(f"{destination} is there already: not copied")
     else:
         shutil.copyfile(source, destination)
-        print(f"copied to {destination}")
+        say(f"copied to {destination}")
     leave(0)
 
 
