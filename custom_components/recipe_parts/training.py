@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.generation.sample_answers import answer_sample_prompts, show_answers
@@ -15,12 +16,11 @@ from custom_components.runs.checkpoints import delete_checkpoints_after, try_to_
 from custom_components.runs.metric_logger import MetricLogger, metric_logger
 from custom_components.runs.metrics import keep_metrics_until
 from custom_components.runs.report import closing_summary, stopped_summary
-from custom_components.runs.resuming import ResumedRun
 from custom_components.runs.run import Run
 from custom_components.runs.run_directory import RunDirectory, begin_in
 from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.host_allocator import return_freed_memory
-from custom_components.runtime.terminal import say
+from custom_components.runtime.terminal import say, say_if_read
 from custom_components.training.compiling import compiled_layers
 from custom_components.training.gradients import ForwardOptions
 from custom_components.training.plan import Plan, long_warmup, plan_of
@@ -44,13 +44,13 @@ def plan_of_run(settings: TrainingSettings, data: Rows) -> Plan:
     """Plan the steps of a run, and say so if its warm-up is longer than itself."""
     plan = plan_of(settings, data.lengths, data.pack_capacity_tokens, has_validation=data.has_validation)
     if words := long_warmup(plan, settings.optimizer["lr"]):
-        print(words)
+        say(words)
     return plan
 
 
 @contextlib.contextmanager
 def training_begun(opening: Opening, run: Run, plan: Plan, state: TrainingState) -> Iterator[MetricLogger]:
-    """Bring a run to the step that it goes on from, and begin it: from here on its directory has its results.
+    """Bring a run to the step that it goes on from; it begins in its directory with the first record of a step.
 
     Inside the block layers are compiled, as the config says, and the metric logger is open.
 
@@ -60,11 +60,11 @@ def training_begun(opening: Opening, run: Run, plan: Plan, state: TrainingState)
     resumed = opening.resumed
     if resumed is not None:
         resumed.restore(run.weights, state)
+        say(f"going on from {resumed.path}")
     try_to_save(run.directory.path, run.weights, state, run.config)
-    with metric_logger(run.settings.metric_logger, None if resumed is None else resumed.directory) as logger:
-        begin_in(run.directory, run.config, overwrites=opening.overwrites)
-        if resumed is not None:
-            _go_on_in(run.directory, resumed, state.progress.num_steps)
+    run_so_far = None if resumed is None else resumed.directory
+    with metric_logger(run.settings.metric_logger, run.directory, run_so_far) as logger:
+        logger.begin = partial(_begin, opening, run, logger, state.progress.num_steps)
         with compiled_layers(run.weights.model, run.settings.compile, run.device, plan.num_forwards):
             yield logger
     DENSE_WEIGHT_MEMORY.release()
@@ -78,7 +78,7 @@ def leave_if_stopped(run: Run, plan: Plan, state: TrainingState, signal_number: 
         recipe: the recipe's file.
     """
     if signal_number is not None:
-        say(stopped_summary(run, state.progress, len(plan.steps), [recipe, *sys.argv[1:]]))
+        say_if_read(stopped_summary(run, state.progress, len(plan.steps), [recipe, *sys.argv[1:]]), sys.stdout)
         sys.exit(128 + signal_number)
 
 
@@ -89,11 +89,17 @@ def close_training(opening: Opening, run: Run, state: TrainingState, answers_bef
     say(closing_summary(run, state.progress, time.perf_counter() - opening.machine.start_seconds))
 
 
-def _go_on_in(directory: RunDirectory, resumed: ResumedRun, num_steps: int) -> None:
-    """Cut a run's records to the steps of its checkpoint; those of a run elsewhere are copied."""
-    say(f"going on from {resumed.path}")
-    delete_checkpoints_after(directory.path, num_steps)
-    so_far = resumed.directory
+def _begin(opening: Opening, run: Run, logger: MetricLogger, num_done_steps: int) -> None:
+    """Replace what is in the run's directory: results of an earlier run, records of steps that are taken anew.
+
+    The records of a run that goes on elsewhere are copied.
+    """
+    directory = run.directory
+    begin_in(directory, run.config, logger.log_config, overwrites=opening.overwrites)
+    if opening.resumed is None:
+        return
+    delete_checkpoints_after(directory.path, num_done_steps)
+    so_far = opening.resumed.directory
     for before, records in ((so_far.metrics, directory.metrics), (so_far.samples, directory.samples)):
         if before.exists():
-            keep_metrics_until(before, records, num_steps)
+            keep_metrics_until(before, records, num_done_steps)

@@ -3,7 +3,10 @@
 import contextlib
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,11 +24,17 @@ class MetricLogger:
     Args:
         logger: of torchtune's interface, MetricLoggerInterface.
         wandb_id: of the run at Weights & Biases.
+
+    Attributes:
+        begin: is called once, when there is a first step to record: it begins the run in its directory.
+        has_begun: whether the config was logged.
     """
 
     def __init__(self, logger: Any = None, wandb_id: str | None = None) -> None:
         self._logger = logger
         self._wandb_id = wandb_id
+        self.begin: Callable[[], None] = lambda: None
+        self.has_begun = False
 
     def log_config(self, config: str, directory: RunDirectory) -> None:
         """Log the resolved config, and keep the id under which a resumed run goes on.
@@ -40,6 +49,7 @@ class MetricLogger:
             from omegaconf import OmegaConf
 
             self._logger.log_config(OmegaConf.create(_escaped(yaml.safe_load(config))))
+        self.has_begun = True
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Log the numbers of a record that are there."""
@@ -64,8 +74,12 @@ class MetricLogger:
 
 
 @contextlib.contextmanager
-def metric_logger(node: Mapping[str, Any] | None, run_so_far: RunDirectory | None) -> Iterator[MetricLogger]:
+def metric_logger(
+    node: Mapping[str, Any] | None, directory: RunDirectory, run_so_far: RunDirectory | None
+) -> Iterator[MetricLogger]:
     """Start the logger of a config for the time of the block.
+
+    What it wrote into the run's directory is deleted if the run does not begin.
 
     Args:
         node: the config's `metric_logger`.
@@ -82,17 +96,48 @@ def metric_logger(node: Mapping[str, Any] | None, run_so_far: RunDirectory | Non
         wandb_id = keys.get("id") or _kept_wandb_id(run_so_far) or secrets.token_hex(4)
         # A resumed run may have another config, resume_from_checkpoint for example.
         keys = {"resume": "allow", "allow_val_change": True, **keys, "id": wandb_id}
+    before = set(directory.path.rglob("*"))
+    metrics = MetricLogger()
+    written: list[Path] = []
     try:
-        logger = instantiate(keys)
+        try:
+            logger = _started(keys)
+        finally:
+            written = _highest_new(directory.path, before)
+        try:
+            metrics = MetricLogger(logger, wandb_id)
+            yield metrics
+        finally:
+            logger.close()
+    finally:
+        for path in [] if metrics.has_begun else written:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def _started(keys: dict[str, Any]) -> Any:
+    """Make a logger.
+
+    Raises:
+        UserError: it cannot be started.
+    """
+    hook = sys.unraisablehook
+    # note: torchtune's DiskLogger that was not made whole prints a traceback when it is deleted.
+    sys.unraisablehook = lambda _: None
+    try:
+        return instantiate(keys)
     except Exception as error:  # note: each library has its own, and none says more than its text
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"metric_logger: {node['_component_']} cannot start ({reason}); mend its keys, or set metric_logger=null"
-        ) from None
-    try:
-        yield MetricLogger(logger, wandb_id)
     finally:
-        logger.close()
+        sys.unraisablehook = hook
+    raise UserError(
+        f"metric_logger: {keys['_component_']} cannot start ({reason}); mend its keys, or set metric_logger=null"
+    )
+
+
+def _highest_new(folder: Path, before: set[Path]) -> list[Path]:
+    """List what is new in a folder, without what is inside of it."""
+    new = set(folder.rglob("*")) - before
+    return sorted(path for path in new if path.parent not in new)
 
 
 def _kept_wandb_id(run_so_far: RunDirectory | None) -> str | None:

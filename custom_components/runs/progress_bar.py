@@ -6,6 +6,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from custom_components.runtime.terminal import fitted, say_if_read
+
 # A line in a log file at most this often, and at most once for this share of the steps.
 _LINE_INTERVAL_SECONDS = 10.0
 _LINE_INTERVAL_SHARE = 0.01
@@ -51,22 +53,22 @@ class ProgressBar:
             self._line_step, self._line_seconds = step, now
             seconds_per_step = (now - self._start_seconds) / (step - self._first_step)
             left = _duration((self._num_steps - step) * seconds_per_step)
-            self._write(f"step {step}/{self._num_steps}, loss {loss:.3f}, {seconds_per_step:.2f} s/step, {left} left")
+            say_if_read(
+                f"step {step}/{self._num_steps}, loss {loss:.3f}, {seconds_per_step:.2f} s/step, {left} left",
+                self._stream,
+            )
 
     def say(self, text: str) -> None:
         """Print a line of its own; a bar is drawn again below it."""
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            self._bar.write(fitted(text, self._stream), file=self._stream)
         else:
-            self._write(text)
+            say_if_read(text, self._stream)
 
     def close(self) -> None:
         """End the bar's line, so that what is printed next begins its own."""
         if self._bar is not None:
             self._bar.close()
-
-    def _write(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
 
 
 def _duration(seconds: float) -> str:

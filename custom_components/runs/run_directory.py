@@ -5,7 +5,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from custom_components.runtime.atomic_files import sweep_unfinished, whole_file
 from custom_components.runtime.disk_errors import disk_errors_of
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.ownership import OwnDirectory, Recognises, first_foreign
+from custom_components.runtime.terminal import say
 
 # What flock says on Lustre without -o flock, and on file systems of FUSE.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
@@ -91,6 +92,11 @@ class RunDirectory:
         }
 
     @property
+    def files_of_loggers(self) -> tuple[Path, ...]:
+        """The files that are written when a logger gets the config."""
+        return self.logged_config, self.wandb_run
+
+    @property
     def has_only_begun(self) -> bool:
         """Whether a run died here before its first checkpoint."""
         return bool(self.results()) and not (run_checkpoints(self.path) or os.path.lexists(self.adapter))
@@ -119,7 +125,7 @@ def run_directory(path: Path, *, overwrite: bool, resumes: bool) -> Iterator[Run
     directory = RunDirectory(path)
     check_results(path, overwrite=overwrite, resumes=resumes)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_nothing_left_unless_begun(directory))
+        stack.enter_context(_unchanged_unless_begun(directory))
         try:
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(path / ".lock"))
@@ -137,46 +143,67 @@ def run_directory(path: Path, *, overwrite: bool, resumes: bool) -> Iterator[Run
             yield directory
 
 
-def begin_in(directory: RunDirectory, config: str, *, overwrites: bool) -> None:
-    """Delete what an earlier run wrote, if it is to be replaced, and write config.yaml.
+def begin_in(
+    directory: RunDirectory, config: str, log_config: Callable[[str, RunDirectory], None], *, overwrites: bool
+) -> None:
+    """Log the config, delete what an earlier run wrote, if it is to be replaced, and write config.yaml.
 
-    The earlier config.yaml goes last: until then it tells whose the rest is.
+    A logger that fails changes nothing. The earlier config.yaml goes last: until then it tells whose the rest is.
+
+    Args:
+        log_config: of a metric logger, see :class:`MetricLogger`.
 
     Raises:
         UserError: something that no run wrote is in the way.
     """
     if overwrites:
         check_results(directory.path, overwrite=True, resumes=False)
-        for path, own in directory.results().items():
-            if isinstance(own, OwnDirectory):
-                own.remove(path)
-            elif path != directory.config:
-                path.unlink()
+    replaced = directory.results() if overwrites else {}
+    for path in directory.files_of_loggers:
+        if replaced.pop(path, None) is not None:
+            path.unlink()  # put back by run_directory if the logger fails
+    log_config(config, directory)
+    for path, own in replaced.items():
+        if isinstance(own, OwnDirectory):
+            own.remove(path)
+        elif path != directory.config:
+            path.unlink()
     with whole_file(directory.config) as aside:
         aside.write_text(config, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _nothing_left_unless_begun(directory: RunDirectory) -> Iterator[None]:
-    """Take the directories away that were made for a run that fails before it begins."""
-    lock = directory.path / ".lock"
-    made = [path for path in (directory.checkpoints, directory.path, *directory.path.parents) if not path.exists()]
+def _unchanged_unless_begun(directory: RunDirectory) -> Iterator[None]:
+    """Put the directory back as it was if the run fails before it begins, which is when it writes its config.yaml."""
+    folders = (directory.checkpoints, directory.path, *directory.path.parents)
+    made = [path for path in folders if not path.exists()]
+    before = _modified(directory.config)
+    of_loggers = {path: path.read_bytes() if path.is_file() else None for path in directory.files_of_loggers}
     try:
         yield
     except BaseException:
-        if directory.path in made and not directory.config.exists():
+        if _modified(directory.config) == before:
             with contextlib.suppress(OSError):
-                lock.unlink(missing_ok=True)
+                for path, content in of_loggers.items():
+                    if content is None:
+                        path.unlink(missing_ok=True)
+                    elif not path.is_file() or path.read_bytes() != content:
+                        path.write_bytes(content)
                 for path in made:
                     if path.exists():
                         path.rmdir()
         raise
 
 
+def _modified(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # note: no "w", which would empty what is there, and no link, which may lead to any file.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    """Hold a lock. Its file stays, unless it was made here and no run has begun beside it."""
+    descriptor, is_made = _opened_lock(path)
+    is_held = False
     try:
         try:
             # note: the system gives the lock back when the process dies, however it dies.
@@ -184,13 +211,28 @@ def _locked(path: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            print(
+            say(
                 f"warning: the file system of output_dir {str(path.parent)!r} has no locks ({error.strerror}): nothing "
                 "keeps a second run from writing there"
             )
+        if os.fstat(descriptor).st_nlink == 0:  # deleted by a run that ended without beginning
+            raise BlockingIOError
+        is_held = True
         yield
     finally:
+        # note: while it is locked, so that no other run has it.
+        if is_made and is_held and not RunDirectory(path.parent).config.exists():
+            path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _opened_lock(path: Path) -> tuple[int, bool]:
+    """Open the file of a lock; return its descriptor, and whether it was made."""
+    # note: no "w", which would empty what is there, and no link, which may lead to any file.
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW), False
 
 
 def check_results(path: Path, *, overwrite: bool, resumes: bool) -> None:

@@ -19,19 +19,21 @@ _NONE: Mapping[str, float] = {}
 class TrainingLog(contextlib.AbstractContextManager):
     """Records the steps and validations of a run, every one flushed as it is written.
 
+    The run begins in its directory, where it may replace an earlier one, with the first record, or at the block's end.
+
     Args:
-        logger: gets the same numbers, the config, and answers where it can.
+        logger: gets the same numbers, and answers where it can.
         num_steps: of the whole run.
         num_done_steps: of those, the steps that an earlier process took.
     """
 
     def __init__(self, run: Run, logger: MetricLogger, num_steps: int, num_done_steps: int) -> None:
         self._run = run
-        self._metrics = MetricsFile(run.directory.metrics)
+        self._metrics: MetricsFile | None = None
         self._logger = logger
-        self._logger.log_config(run.config, run.directory)
         self._bar = ProgressBar(num_steps, num_done_steps)
 
+<<<<<<< HEAD
     def step(
         self, step: PlannedStep, batches: Sequence[Batch], result: StepResult, measures: Mapping[str, float] = _NONE
     ) -> None:
@@ -40,6 +42,11 @@ class TrainingLog(contextlib.AbstractContextManager):
         Args:
             measures: beside the loss, by name.
         """
+=======
+    def step(self, step: PlannedStep, batches: Sequence[Batch], result: StepResult) -> None:
+        """Record an optimizer step."""
+        metrics = self._opened_metrics()
+>>>>>>> 9b28690 (Nothing is replaced before a run's first step, and lines for people are broken between words)
         num_tokens = sum(batch.num_tokens for batch in batches)
         record = {
             "step": step.number,
@@ -54,11 +61,12 @@ class TrainingLog(contextlib.AbstractContextManager):
             "tokens_per_second": num_tokens / result.seconds,
             "peak_memory_gib": self._run.memory.gib(),
         }
-        self._metrics.write(record)
+        metrics.write(record)
         if step.number % self._run.settings.log_every_n_steps == 0:
             self._logger.log(record, step.number)
         self._bar.update(step.number, result.loss)
 
+<<<<<<< HEAD
     def validation(self, step: PlannedStep, val_loss: float, measures: Mapping[str, float] | None = None) -> None:
         """Record a validation after a step.
 
@@ -68,6 +76,12 @@ class TrainingLog(contextlib.AbstractContextManager):
         beside = {"perplexity": math.exp(val_loss)} if measures is None else measures
         record = {"step": step.number, "val_loss": val_loss, **{f"val_{name}": beside[name] for name in beside}}
         self._metrics.write(record)
+=======
+    def validation(self, step: PlannedStep, val_loss: float) -> None:
+        """Record a validation after a step."""
+        record = {"step": step.number, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)}
+        self._opened_metrics().write(record)
+>>>>>>> 9b28690 (Nothing is replaced before a run's first step, and lines for people are broken between words)
         self._logger.log(record, step.number)
 
     def samples(self, step: PlannedStep, answers: Sequence[str]) -> None:
@@ -82,6 +96,15 @@ class TrainingLog(contextlib.AbstractContextManager):
         """Print a line of its own beside the progress."""
         self._bar.say(text)
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         self._bar.close()
-        self._metrics.close()
+        if error_type is None:
+            self._opened_metrics()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _opened_metrics(self) -> MetricsFile:
+        if self._metrics is None:
+            self._logger.begin()
+            self._metrics = MetricsFile(self._run.directory.metrics)
+        return self._metrics

@@ -38,10 +38,14 @@ def out(run, tmp_path):
     return shutil.copytree(run / "out", tmp_path / "out")
 
 
+def nothing_logged(*_):
+    """In place of a metric logger."""
+
+
 def overwrite(out):
     """What a run does with the directory that it replaces."""
     with run_directory(out, overwrite=True, resumes=False) as directory:
-        begin_in(directory, "new: true\n", overwrites=True)
+        begin_in(directory, "new: true\n", nothing_logged, overwrites=True)
 
 
 def test_overwriting_removes_all_of_a_run_and_only_that(out):
@@ -144,7 +148,7 @@ def test_L33_nothing_is_deleted_or_written_through_a_link(out, tmp_path, name, r
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match="output_dir: "):  # noqa: SIM117 - the block must not be reached
         with run_directory(out, overwrite=not resumes, resumes=resumes) as directory:
-            begin_in(directory, "new: true\n", overwrites=not resumes)
+            begin_in(directory, "new: true\n", nothing_logged, overwrites=not resumes)
     assert snapshot(tmp_path) == before
 
 
@@ -238,7 +242,7 @@ def test_L33_no_foreign_byte_changes_wherever_it_is(run, tmp_path, files, resume
         foreign[path] = content
     try:
         with run_directory(out, overwrite=not resumes, resumes=resumes) as directory:
-            begin_in(directory, "new: true\n", overwrites=not resumes)
+            begin_in(directory, "new: true\n", nothing_logged, overwrites=not resumes)
     except UserError:
         pass
     assert {path: path.read_bytes() if path.exists() else None for path in foreign} == foreign

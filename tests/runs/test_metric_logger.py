@@ -61,7 +61,7 @@ def node(logger: type) -> dict:
 
 def test_a_logger_gets_the_config_as_it_is_and_is_closed_on_every_way_out(config, tmp_path):
     config += "note: a price of ${amount} or ${x\n"
-    with pytest.raises(KeyboardInterrupt), metric_logger(node(KeptLogger), None) as logger:
+    with pytest.raises(KeyboardInterrupt), metric_logger(node(KeptLogger), RunDirectory(tmp_path), None) as logger:
         logger.log_config(config, RunDirectory(tmp_path))
         logger.log({"loss": 1.0, "peak_memory_gib": None}, step=3)
         logger.log_samples(["Who?"], ["Me."], step=3)
@@ -71,13 +71,13 @@ def test_a_logger_gets_the_config_as_it_is_and_is_closed_on_every_way_out(config
     assert KeptLogger.made.is_closed
 
 
-def test_a_logger_that_cannot_start_is_one_line():
+def test_a_logger_that_cannot_start_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"^metric_logger: .*BrokenLogger cannot start \(no key for the server\); "):
-        metric_logger(node(BrokenLogger), None).__enter__()
+        metric_logger(node(BrokenLogger), RunDirectory(tmp_path), None).__enter__()
 
 
 def test_without_a_logger_nothing_is_logged(config, tmp_path):
-    with metric_logger(None, None) as logger:
+    with metric_logger(None, RunDirectory(tmp_path), None) as logger:
         logger.log_config(config, RunDirectory(tmp_path))
         logger.log({"loss": 1.0}, step=1)
         logger.log_samples(["Who?"], ["Me."], step=1)
@@ -87,7 +87,7 @@ def test_without_a_logger_nothing_is_logged(config, tmp_path):
 @pytest.mark.parametrize("name", ["StdoutLogger", "DiskLogger"])
 def test_the_config_that_a_logger_writes_is_known_as_the_runs(config, name, tmp_path):
     keys = {"log_dir": str(tmp_path / "logs")} if name == "DiskLogger" else {}
-    with metric_logger({"_component_": LOGGERS + name, **keys}, None) as logger:
+    with metric_logger({"_component_": LOGGERS + name, **keys}, RunDirectory(tmp_path), None) as logger:
         logger.log_config(config, RunDirectory(tmp_path))
         logger.log_samples(["Who?"], ["Me."], step=1)
     directory = RunDirectory(tmp_path)
@@ -102,7 +102,7 @@ def test_tensorboard_has_numbers_and_answers(config, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     keys = {"_component_": LOGGERS + "TensorBoardLogger", "log_dir": str(tmp_path / "logs")}
-    with metric_logger(keys, None) as logger:
+    with metric_logger(keys, RunDirectory(tmp_path), None) as logger:
         logger.log_config(config, RunDirectory(tmp_path))
         logger.log({"loss": 2.0, "lr": 1e-3}, step=4)
         logger.log({"val_loss": 1.5}, step=4)
@@ -128,7 +128,7 @@ def test_a_resumed_wandb_run_goes_on_under_its_id(config, tmp_path, monkeypatch)
     keys = {"_component_": LOGGERS + "WandBLogger", "log_dir": str(tmp_path / "logs")}
     ids = []
     for run_so_far in (None, directory, None):
-        with metric_logger(keys, run_so_far) as logger:
+        with metric_logger(keys, directory, run_so_far) as logger:
             text = config if run_so_far is None else config.replace("seed: ", "seed: 1")
             logger.log_config(text, directory)
             logger.log({"loss": 2.0}, step=4)
