@@ -15,6 +15,7 @@ from custom_components.memory.estimate import estimate_memory
 from custom_components.memory.report import MANY_TOKENS, MemoryLine, card_table, memory_table
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import run_recipe
+from custom_components.runtime.terminal import say
 from custom_components.weights.checkpoint_files import open_checkpoint
 
 
@@ -29,7 +30,7 @@ def recipe_main() -> None:
     row_tokens = min(settings.max_seq_len or model.max_seq_len, model.max_seq_len)
     batch_size = 1 if settings.batch_size == "auto" else settings.batch_size
     rows = "packs" if settings.packed else "rows"
-    print(f"{batch_size} {rows} of {row_tokens} tokens a forward, every token supervised; dtype {dtype_words}")
+    say(f"{batch_size} {rows} of {row_tokens} tokens a forward, every token supervised; dtype {dtype_words}")
 
     estimate = estimate_memory(model, settings, dtype, device.type, [row_tokens] * batch_size)
     print(memory_table(estimate, device.type, settings.enable_activation_checkpointing))

@@ -30,6 +30,7 @@ from custom_components.evaluation.scores import scores_by_source
 from custom_components.runs.origin import ValidationDraw, open_origin
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError, run_recipe
+from custom_components.runtime.terminal import say
 from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import stated_prompt_format, tokenizer_with_format
 from custom_components.weights.adapted_model import load_model_for_inference, model_for_adapter
@@ -54,7 +55,7 @@ def recipe_main() -> None:
         tasks = tasks_to_solve(settings)
 
         model = load_model_for_inference(base, adapter, settings.quantize_base, dtype, device)
-        print(f"device {device}, dtype {dtype_words}{'; the base in NF4' if settings.quantize_base else ''}")
+        say(f"device {device}, dtype {dtype_words}{'; the base in NF4' if settings.quantize_base else ''}")
         rows: dict[str, dict[str, Measures]] = {}
         answers: dict[str, list[str]] = {}
         solved: dict[str, Mapping[str, Measures]] = {}
@@ -86,7 +87,7 @@ def recipe_main() -> None:
             "answers": answer_records(tokenizer, questions, answers),
         }
     if settings.output_file is not None:
-        print(f"results {settings.output_file}")
+        say(f"results {settings.output_file}")
 
 
 def trained_tokenizer(settings: EvaluationSettings) -> ChatTransform:
@@ -117,11 +118,11 @@ def rows_to_evaluate(settings: EvaluationSettings, tokenizer: ChatTransform) -> 
     if settings.dataset is None:
         return None
     dataset = instantiate(settings.dataset, tokenizer=tokenizer)
-    print(account(dataset.summaries))
+    say(account(dataset.summaries))
     if settings.val_fraction is None:
         return dataset
     _, dataset = split_validation(dataset, settings.val_fraction, settings.seed)
-    print(
+    say(
         f"{len(dataset)} rows are drawn, which training on this data with val_fraction {settings.val_fraction}, seed "
         f"{settings.seed}, max_seq_len {tokenizer.max_seq_len} and train_on {tokenizer.train_on} kept for validation"
     )

@@ -32,6 +32,7 @@ from custom_components.generation.incremental import IncrementalLlama, made_for_
 from custom_components.generation.sampling import Sampling
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError, run_recipe
+from custom_components.runtime.terminal import say
 from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
 from custom_components.transforms.prompt_format import stated_prompt_format, tokenizer_with_format
 from custom_components.weights.adapted_model import load_model_for_inference
@@ -73,7 +74,7 @@ def check_that_something_is_asked(settings: GenerationSettings) -> None:
     if settings.output_file is not None:
         check_output_file(settings.output_file)
     if settings.temperature == 0 and (settings.top_k is not None or settings.top_p is not None):
-        print("warning: top_k and top_p have no effect at temperature 0", file=sys.stderr)
+        say("warning: top_k and top_p have no effect at temperature 0", sys.stderr)
 
 
 def tokenized_prompts(settings: GenerationSettings, tokenizer: ChatTransform, max_seq_len: int) -> list[FilePrompt]:
@@ -153,7 +154,7 @@ def answer_file(
     with tqdm(total=len(prompts), unit="prompt", disable=None) as progress:
         for num_answered in write_answers(prompts, settings.output_file, settings.batch_size, answer_batch):
             progress.update(num_answered)
-    print(f"{len(prompts) * settings.num_answers} answers in {settings.output_file}")
+    say(f"{len(prompts) * settings.num_answers} answers in {settings.output_file}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from custom_components.export.modelfile import write_modelfile
 from custom_components.runs.origin import open_origin
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.process_memory import PeakMemory
+from custom_components.runtime.terminal import say
 from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
 from custom_components.transforms.jinja_template import chat_template
 from custom_components.transforms.own_template import source_template
@@ -94,7 +95,7 @@ def recipe_main() -> None:
         if settings.prove:
             prove(written, storage, base, settings.base, adapters, transform)
     peak_gib = memory.gib()
-    print(
+    say(
         f"merged {settings.output_dir}: {num_bytes / 1e9:.3g} GB in {storage}"
         + (f", peak memory {peak_gib:.2f} GiB" if peak_gib is not None else "")
     )
@@ -156,7 +157,7 @@ def export_adapter(settings: MergeSettings, checkpoint: BaseCheckpoint, adapter:
     with merge_directory(settings.output_dir) as directory:
         write_gguf_lora(directory / f"{name}-lora.gguf", adapter, checkpoint.shape, name)
         write_record(directory, checkpoint, settings.base, [adapter])
-    print(f"adapter {settings.output_dir}/{name}-lora.gguf: llama-server -m BASE.gguf --lora {name}-lora.gguf")
+    say(f"adapter {settings.output_dir}/{name}-lora.gguf: llama-server -m BASE.gguf --lora {name}-lora.gguf")
 
 
 def with_progress(merged: MergedWeights) -> Iterable[tuple[str, Tensor]]:
@@ -168,11 +169,11 @@ def template_of(
 ) -> str | None:
     """Give the chat template of the adapters' prompt formats, or if they state none the checkpoint's own, if any."""
     if any(other != formats[0] for other in formats):
-        print(f"warning: the adapters were trained with different prompt formats; taken is that of {first_dir}")
+        say(f"warning: the adapters were trained with different prompt formats; taken is that of {first_dir}")
     if formats[0] is None:
         template = source_template(checkpoint.directory)
         found = "the checkpoint's chat template is kept" if template else "no chat template is written"
-        print(f"{first_dir} states no prompt format: {found}")
+        say(f"{first_dir} states no prompt format: {found}")
         return template
     pieces = transform.tokenizer.named_pieces
     added_tokens = [token.text for token in transform.tokenizer.added_tokens.tokens]
@@ -194,19 +195,19 @@ def prove(
     """
     origins = [open_origin(adapter.directory) for adapter in adapters]
     rows, kind = origins[0].example_rows(tokenizer)
-    print(f"compared in fp32 on {sum(map(len, rows))} tokens of {len(rows)} {kind}:")
+    say(f"compared in fp32 on {sum(map(len, rows))} tokens of {len(rows)} {kind}:")
     logits_TV = logits_of_weights(written, rows)
     proof = compared(logits_TV, logits_with_adapters(base, adapters, rows))
     check_same_logits(proof, storage)
-    print(f"  merged against the {base_name} weights + adapter: {proof}")
+    say(f"  merged against the {base_name} weights + adapter: {proof}")
     alone = compared(logits_TV, logits_of_weights(base, rows))
-    print(f"  merged against the {base_name} weights alone: {alone}")
+    say(f"  merged against the {base_name} weights alone: {alone}")
     if proof.relative_difference > alone.relative_difference / 2:
-        print(f"warning: rounding to {storage} changes the logits about as much as the adapter does; write more bits")
+        say(f"warning: rounding to {storage} changes the logits about as much as the adapter does; write more bits")
     if base_name == "original" and any(origin.has_nf4_base for origin in origins):
         trained_on = BaseWeights(base.checkpoint, dequantized=True)
         trained = compared(logits_TV, logits_with_adapters(trained_on, adapters, rows))
-        print(f"  merged against the NF4 weights + adapter, as trained: {trained}")
+        say(f"  merged against the NF4 weights + adapter, as trained: {trained}")
 
 
 if __name__ == "__main__":

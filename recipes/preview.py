@@ -57,7 +57,7 @@ def recipe_main() -> None:
         page.add_text("Rows by tokens", length_histogram(data.train.lengths), is_drawing=True)
         page.add_text("The run", planned)
     if settings.output_file is not None:
-        print(f"page {settings.output_file}")
+        say(f"page {settings.output_file}")
 
 
 def fitted_tokenizer(settings: PreviewSettings) -> ChatTransform:

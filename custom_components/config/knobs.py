@@ -11,6 +11,7 @@ from typing import Any
 from custom_components.config.overrides import RawConfig
 from custom_components.config.settings import Settings
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.terminal import say
 
 # Keys of nodes that pass on a knob of another name.
 _KNOBS_OF_OTHER_NAMES = {("optimizer", "lr"): "learning_rate"}
@@ -65,7 +66,7 @@ def _settle_alternatives(raw: RawConfig, typed: set[str], settings_type: type[Se
         for given, other in (pair, pair[::-1]):
             if given in typed and other not in typed and all(values[key] != defaults[key] for key in pair):
                 said = "its node" if isinstance(values[other], dict) else repr(values[other])
-                print(f"{given} on the command line replaces {other}, {said} ({raw.origin(other)})")
+                say(f"{given} on the command line replaces {other}, {said} ({raw.origin(other)})")
                 raw.values[other] = defaults[other]
 
 

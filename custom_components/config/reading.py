@@ -22,6 +22,7 @@ from custom_components.config.recipe_help import recipe_help
 from custom_components.config.renamed import rename_components
 from custom_components.config.settings import Settings
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.terminal import say
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
@@ -74,7 +75,7 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
         renamed |= rename_components(raw.values)
     settle_overrides(raw, [override.removeprefix("~").partition("=")[0] for override in overrides], settings_type)
     for before, today in renamed.items():
-        print(f"{before} is now {today}: read as that")
+        say(f"{before} is now {today}: read as that")
     for name, field in settings_type.model_fields.items():
         if not field.is_required():
             default = field.get_default()
@@ -82,7 +83,7 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
     values, unresolved = interpolate(raw)
     settings = checked_settings(settings_type, values, unresolved, raw.values, raw.origin)
     for note in settings.notes():
-        print(f"note: {note}")
+        say(f"note: {note}")
     return settings
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import custom_components
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.terminal import say
 
 # torchtune 0.6.1, torchtune/_recipe_registry.py: `Recipe(name="...", ...)`, `Config(name="...", ...)`.
 _REGISTRY_NAME = re.compile(r'\bname="([^"]+)"')
@@ -79,7 +80,7 @@ class Project:
     def said(self, name: str, found: Path, consequence: str = "") -> str:
         """Give the path of the project's file of this name, and print it if it is not in the working directory."""
         if self.path != self.working_directory:
-            print(f"{name}: taken from {self.path}{consequence}", file=sys.stderr)
+            say(f"{name}: taken from {self.path}{consequence}", sys.stderr)
         return str(found)
 
     def listing(self) -> str:

@@ -11,6 +11,7 @@ from numpy.lib.format import open_memmap
 
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.terminal import say
 
 # Part of every key: raise it whenever the same inputs would give other tokens or other arrays.
 _VERSION = 6
@@ -73,7 +74,7 @@ class TokenCache:
                 (directory / _DIGESTS_NAME).write_text(json.dumps(digests), encoding="utf-8")
         except (OSError, UserError) as error:
             reason = error.strerror or error if isinstance(error, OSError) else error
-            print(f"cache_dir: the tokens are not kept, {str(self._directory)!r} cannot be written ({reason})")
+            say(f"cache_dir: the tokens are not kept, {str(self._directory)!r} cannot be written ({reason})")
 
 
 def _file_digest(path: Path) -> str:

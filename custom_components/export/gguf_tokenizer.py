@@ -9,6 +9,7 @@ from typing import Any
 
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.json_files import read_json_object
+from custom_components.runtime.terminal import say
 from custom_components.transforms.sentencepiece_model import Piece, PieceType, read_sentencepiece_model
 from custom_components.transforms.sentencepiece_tokenizer import SentencePieceTokenizer
 from custom_components.transforms.tokenizer_files import ExportedTokenizer
@@ -48,7 +49,7 @@ def add_tokenizer(writer: Any, exported: ExportedTokenizer, num_embeddings: int)
     for add_id, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
         add_id(token)
     if left_out := [tokenizer.piece(token) for token in others[2:]]:
-        print(f"note: a GGUF file has room for three tokens that end an answer; left out: {left_out}")
+        say(f"note: a GGUF file has room for three tokens that end an answer; left out: {left_out}")
     if exported.pad_id is not None and exported.pad_id < num_embeddings:
         writer.add_pad_token_id(exported.pad_id)
     writer.add_add_bos_token(exported.begins_with_bos)
@@ -74,7 +75,7 @@ def _add_sentencepiece(
             "than the model was trained with; merge to another format"
         )
     if model.removes_repeated_spaces or model.replaces_characters:
-        print(
+        say(
             "note: this tokenizer joins repeated spaces or replaces characters before it splits a text; llama.cpp's "
             "does not, and splits such prompts in another way"
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchtune.models.convert_weights import get_mapped_key
 
 from custom_components.models.shapes import LlamaShape
+from custom_components.runtime.terminal import say
 from custom_components.transforms.added_tokens import read_json
 from custom_components.transforms.tokenizer_files import ExportedTokenizer
 from custom_components.weights.checkpoint_files import BaseCheckpoint
@@ -70,7 +71,7 @@ def write_config(
     # Llama 2 came so in 2023; Meta mended it in this way.
     if not generation_config.get("do_sample") and (drawing := sorted(_DRAWING & generation_config.keys())):
         generation_config["do_sample"] = True
-        print(
+        say(
             f"generation_config.json: do_sample is set to true; without it {', '.join(drawing)} has no effect, and "
             "transformers refuses to save the model again"
         )

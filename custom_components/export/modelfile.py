@@ -11,6 +11,7 @@ Format: ollama/ollama @fb30760, docs/modelfile.mdx, parser/parser.go; the list: 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from custom_components.runtime.terminal import say
 from custom_components.transforms.go_template import go_template
 from custom_components.transforms.jinja_dialogs import JinjaTemplate
 from custom_components.transforms.prompt_format import PromptFormat
@@ -44,7 +45,7 @@ def write_modelfile(
         control_pieces, added_tokens: see :func:`go_template`.
     """
     if prompt_format is None:
-        print(
+        say(
             f"no {MODELFILE_NAME} is written: no prompt format is stated, and a Jinja template cannot be put into "
             "Ollama's language; Ollama 0.30 and later run the one in the file, if there is one, from a line `FROM`"
         )
@@ -54,7 +55,7 @@ def write_modelfile(
             "Ollama 0.30 and later run the one in the file, from a line `FROM`"
         )
     elif not gguf_name.isprintable():
-        print(f"no {MODELFILE_NAME} is written: it cannot name {gguf_name!r}; give output_dir a printable name")
+        say(f"no {MODELFILE_NAME} is written: it cannot name {gguf_name!r}; give output_dir a printable name")
     else:
         text = modelfile(gguf_name, prompt_format, control_pieces, added_tokens)
         (directory / MODELFILE_NAME).write_text(text, encoding="utf-8")

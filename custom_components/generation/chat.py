@@ -7,6 +7,7 @@ from typing import TextIO
 
 from custom_components.generation.chat_input import messages_of
 from custom_components.generation.conversation import Conversation
+from custom_components.runtime.terminal import say
 
 HELP = """\
 /retry          answer the last question again, drawn anew
@@ -27,7 +28,7 @@ def chat(conversation: Conversation, lines: TextIO, *, is_interactive: bool) -> 
         is_interactive: show a prompt before each line, and let Ctrl-C stop an answer; otherwise it exits.
     """
     if is_interactive:
-        say("/help for commands")
+        note("/help for commands")
     for message in messages_of(lines, is_interactive=is_interactive):
         if message.startswith("/") and not message.startswith("//") and "\n" not in message:
             if message == "/exit":
@@ -43,28 +44,28 @@ def obey(conversation: Conversation, line: str, is_interactive: bool) -> None:
     text = text.strip()
     if command == "/reset":
         conversation.reset()
-        say("the conversation is forgotten")
+        note("the conversation is forgotten")
     elif command == "/system":
         conversation.system_prompt = text or None
-        say("the system prompt is set" if text else "the trained system prompt is restored")
+        note("the system prompt is set" if text else "the trained system prompt is restored")
     elif command == "/retry":
         retry(conversation, is_interactive)
     elif command == "/save":
         save(conversation, text)
     else:
         if command != "/help":
-            say(f"there is no command {command!r}")
-        say(HELP)
+            note(f"there is no command {command!r}")
+        note(HELP)
 
 
 def retry(conversation: Conversation, is_interactive: bool) -> None:
     """Answer the last question again."""
     question = conversation.take_back()
     if question is None:
-        say("there is no question to answer again")
+        note("there is no question to answer again")
         return
     if not conversation.draws:
-        say("at temperature 0 the answer is always the likeliest one; temperature=0.7 on the command line draws")
+        note("at temperature 0 the answer is always the likeliest one; temperature=0.7 on the command line draws")
     answer_message(conversation, question, is_interactive)
 
 
@@ -72,20 +73,20 @@ def save(conversation: Conversation, name: str) -> None:
     """Write the conversation as one line of JSON, as `dataset.source` and `prompts_file` read it."""
     messages = conversation.messages()
     if not name:
-        say("error: /save needs a file name, as in /save chat.jsonl")
+        note("error: /save needs a file name, as in /save chat.jsonl")
         return
     if not any(message["role"] == "assistant" for message in messages):
-        say("there is nothing to save yet")
+        note("there is nothing to save yet")
         return
     try:
         with Path(name).expanduser().open("x", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     except FileExistsError:
-        say(f"error: {name!r} is there already; save under another name")
+        note(f"error: {name!r} is there already; save under another name")
     except (OSError, RuntimeError, ValueError) as error:  # no such directory, no such user, a name that cannot be
-        say(f"error: {name!r} cannot be written ({getattr(error, 'strerror', None) or error})")
+        note(f"error: {name!r} cannot be written ({getattr(error, 'strerror', None) or error})")
     else:
-        say(f"saved {name}")
+        note(f"saved {name}")
 
 
 def answer_message(conversation: Conversation, question: str, is_interactive: bool) -> None:
@@ -93,10 +94,10 @@ def answer_message(conversation: Conversation, question: str, is_interactive: bo
     try:
         num_forgotten = conversation.forget_what_does_not_fit(question)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         return
     if num_forgotten:
-        say(f"the context is full: the oldest {num_forgotten} of the exchanges are forgotten")
+        note(f"the context is full: the oldest {num_forgotten} of the exchanges are forgotten")
     num_kept = len(conversation.exchanges)
     pieces = conversation.answer(question)
     try:
@@ -108,9 +109,9 @@ def answer_message(conversation: Conversation, question: str, is_interactive: bo
             raise
     print(flush=True)
     if len(conversation.exchanges) == num_kept:
-        say("the answer contains prompt-format markup, so this exchange is forgotten")
+        note("the answer contains prompt-format markup, so this exchange is forgotten")
 
 
-def say(text: str) -> None:
+def note(text: str) -> None:
     """Print a line about the chat, not of it."""
-    print(text, file=sys.stderr, flush=True)
+    say(text, sys.stderr)

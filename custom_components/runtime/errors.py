@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from custom_components.runtime.starting import STOPPED_LINE, leave_at_once, take_interrupts
-from custom_components.runtime.terminal import allow_any_text, is_stdout_closed
+from custom_components.runtime.terminal import allow_any_text, is_stdout_closed, leave_closed_terminal, say
 
 EXIT_CODE_USER_ERROR = 2
 EXIT_CODE_CLOSED_STDOUT = 141  # 128 + SIGPIPE, as of other programs whose reader has left
@@ -26,14 +26,15 @@ class UserError(ValueError):
 def run_recipe(recipe_main: Callable[[], None]) -> None:
     """Run a recipe's main function and exit with the code for how it ended.
 
-    0 when done, 2 after a :class:`UserError` (its lines on stderr, no traceback), 130 and 143 after SIGINT and SIGTERM,
-    141 when nobody reads its output any more, as after `| head`. Anything else is a bug and keeps its traceback.
+    0 when done, 2 after a :class:`UserError` (its lines on stderr, no traceback), 128 + its number after a signal, 141 when nobody reads its output any more, as after `| head`. Anything else is a bug and keeps its traceback.
     """
     # note: not at the top of a file that `--help` and the first error lines need at once: it imports torch
     from custom_components.runtime.out_of_memory import is_out_of_memory
 
     take_interrupts()
-    signal.signal(signal.SIGTERM, _raise_system_exit)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, _raise_system_exit)
     allow_any_text()
     try:
         recipe_main()
@@ -45,7 +46,7 @@ def run_recipe(recipe_main: Callable[[], None]) -> None:
         if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0]
-        print(f"error: {reason} Lower batch_size or max_seq_len, or set quantize_base=true", file=sys.stderr)
+        say(f"error: {reason} Lower batch_size or max_seq_len, or set quantize_base=true", sys.stderr)
         sys.exit(EXIT_CODE_USER_ERROR)
     except BrokenPipeError:
         if not is_stdout_closed():
@@ -53,15 +54,17 @@ def run_recipe(recipe_main: Callable[[], None]) -> None:
         sys.exit(EXIT_CODE_CLOSED_STDOUT)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, leave_at_once)  # threads may still have to end
-        print(STOPPED_LINE, file=sys.stderr)
+        say(STOPPED_LINE, sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
 def print_errors(error: UserError) -> None:
-    """Print one `error:` line for each problem."""
+    """Print one `error:` line for each problem; on a terminal it is broken between words."""
     for message in error.messages:
-        print(f"error: {message}", file=sys.stderr)
+        say(f"error: {message}", sys.stderr)
 
 
 def _raise_system_exit(signal_number: int, _frame: object) -> None:
+    if signal_number == signal.SIGHUP:
+        leave_closed_terminal()
     sys.exit(128 + signal_number)

@@ -3,9 +3,10 @@
 import contextlib
 import os
 import signal
-import stat
 import time
 from collections.abc import Iterator
+
+from custom_components.runtime.terminal import leave_closed_terminal
 
 # SIGHUP: the terminal was closed. SIGUSR1: SLURM's `--signal=USR1@90`, 90 seconds before the time limit.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -48,16 +49,6 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def leave_closed_terminal() -> None:
-    """Send what is printed to nowhere, where it went to a terminal: writing to one that was closed is an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        # note: a closed terminal no longer counts as a terminal, but is still a device.
-        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-            os.dup2(nowhere, descriptor)
-    os.close(nowhere)
 
 
 class SaveClock:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 from torchtune.modules import TransformerDecoder
 
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.terminal import say
 from custom_components.transforms.dialogs import (
     ChatMessage,
     chat_messages,
@@ -256,16 +257,16 @@ def fit_tokenizer(tokenizer: ChatTransform, model: TransformerDecoder) -> ChatTr
         )
     embedded, left_out = tokenizer.tokenizer.added_tokens.split_at(num_embeddings)
     if left_out.tokens:
-        print(f"warning: {left_out} left out: the model embeds {num_embeddings} ids, and has none for it")
+        say(f"warning: {left_out} left out: the model embeds {num_embeddings} ids, and has none for it")
         tokenizer = tokenizer.replace(tokenizer=tokenizer.tokenizer.with_added_tokens(embedded))
     is_padded = tokenizer.tokenizer.num_ids < num_embeddings
     if embedded.tokens or is_padded:
-        print(
+        say(
             f"the tokenizer has {tokenizer.vocab_size} pieces{f' and {embedded}' if embedded.tokens else ''}"
             + (f", the model's padded vocabulary {num_embeddings}" if is_padded else "")
         )
     if tokenizer.max_seq_len is not None and tokenizer.max_seq_len > model.max_seq_len:
-        print(f"max_seq_len {tokenizer.max_seq_len} is capped to the model's context of {model.max_seq_len} tokens")
+        say(f"max_seq_len {tokenizer.max_seq_len} is capped to the model's context of {model.max_seq_len} tokens")
     return tokenizer.replace(max_seq_len=min(tokenizer.max_seq_len or model.max_seq_len, model.max_seq_len))
 
 

@@ -9,6 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.terminal import say
 from custom_components.transforms.added_tokens import stated_ids
 from custom_components.transforms.chat_transform import ChatTransform
 
@@ -74,7 +75,7 @@ def tokenizer_with_format(
     for name, told, default in (("prompt_template", prompt_template, "auto"), ("system_prompt", system_prompt, None)):
         trained_value = getattr(trained, name) if trained else default
         if trained and told is not None and told != trained_value:
-            print(f"warning: {name} is {told!r}, it was trained with {trained_value!r}", file=sys.stderr)
+            say(f"warning: {name} is {told!r}, it was trained with {trained_value!r}", sys.stderr)
         chosen[name] = trained_value if told is None else told
     try:
         tokenizer = ChatTransform(checkpoint_dir, **chosen)

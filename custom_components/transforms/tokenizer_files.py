@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from custom_components.runtime.terminal import say
 from custom_components.transforms.added_tokens import NAMES, read_json, stated_ids
 from custom_components.transforms.sentencepiece_tokenizer import SentencePieceTokenizer
 from custom_components.transforms.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ def _write_sentencepiece(directory: Path, tokenizer: SentencePieceTokenizer) -> 
         _write(directory / "added_tokens.json", added.ids)
     fast = fast_tokenizer(tokenizer.processor, added.tokens)
     if fast is None:
-        print(
+        say(
             "warning: no tokenizer.json is written, for this tokenizer.model is not a plain byte-pair encoding; what "
             "transformers makes of it may give other ids than training used"
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.terminal import say
 from custom_components.weights.card import stated_steps
 from custom_components.weights.checkpoint_files import StoredTensor, tensors_of_file
 from custom_components.weights.directory_checks import check_adapter_directory
@@ -116,7 +117,7 @@ def open_adapter(adapter_dir: Path, key: str = "adapter_dir") -> StoredAdapter:
         adapter = _read(adapter_dir, files[-1], config)
     steps = stated_steps(adapter_dir)
     if steps is not None and not steps.is_finished:
-        print(f"{adapter_dir}: its run was stopped at step {steps.num_steps} of {steps.num_planned_steps}")
+        say(f"{adapter_dir}: its run was stopped at step {steps.num_steps} of {steps.num_planned_steps}")
     return adapter
 
 

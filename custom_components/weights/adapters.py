@@ -14,6 +14,7 @@ from custom_components.models.linear_names import hugging_face_module
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.terminal import say
 from custom_components.weights.adapter_files import WEIGHTS_NAME, StoredAdapter, rope_heads
 from custom_components.weights.adapter_settings import adapter_settings, target_names
 from custom_components.weights.names import halve_rope_rows
@@ -110,7 +111,7 @@ def check_adapter_fits(model: TransformerDecoder, stored: StoredAdapter) -> dict
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"the adapter {str(stored.directory)!r}: {stored.key(broken[0])} is not finite; train it again")
     if not any(tensor.any() for name, tensor in tensors.items() if name.endswith((".lora_b.weight", ".magnitude"))):
-        print(f"warning: the adapter {str(stored.directory)!r} changes nothing: every B is zero", file=sys.stderr)
+        say(f"warning: the adapter {str(stored.directory)!r} changes nothing: every B is zero", sys.stderr)
     return tensors
 
 

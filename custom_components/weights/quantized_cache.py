@@ -14,6 +14,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 
 from custom_components.models import nf4
 from custom_components.runtime.atomic_files import whole_file
+from custom_components.runtime.terminal import say
 from custom_components.weights.checkpoint_files import BaseCheckpoint
 
 # Part of every key: raised whenever the same checkpoint would give other values.
@@ -73,7 +74,7 @@ class QuantizedCache:
                 digests = {name: _digest(tensor) for name, tensor in tensors.items()}
                 save_file(tensors, path, {_DIGESTS: json.dumps(digests)})
         except (OSError, SafetensorError) as error:
-            print(f"quantized_cache: not kept, {str(self.path)!r} cannot be written ({error})")
+            say(f"quantized_cache: not kept, {str(self.path)!r} cannot be written ({error})")
 
 
 class CachedWeights:

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from custom_components.runtime.errors import run_recipe
+from custom_components.runtime.stopping import STOP_SIGNALS
 from tests.support.forked_tune import LIMIT_SECONDS, ForkedTune
 from tests.support.paths import PROJECT
 
@@ -57,7 +58,7 @@ def run_here(recipe: str, *arguments: str) -> tuple[int, str, str]:
     """Run a recipe in this process: exit code, stdout and stderr."""
     recipe_main = importlib.import_module(f"recipes.{recipe}").recipe_main
     out, err, code = io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", [f"{recipe}.py", *arguments]):
         try:
             run_recipe(recipe_main)
