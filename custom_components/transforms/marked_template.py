@@ -67,8 +67,8 @@ class MarkedTemplate:
 
     @property
     def begins_with_bos(self) -> bool:
-        first = self.start or (self.system if self.default_system is not None else self.user)
-        return not self.names_ends or first.startswith(BOS)
+        """Whether a dialog begins with a BOS that is of no message's part, so that other tools may put it there."""
+        return not self.names_ends or (self.start or "").startswith(BOS)
 
     @property
     def marks(self) -> dict[str, str]:

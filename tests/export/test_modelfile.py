@@ -19,7 +19,10 @@ from tests.support.recipe_runs import run_merge
 from tests.support.tokenizers import exported_tokenizer
 
 OPEN_SPACES = {"system": "{content} ", "user": "Q: {content} ", "assistant": " {content} "}
-DESCRIPTIONS = ["llama2", "alpaca", "human_response", "none", CUSTOM, OPEN_SPACES]
+# Names its own BOS and EOS, and needs no control tokens beside them.
+NAMED = {"start": "{bos}Chat\n", "user": "Q: {content}</s> ", "assistant": "{content} {eos}\n"}
+PUBLISHED = ["zephyr", "vicuna", "mistral_v1"]
+DESCRIPTIONS = ["llama2", "alpaca", "human_response", "none", CUSTOM, OPEN_SPACES, NAMED, *PUBLISHED]
 # None, one that a Modelfile can quote, and three that it cannot.
 SYSTEM_PROMPTS = [None, 'Be "kind".\n🙂\\ {{ .System }}', "", 'Say """\nno', "zero\u200bwidth\u00a0spaces"]
 MORE_DIALOGS = DIALOGS | {
@@ -38,12 +41,12 @@ def tokenizer_model(request, test_data):
 
 @pytest.fixture(scope="module")
 def their_ids(tmp_path_factory, tokenizer_model):
-    """Tokenizes a text with the control tokens in it, as llama.cpp does for Ollama, and puts BOS before it."""
+    """Tokenizes a text with the control tokens in it, as llama.cpp does for Ollama, and puts BOS before most."""
     transformers = pytest.importorskip("transformers")
     directory = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(directory, exported_tokenizer(tokenizer_model), 512)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    return lambda text: tokenizer(text).input_ids
+    return lambda text, puts_bos: tokenizer(text, add_special_tokens=puts_bos).input_ids
 
 
 @pytest.mark.parametrize("system_prompt", SYSTEM_PROMPTS)
@@ -54,7 +57,8 @@ def test_L40_ollamas_prompts_have_the_tokens_of_training(their_ids, tokenizer_mo
     for name, dialog in MORE_DIALOGS.items():
         messages = messages_of(dialog)
         expected = ours({"messages": messages}, inference=dialog[-1][0] == "user")["tokens"]
-        assert their_ids(ollama_prompt(text, messages, rendered_in_python)) == expected, name
+        asked = ollama_prompt(text, messages, rendered_in_python)
+        assert their_ids(asked, ours.begins_with_bos) == expected, name
 
 
 @pytest.mark.slow

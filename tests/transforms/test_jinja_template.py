@@ -12,6 +12,9 @@ from tests.support.dialogs import CUSTOM, DIALOGS, messages_of
 from tests.support.paths import TINY_TOKENIZER
 from tests.support.tokenizers import exported_tokenizer
 
+# Names its own BOS and EOS.
+NAMED = {"start": "{bos}Chat\n", "user": "Q: {content}</s> ", "assistant": "{content} {eos}\n"}
+
 
 @pytest.fixture(scope="module", params=["tiny", "llama2_tokenizer", "stories260K"])
 def tokenizer_model(request, test_data):
@@ -42,7 +45,9 @@ def their_ids(their_tokenizer, tokenizer_model):
 
 
 @pytest.mark.parametrize("system_prompt", [None, 'Be "kind".\n🙂\\'])
-@pytest.mark.parametrize("description", ["llama2", "alpaca", "human_response", "none", CUSTOM])
+@pytest.mark.parametrize(
+    "description", ["llama2", "alpaca", "human_response", "none", CUSTOM, "zephyr", "vicuna", "mistral_v1", NAMED]
+)
 def test_L23_the_template_renders_the_ids_of_training(their_ids, tokenizer_model, description, system_prompt):
     ours = Llama2ChatTransform(tokenizer_model, None, system_prompt, description)
     for name, dialog in DIALOGS.items():
