@@ -33,7 +33,6 @@ class TrainingLog(contextlib.AbstractContextManager):
         self._logger = logger
         self._bar = ProgressBar(num_steps, num_done_steps)
 
-<<<<<<< HEAD
     def step(
         self, step: PlannedStep, batches: Sequence[Batch], result: StepResult, measures: Mapping[str, float] = _NONE
     ) -> None:
@@ -42,11 +41,7 @@ class TrainingLog(contextlib.AbstractContextManager):
         Args:
             measures: beside the loss, by name.
         """
-=======
-    def step(self, step: PlannedStep, batches: Sequence[Batch], result: StepResult) -> None:
-        """Record an optimizer step."""
         metrics = self._opened_metrics()
->>>>>>> 9b28690 (Nothing is replaced before a run's first step, and lines for people are broken between words)
         num_tokens = sum(batch.num_tokens for batch in batches)
         record = {
             "step": step.number,
@@ -66,7 +61,6 @@ class TrainingLog(contextlib.AbstractContextManager):
             self._logger.log(record, step.number)
         self._bar.update(step.number, result.loss)
 
-<<<<<<< HEAD
     def validation(self, step: PlannedStep, val_loss: float, measures: Mapping[str, float] | None = None) -> None:
         """Record a validation after a step.
 
@@ -75,13 +69,7 @@ class TrainingLog(contextlib.AbstractContextManager):
         """
         beside = {"perplexity": math.exp(val_loss)} if measures is None else measures
         record = {"step": step.number, "val_loss": val_loss, **{f"val_{name}": beside[name] for name in beside}}
-        self._metrics.write(record)
-=======
-    def validation(self, step: PlannedStep, val_loss: float) -> None:
-        """Record a validation after a step."""
-        record = {"step": step.number, "val_loss": val_loss, "val_perplexity": math.exp(val_loss)}
         self._opened_metrics().write(record)
->>>>>>> 9b28690 (Nothing is replaced before a run's first step, and lines for people are broken between words)
         self._logger.log(record, step.number)
 
     def samples(self, step: PlannedStep, answers: Sequence[str]) -> None:
