@@ -155,7 +155,8 @@ def _decoded(line: bytes, location: str) -> str:
         return text
     around = line[max(0, start - 30) : start + 30]
     raise UserError(
-        f"{location}: byte 0x{line[start]:02x} is not UTF-8 text, in {around!r}; save the file as UTF-8 text"
+        f"{location}: byte 0x{line[start]:02x} is not UTF-8 text, in {around!r}; save the file as UTF-8 text "
+        "(a spreadsheet: as 'CSV UTF-8')"
     )
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from custom_components.transforms.training_marks import is_blank, mark_keys, marked_as_trained
+from custom_components.transforms.training_marks import is_blank, is_empty, mark_keys, marked_as_trained
 
 PAIR_RECIPE = "recipes/lora_dpo_single_device.py"
 # Columns that belong to what the model would read or write, and cannot be trained here.
@@ -91,7 +91,7 @@ def check_columns(values: Mapping[str, Any], known: Collection[str], *, is_dialo
         raise ValueError(problem)
     for column in others:
         name = str(column).lower()
-        if name in _REFUSED:
+        if name in _REFUSED and not is_empty(values[column]):
             raise ValueError(f"has {column!r}, which cannot be trained; delete the column, or leave such rows out")
         if is_dialog and _judges(column, values[column]):
             raise ValueError(

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from custom_components.datasets.dialog_rules import DialogRules, dialog_in_turns, named, trained_dialog
@@ -26,6 +27,7 @@ from custom_components.datasets.text_rows import (
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.dialogs import ChatMessage
 
+_MOST_COLUMNS_NAMED = 8
 UNTRAINED_ROW = "dropped (marked as not trained)"
 OTHER_SYSTEM = "with a 'system' column that is not used, because the dialog has a system message"
 
@@ -156,8 +158,9 @@ def recognised_format(
     if problem := pair_problem(columns):
         raise ValueError(problem)
     mapped = f", and dataset.column_map gives {listed(mapped_columns)}" if mapped_columns else ""
-    names = ", ".join(map(repr, columns)) or "none"
-    raise ValueError(f"no format has the columns {names}{mapped}; name them: {suggested_column_map(row)}")
+    names = ", ".join(map(repr, islice(columns, _MOST_COLUMNS_NAMED))) or "none"
+    more = f" and {len(columns) - _MOST_COLUMNS_NAMED} more" if len(columns) > _MOST_COLUMNS_NAMED else ""
+    raise ValueError(f"no format has the columns {names}{more}{mapped}; name them: {suggested_column_map(row)}")
 
 
 def check_format_name(name: str, formats: Formats) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from custom_components.transforms.training_marks import is_blank, mark_keys, marked_as_trained, names_of
+from custom_components.transforms.training_marks import is_blank, is_empty, mark_keys, marked_as_trained, names_of
 
 
 class RowMessage(NamedTuple):
@@ -57,6 +57,7 @@ _CONTENT_KEYS = {
     *("tool_calls", "tool_call_id", "tools", "functions", "function_call", "refusal", "audio", "images", "image"),
     *("videos", "video", "audios", "files", "thinking", "reasoning", "reasoning_content", "thinking_blocks"),
 }
+_TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "observation", "ipython", "tool_response"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -113,12 +114,15 @@ def _row_message(entry: Any, place: str, notes: RowNotes) -> RowMessage:
     role_key, content_key = next((pair for pair in pairs if entry[pair[0]] is not None), pairs[0])
     for key in entry.keys() - {role_key, content_key, *marks}:
         if not is_blank(entry[key]):
-            if key in _CONTENT_KEYS or key in ("content", "value", "role", "from"):
+            is_content = key in _CONTENT_KEYS and not is_empty(entry[key])
+            if is_content or key in ("content", "value", "role", "from"):
                 raise ValueError(f"{place} has {key!r}, which cannot be trained; only role, content and weight can")
             notes.unused_keys.append(str(key))
     role = entry[role_key]
     meaning = _ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if meaning is None:
+        if str(role).strip().lower() in _TOOL_ROLES:
+            raise ValueError(f"{place} is of role {shown(role)}; calls of tools and their results cannot be trained")
         raise ValueError(f"{place} is of role {shown(role)}, not one of {', '.join(_ROLES)}")
     is_supervised = marked_as_trained(entry, marks, place) if marks else None
     content = entry[content_key]

@@ -89,7 +89,8 @@ class SourceReader(ABC, Generic[Rows_co]):
         except UserError as error:
             raise UserError(*summary.bad_row_lines(), *error.messages) from None
         if rows.refuses(summary):
-            raise UserError(*summary.bad_row_lines())
+            *lines, last = summary.bad_row_lines()
+            raise UserError(*lines, f"{last}; on_bad_row=skip leaves such rows out")
         if not parts:
             raise self._nothing_to_train_on(summary, first_text)
         summary.format = rows.rows.format_found

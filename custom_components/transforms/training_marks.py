@@ -63,6 +63,11 @@ def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip()) or (value in ([], {}, ()))
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a value is blank, or text that spells a blank one, as `"[]"` in LLaMA-Factory's column of tools."""
+    return is_blank(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null"))
+
+
 @cache
 def _true_trains(key: str) -> bool | None:
     """Whether the key's true means that something is trained; None: the key is not known."""

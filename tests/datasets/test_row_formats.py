@@ -86,7 +86,7 @@ def test_a_published_spelling_is_recognised_and_read(row, expected):
         ({"conversations": HUMAN_GPT[1:]}, "message 1 is of role 'assistant' where 'user' is due"),
         (
             {"conversations": [{"from": "observation", "value": "x"}]},
-            "message 1 is of role 'observation', not one of system",
+            "message 1 is of role 'observation'; calls of tools",
         ),
         (
             {"conversations": [{"from": "human"}]},

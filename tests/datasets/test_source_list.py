@@ -161,4 +161,4 @@ def test_the_cache_keeps_a_source_whatever_its_weight_and_says_todays_files(tmp_
     dataset = chat_dataset(tiny_tokenizer, [{"source": source, "weight": 0.5}], cache_dir=tmp_path / "cache")
     [summary] = dataset.summaries
     assert len(dataset) == summary.num_taken == 2
-    assert summary.files == "reads train.jsonl, not test.jsonl (split test)"
+    assert summary.files == "reads train.jsonl, not test.jsonl (split test, 1 row)"

@@ -101,7 +101,7 @@ def test_L32_uneven_turns_are_refused_with_the_key_that_repairs_them(tmp_path):
     assert [re.sub(".*rows.jsonl", "", message) for message in raised.value.messages] == [
         ":2: message 2 is of role 'user' where 'assistant' is due; on_uneven_turns=merge joins such turns",
         ":3: message 1 is of role 'assistant' where 'user' is due; on_uneven_turns=drop_leading leaves out what comes "
-        "before the first question",
+        "before the first question; on_bad_row=skip leaves such rows out",
     ]
     assert read(tmp_path, even, doubled, leading, on_bad_row="skip").summaries[0].num_bad == 2
     merged = read(tmp_path, doubled, on_uneven_turns="merge")
@@ -123,6 +123,18 @@ def test_L27_roles_are_read_by_their_meaning(tmp_path, column, roles):
         texts = [("developer", "Be."), (roles[0], "a"), (roles[1], "b")]
         dataset = read(tmp_path, {column: [{role_key: role, content_key: text} for role, text in texts]})
         assert TRANSFORM.decode(dataset[0]["tokens"]) == "[INST] <<SYS>>\nBe.\n<</SYS>>\n\na [/INST] b "
+
+
+def test_L32_calls_of_tools_are_refused_by_what_they_are(tmp_path):
+    for role in ("function_call", "observation", "tool", "Function"):
+        turns = [{"from": name, "value": "a"} for name in ("human", role, "gpt")]
+        with pytest.raises(UserError, match=rf"rows\.jsonl:1: message 2 is of role '{role}'; calls of tools .*=skip"):
+            read(tmp_path, {"conversations": turns})
+
+
+def test_L27_many_columns_of_no_format_are_still_one_short_line(tmp_path):
+    with pytest.raises(UserError, match=r"'c7' and 24 more; name them: 'dataset.column_map=\{prompt: Question, comp"):
+        read(tmp_path, {**{f"c{number}": "x" for number in range(30)}, "Question": "a", "Answer": "b"})
 
 
 def test_L27_parts_of_text_are_joined_and_others_named(tmp_path):
@@ -183,7 +195,7 @@ def test_L32_one_thing_is_counted_in_the_singular(tmp_path):
     one, two = read(tmp_path, open_question), read(tmp_path, open_question, open_question)
     assert ": 1 row, 1 kept, 1 open last question left out, " in str(one.summaries[0])
     assert ": 2 rows, 2 kept, 2 open last questions left out, " in str(two.summaries[0])
-    with pytest.raises(UserError, match=r"\(and 1 more such row\)$"):
+    with pytest.raises(UserError, match=r"\(and 1 more such row\); on_bad_row=skip leaves such rows out$"):
         read(tmp_path, row, {"x": 1}, {"x": 1})
 
 
@@ -265,7 +277,8 @@ def test_L27_all_kinds_of_bad_rows_are_named_at_once(tmp_path):
     dataset = read(tmp_path, *rows, on_bad_row="skip")
     assert len(dataset) == 2 and dataset.summaries[0].num_bad == 8
     told = [line.partition("bad: ")[2] for line in str(dataset.summaries[0]).splitlines() if "bad: " in line]
-    assert told == [*raised.value.messages]
+    assert told == [message.removesuffix("; on_bad_row=skip leaves such rows out") for message in raised.value.messages]
+    assert raised.value.messages[-1].endswith("; on_bad_row=skip leaves such rows out")
 
 
 def test_L06_a_set_without_anything_to_train_on_says_why(tmp_path):

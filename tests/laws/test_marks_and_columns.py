@@ -211,12 +211,16 @@ def test_L32_what_cannot_be_trained_is_an_error_with_its_place(tmp_path, name):
         assert (
             [*read(tmp_path, row | {column: None})] == [*read(tmp_path, row | {column: []})] == [*read(tmp_path, row)]
         )
+        spelled = read(tmp_path, row | {column: " [] "})
+        assert [*spelled] == [*read(tmp_path, row)]
+        assert str(spelled.summaries[0]).endswith(f"columns not used: {column}")
     if name in ("messages", "sharegpt"):
         for key, value in (("tool_calls", [{"id": 1}]), ("thinking", "Hm."), ("images", ["a.png"])):
             [(column, (question, answer))] = row.items()
             with pytest.raises(UserError, match=rf"rows\.jsonl:1: message 2 has '{key}', which cannot be trained"):
                 read(tmp_path, {column: [question, answer | {key: value}]})
             assert len(read(tmp_path, {column: [question, answer | {key: value[:0]}]})) == 1
+            assert len(read(tmp_path, {column: [question, answer | {key: "[]"}]})) == 1
 
 
 @pytest.mark.parametrize("name", ROWS)

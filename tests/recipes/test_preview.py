@@ -178,7 +178,10 @@ def test_the_summary_has_what_training_says(tmp_path):
 def test_rows_are_shown_also_where_a_bad_one_stops_training(tmp_path):
     source = write(tmp_path / "rows.jsonl", GOOD, {"prompt": "x"}, GOOD)
     code, printed, err = run_here("preview", *ON_TINY, *OWN_ROWS, f"dataset.source={source}")
-    assert code == 2 and err == f"error: {source}:2: there is no column 'completion', but 'prompt'\n"
+    problem = (
+        f"error: {source}:2: there is no column 'completion', but 'prompt'; on_bad_row=skip leaves such rows out\n"
+    )
+    assert code == 2 and err == problem
     assert [line.split(":")[1] for line in printed.splitlines() if line.startswith("---- ")] == ["1", "2", "3"]
 
 
