@@ -8,6 +8,7 @@ tune run recipes/merge.py --config configs/merge.yaml checkpoint_dir=... adapter
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from custom_components.config.reading import load_settings
 from custom_components.config.task_settings import MergeSettings
 from custom_components.export.gguf import write_gguf
+from custom_components.export.gguf_k_quants import K_QUANTS, import_llama_cpp, quantize_gguf
 from custom_components.export.gguf_lora import write_gguf_lora
 from custom_components.export.gguf_reading import GgufWeights
 from custom_components.export.hugging_face import write_config, write_weights
@@ -51,7 +53,10 @@ from custom_components.weights.card import CARD_NAME
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
 
 # q8_0: blocks of 32 values in a byte each, with a scale in f16.
-BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "bf16": 2, "f16": 2, "q8_0": 34 / 32}
+BYTES_PER_VALUE = {
+    **{"fp32": 4, "fp16": 2, "bf16": 2, "f16": 2, "q8_0": 34 / 32},
+    **{name: bytes_per_value for name, (_, bytes_per_value) in K_QUANTS.items()},
+}
 
 
 def recipe_main() -> None:
@@ -60,6 +65,8 @@ def recipe_main() -> None:
     adapter_dirs = [adapter.dir for adapter in settings.weighted_adapters]
     restore_replaced(settings.output_dir)
     check_output_dir(settings.output_dir, overwrite=settings.overwrite_output_dir)
+    if settings.gguf_quantization in K_QUANTS:
+        import_llama_cpp(settings.gguf_quantization)
 
     checkpoint = open_checkpoint(settings.checkpoint_dir)
     base = BaseWeights(checkpoint, dequantized=settings.base == "dequantized")
@@ -79,7 +86,9 @@ def recipe_main() -> None:
     )
     storage = storage_of(settings, base)
     num_bytes = round(merged.num_values * BYTES_PER_VALUE[storage])
-    check_space(settings.output_dir, num_bytes)
+    # llama.cpp's quantizer reads the f16 file that is then deleted.
+    num_bytes_aside = merged.num_values * 2 if storage in K_QUANTS else 0
+    check_space(settings.output_dir, num_bytes + num_bytes_aside)
 
     with merge_directory(settings.output_dir) as directory:
         if settings.format == "gguf":
@@ -93,7 +102,7 @@ def recipe_main() -> None:
         (directory / CARD_NAME).write_text(card, encoding="utf-8")
         write_record(directory, checkpoint, settings.base, adapters)
         if settings.prove:
-            prove(written, storage, base, settings.base, adapters, transform)
+            prove(written, "f16" if storage in K_QUANTS else storage, base, settings.base, adapters, transform)
     peak_gib = memory.gib()
     say(
         f"merged {settings.output_dir}: {num_bytes / 1e9:.3g} GB in {storage}"
@@ -135,20 +144,31 @@ def write_gguf_file(
     tokenizer: ExportedTokenizer,
     prompt_format: PromptFormat | None,
 ) -> Weights:
-    """Write one GGUF file, and a Modelfile for Ollama; return the file's weights, read back."""
-    name = settings.output_dir.resolve().name
-    path = directory / f"{name}-{settings.gguf_quantization}.gguf"
+    """Write one GGUF file, and a Modelfile for Ollama; return the file's weights, read back.
+
+    Those of a file that llama.cpp quantizes are the weights before, in f16: the merge is proved, not the quantizer.
+    """
+    name, quantization = settings.output_dir.resolve().name, settings.gguf_quantization
+    written: Literal["f16", "q8_0"] = "q8_0" if quantization == "q8_0" else "f16"
+    path = directory / f"{name}-{written}.gguf"
     write_gguf(
         path,
         merged.shape,
         with_progress(merged),
         tokenizer=tokenizer,
-        quantization=settings.gguf_quantization,
+        quantization=written,
         name=name,
     )
+    weights = GgufWeights(path, merged.shape)
+    if quantization in K_QUANTS:
+        quantized = directory / f"{name}-{quantization}.gguf"
+        quantize_gguf(path, quantized, quantization)
+        path.unlink()  # note: `weights` goes on reading it, through its memory map
+        path = quantized
+        print(f"{quantization} by llama.cpp, from the merged weights in f16, which are what is compared")
     pieces, added_tokens = tokenizer.tokenizer.named_pieces, tokenizer.tokenizer.control_ids
     write_modelfile(directory, path.name, prompt_format, pieces, tuple(added_tokens))
-    return GgufWeights(path, merged.shape)
+    return weights
 
 
 def export_adapter(settings: MergeSettings, checkpoint: BaseCheckpoint, adapter: MergedAdapter) -> None:

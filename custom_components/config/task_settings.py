@@ -134,7 +134,7 @@ class MergeSettings(Settings):
     overwrite_output_dir: bool = False
     format: Literal["hugging_face", "gguf", "gguf_lora"] = "hugging_face"
     dtype: DtypeName = "auto"
-    quantization: Literal["f16", "q8_0"] | None = None
+    quantization: Literal["f16", "q8_0", "q5_k_m", "q4_k_m"] | None = None
     prove: bool = True
 
     def combination_problems(self) -> Iterator[tuple[str, str]]:
@@ -156,5 +156,5 @@ class MergeSettings(Settings):
         return [WeightedAdapter(dir=self.adapter_dir)] if self.adapter_dir is not None else self.adapters
 
     @property
-    def gguf_quantization(self) -> Literal["f16", "q8_0"]:
+    def gguf_quantization(self) -> Literal["f16", "q8_0", "q5_k_m", "q4_k_m"]:
         return self.quantization or "f16"

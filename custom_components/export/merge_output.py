@@ -26,7 +26,7 @@ _FILES = OwnDirectory(
     dict.fromkeys(
         (
             r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
-            r".+-(f16|q8_0|lora)\.gguf|\..+\.gguf\.writing",
+            r".+-(f16|q8_0|q[45]_k_m|lora)\.gguf|\..+\.gguf\.writing",
             r"(generation_|tokenizer_)?config\.json|tokenizer\.(model|json)|added_tokens\.json",
             r"prompt_format\.yaml|README\.md|Modelfile",
             re.escape(RECORD_NAME),
