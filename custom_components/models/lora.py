@@ -136,7 +136,10 @@ class LoRALinear(FrozenLinear):
         self.lora_b.to(device)
 
     def base_changed(self) -> None:
-        """Take note of new values in the frozen weight; what was learned stays. LoRA keeps nothing of the weight."""
+        """Take note of new values in the frozen weight; what was learned stays. LoRA keeps nothing of the weight.
+
+        Call it after writing them in place; our loader and `load_state_dict` do.
+        """
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_dim) -> (..., out_dim)."""

@@ -132,7 +132,9 @@ def _no_model(directory: Path) -> str:
     """Say what a directory without a model's config is."""
     if _holds(directory, (_ADAPTER_CONFIG,)):
         return f"is an adapter, not a model; set adapter_dir={directory}{_and_base(_base_of_adapter(directory))}"
-    run_adapters = [directory / "adapter", *sorted(directory.glob("checkpoint*/step_*/adapter"), reverse=True)]
+    # Ours, then those of a Trainer's run and of torchtune's.
+    places = ("adapter", "checkpoints/step_*/adapter", "checkpoint-*", "epoch_*")
+    run_adapters = [path for place in places for path in sorted(directory.glob(place), reverse=True)]
     if found := next((path for path in run_adapters if _holds(path, (_ADAPTER_CONFIG,))), None):
         base = _stated(directory / "config.yaml", "checkpoint_dir") or _base_of_adapter(found)
         return f"is the output of a training run, not a model; set adapter_dir={found}{_and_base(base)}"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from custom_components.datasets.sources import read_rows
 from custom_components.export.gguf import write_gguf
+from custom_components.export.gguf_k_quants import quantize_gguf
 from custom_components.export.merged_weights import BaseWeights
 from custom_components.generation.decoding import generate
 from custom_components.generation.incremental import IncrementalLlama
@@ -131,6 +132,18 @@ def test_logits_are_ours_up_to_rounding(make_checkpoint, test_data, tmp_path, na
     with in_llama_cpp(path) as model:
         logits_TV = llama_cpp_logits(model, tokens)
     assert (logits_TV - expected_TV).abs().max() <= tolerance * expected_TV.abs().max()
+
+
+@pytest.mark.parametrize(("quantization", "most_apart"), [("q4_k_m", 0.2), ("q5_k_m", 0.1)])
+def test_its_own_quantizer_writes_fewer_bits(tmp_path, quantization, most_apart):
+    directory = TINY_LLAMA / "checkpoint"
+    path = export(directory, tmp_path / "f16.gguf")
+    quantize_gguf(path, tmp_path / "quantized.gguf", quantization)
+    assert (tmp_path / "quantized.gguf").stat().st_size < path.stat().st_size / 2
+    tokens = Llama2ChatTransform(directory / "tokenizer.model").encode(" ".join(TEXTS), add_eos=False)
+    with in_llama_cpp(path) as exact, in_llama_cpp(tmp_path / "quantized.gguf") as model:
+        expected_TV, logits_TV = llama_cpp_logits(exact, tokens), llama_cpp_logits(model, tokens)
+    assert 0 < (logits_TV - expected_TV).norm() < most_apart * expected_TV.norm()
 
 
 def test_stories_are_told_alike_but_where_two_words_are_as_likely(test_data, tmp_path):

@@ -155,6 +155,13 @@ def a_run(_):
     return "run", f"{words} that it was trained on, 'models/Llama-2-7b-hf'"
 
 
+def a_run_of_transformers(folder):
+    (folder / "trainer/checkpoint-20").mkdir(parents=True)
+    (folder / "trainer/checkpoint-20/adapter_config.json").write_text("{}")
+    words = "is the output of a training run, not a model; set adapter_dir=trainer/checkpoint-20, and checkpoint_dir to"
+    return "trainer", words
+
+
 def empty(folder):
     (folder / "empty").mkdir()
     return "empty", "has neither config.json nor params.json; is the download whole?"
@@ -164,7 +171,7 @@ def empty(folder):
     "mistake",
     [
         *(hub_name, address_on_the_hub, not_downloaded_yet, mistyped, mistyped_folder, folder_of_models, hub_cache),
-        *(file_of_weights, unfetched_clone, gguf_file, gguf_directory, an_adapter, a_run, empty),
+        *(a_run_of_transformers, file_of_weights, unfetched_clone, gguf_file, gguf_directory, an_adapter, a_run, empty),
         *(quantized_by_bitsandbytes, quantized_by_gptq, quantized_by_awq, quantized_to_fp8),
     ],
 )
