@@ -16,6 +16,8 @@ from custom_components.transforms.dialogs import ChatMessage
 from custom_components.transforms.turn_encoding import EncodedDialog
 from custom_components.transforms.turns import Turn
 
+_SPLIT = "row{s} with a token split between prompt and answer, as when the prompt waits for the answer"
+
 
 class RowReader(Protocol):
     """Reads the rows of one source, in the format of the first row that has one."""
@@ -86,6 +88,8 @@ class RowTokenizer:
             if refusal := self._refusal(dialogs, location):
                 break
             if self._keeps(dialogs, summary):
+                if any(map(self.tokenizer.splits_a_token, turns_of_row)):
+                    summary.notes[_SPLIT] = summary.notes.get(_SPLIT, 0) + 1
                 kept.append([self._cut(dialog) for dialog in dialogs])
         summary.num_kept = len(kept)
         return TokenizedChunk(self.layout(kept) if kept else {}, summary, first_text, refusal)

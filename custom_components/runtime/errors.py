@@ -26,8 +26,8 @@ class UserError(ValueError):
 def run_recipe(recipe_main: Callable[[], None]) -> None:
     """Run a recipe's main function and exit with the code for how it ended.
 
-    0 when done, 2 after a :class:`UserError` (its lines on stderr, no traceback), 128 + its number after a signal, 141 when
-    nobody reads its output any more, as after `| head`. Anything else is a bug and keeps its traceback.
+    0 when done, 2 after a :class:`UserError` (its lines on stderr, no traceback), 128 + its number after a signal, 141
+    when nobody reads its output any more, as after `| head`. Anything else is a bug and keeps its traceback.
     """
     # note: not at the top of a file that `--help` and the first error lines need at once: it imports torch
     from custom_components.runtime.out_of_memory import is_out_of_memory

@@ -14,6 +14,7 @@ from custom_components.runtime.json_files import read_json_object
 
 # What transformers has names for (PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES).
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NUM_SHOWN = 6
 # How the text around a token is treated: fields of AddedToken in the package tokenizers.
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
@@ -61,7 +62,8 @@ class AddedTokens:
         return AddedTokens(below, names, other_special), AddedTokens(others)
 
     def __str__(self) -> str:
-        texts = ", ".join(token.text for token in self.tokens)
+        shown = [token.text for token in self.tokens[:_NUM_SHOWN]]
+        texts = ", ".join(shown) + (", ..." if len(self.tokens) > _NUM_SHOWN else "")
         return f"{len(self.tokens)} added {'token' if len(self.tokens) == 1 else 'tokens'} ({texts})"
 
 

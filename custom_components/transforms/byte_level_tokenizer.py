@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tokenizers
 
@@ -16,6 +16,7 @@ from custom_components.runtime.json_files import read_json_object
 from custom_components.transforms.added_tokens import AddedTokens, read_added_tokens, stated_ids
 from custom_components.transforms.tokenizer import Tokenizer
 
+_NUM_CHARS_AT_BORDER = 64
 _PROBE = " a  b\n\n\tc's 12345 Où? 漢字 🙂 "
 
 
@@ -28,6 +29,7 @@ class ByteLevelTokenizer(Tokenizer):
     added_tokens: AddedTokens
     bos_token: int | None
     eos_token: int
+    has_pieces_of_several_words: ClassVar[bool] = True
 
     @staticmethod
     def read(path: Path) -> "ByteLevelTokenizer":
@@ -89,6 +91,12 @@ class ByteLevelTokenizer(Tokenizer):
 
     def encode_continued(self, texts: Sequence[str]) -> list[list[int]]:
         return self.encode(texts)
+
+    def spans(self, before: str, after: str) -> bool:
+        # A token ends at the latest where a word does, so a few words on both sides decide.
+        before, after = before[-_NUM_CHARS_AT_BORDER:], after[:_NUM_CHARS_AT_BORDER]
+        offsets = self.backend.encode(before + after, add_special_tokens=False).offsets
+        return any(start < len(before) < end for start, end in offsets)
 
     def decode(self, token_ids: Sequence[int], *, follows_text: bool = False) -> str:
         return self.backend.decode([int(token) for token in token_ids], skip_special_tokens=True)

@@ -23,7 +23,7 @@ from custom_components.transforms.template_choice import chosen_template, stop_t
 from custom_components.transforms.templates import PromptTemplate, dialog_turns
 from custom_components.transforms.tokenizer import Tokenizer
 from custom_components.transforms.tokenizer_reading import read_tokenizer
-from custom_components.transforms.turn_encoding import EncodedDialog, encode_turns
+from custom_components.transforms.turn_encoding import EncodedDialog, encode_turns, splits_a_token
 from custom_components.transforms.turns import Turn
 
 TrainOn = Literal["assistant", "last_assistant", "all"]
@@ -140,12 +140,16 @@ class ChatTransform:
         return [piece for token in self.stop_tokens if (piece := self.tokenizer.piece(token)) is not None]
 
     @property
+    def template_tokens(self) -> tuple[str, ...]:
+        """The names of control tokens in the template's own text; for a Jinja template, all that there may be."""
+        return self._template.control_tokens if isinstance(self._template, MarkedTemplate | JinjaTemplate) else ()
+
+    @property
     def fingerprint(self) -> list[Any]:
         """All that determines the tokens of a row, as JSON values: the tokenizer's content and the settings."""
         settings = [self.max_seq_len, self.system_prompt, self.prompt_template, self.train_on]
-        named = self._template.control_tokens if isinstance(self._template, MarkedTemplate | JinjaTemplate) else ()
         ids = self.tokenizer.control_ids
-        marks = [[mark, ids[mark]] for mark in named if mark in ids]
+        marks = [[mark, ids[mark]] for mark in self.template_tokens if mark in ids]
         return [self.tokenizer.digest, *settings, *([marks] if marks else [])]
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
@@ -210,6 +214,10 @@ class ChatTransform:
         """Tokenize many rendered dialogs at once, which is faster than one by one; rows are not cut."""
         return encode_turns(self.tokenizer, rendered_dialogs, trains_prompts=self.train_on == "all")
 
+    def splits_a_token(self, turns: Sequence[Turn]) -> bool:
+        """See :func:`splits_a_token`."""
+        return splits_a_token(self.tokenizer, turns)
+
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Encode plain text, as torchtune's tokenizer protocol has it."""
         bos = [self.bos_id] if add_bos and self.bos_id is not None else []
@@ -247,7 +255,7 @@ def fit_tokenizer(tokenizer: ChatTransform, model: TransformerDecoder) -> ChatTr
         UserError: the tokenizer has ids for which the embedding has no row.
     """
     if tokenizer.format_note:
-        print(tokenizer.format_note)
+        say(tokenizer.format_note)
         tokenizer = tokenizer.replace(format_note="")
     num_embeddings = model.tok_embeddings.num_embeddings
     if tokenizer.vocab_size > num_embeddings:
@@ -257,6 +265,10 @@ def fit_tokenizer(tokenizer: ChatTransform, model: TransformerDecoder) -> ChatTr
         )
     embedded, left_out = tokenizer.tokenizer.added_tokens.split_at(num_embeddings)
     if left_out.tokens:
+        if named := set(tokenizer.template_tokens) & set(left_out.ids):
+            raise UserError(
+                f"prompt_template: needs {', '.join(sorted(named))}, and the model embeds {num_embeddings} ids, none for it"
+            )
         say(f"warning: {left_out} left out: the model embeds {num_embeddings} ids, and has none for it")
         tokenizer = tokenizer.replace(tokenizer=tokenizer.tokenizer.with_added_tokens(embedded))
     is_padded = tokenizer.tokenizer.num_ids < num_embeddings

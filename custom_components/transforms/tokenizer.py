@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.added_tokens import AddedTokens
@@ -15,10 +15,12 @@ class Tokenizer(ABC):
     Attributes:
         path: its file.
         added_tokens: those in addition to the file's own vocabulary, and the checkpoint's names for tokens.
+        has_pieces_of_several_words: of two newlines, for example: a token may span the border of two texts.
     """
 
     path: Path
     added_tokens: AddedTokens
+    has_pieces_of_several_words: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -80,6 +82,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def with_added_tokens(self, added_tokens: AddedTokens) -> Self:
         """Make a tokenizer that has these tokens in addition to its own vocabulary."""
+
+    def spans(self, before: str, after: str) -> bool:
+        """Tell whether a token would span the border of two texts, were they encoded as one."""
+        assert not self.has_pieces_of_several_words
+        return False
 
     @property
     def num_ids(self) -> int:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from custom_components.transforms.tokenizer import Tokenizer
@@ -57,6 +58,19 @@ def encode_turns(
             encoded.is_supervised.extend([segment.is_supervised] * len(tokens))
         encoded_dialogs.append(encoded)
     return encoded_dialogs
+
+
+def splits_a_token(tokenizer: Tokenizer, turns: Sequence[Turn]) -> bool:
+    """Tell whether the border of a prompt and its answer is inside of a token that both texts together would have.
+
+    So it is between ChatML's newline and an answer that begins with one. The token is split, in training as when the
+    prompt waits for its answer.
+    """
+    if not tokenizer.has_pieces_of_several_words:
+        return False
+    segments = _segments(turns, _markup_splitter(tokenizer), tokenizer.bos_id, trains_prompts=False)
+    borders = [(before, after) for before, after in pairwise(segments) if after.follows_text]
+    return any(tokenizer.spans(str(before.content), str(after.content)) for before, after in borders)
 
 
 def _segments(

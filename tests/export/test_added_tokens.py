@@ -1,6 +1,7 @@
 """A base whose tokenizer has tokens beside its SentencePiece model: they are known, and go out with the model."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import tokenizers
 
 from custom_components.runtime.errors import UserError
+from custom_components.transforms import ChatTransform
 from custom_components.transforms.added_tokens import read_added_tokens
 from custom_components.transforms.chat_transform import fit_tokenizer
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
@@ -261,6 +263,13 @@ def test_loading_says_them(make_checkpoint, capsys, vocab_size, words):
     fitted = fit_tokenizer(Llama2ChatTransform(directory / "tokenizer.model"), loaded_model(directory))
     assert words in capsys.readouterr().out
     assert len(fitted.tokenizer.added_tokens.tokens) == min(2, vocab_size - NUM_PIECES)
+
+
+def test_a_template_whose_tokens_the_model_does_not_embed_is_refused(make_checkpoint):
+    directory = make_checkpoint(vocab_size=1025)
+    in_added_tokens_decoder(directory, CHATML_TOKENS, {})
+    with pytest.raises(UserError, match=re.escape("needs <|im_end|>, and the model embeds 1025 ids")):
+        fit_tokenizer(ChatTransform(directory, prompt_template="chatml"), loaded_model(directory))
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ import random
 
 import pytest
 
+from custom_components.datasets.chat import chat_dataset
 from custom_components.runtime.errors import UserError
 from custom_components.transforms import ChatTransform
 from custom_components.transforms.chat_transform import prompt_tokens
 from custom_components.transforms.tokenizer_files import ExportedTokenizer, write_tokenizer
 from tests.support.chat_templates import CHATML_JINJA, LLAMA3_JINJA, ZEPHYR_JINJA
 from tests.support.paths import TINY_TOKENIZER
+from tests.support.rows import write_dialogs
 from tests.support.tokenizers import (
     LLAMA3_TOKENS,
     SMOLLM2_TOKENS,
@@ -265,3 +267,18 @@ def test_train_on_all_leaves_out_bos_and_what_follows_the_last_answer(checkpoint
     vicuna = ChatTransform(checkpoints["tiny"], prompt_template="vicuna", train_on="all")
     row = vicuna({"messages": as_messages(None, [("a", "b"), ("c", "d")])})
     assert [token for token, masked in zip(row["tokens"], row["mask"], strict=True) if masked] == [1]
+
+
+def test_rows_with_a_token_split_at_the_seam_are_counted(checkpoints, tmp_path):
+    """ChatML's newline and an answer's are one token of a byte-level tokenizer; prompt and answer are encoded apart."""
+    transform = ChatTransform(
+        checkpoints["llama3"], prompt_template={"user": "Q {content}\n", "assistant": "A\n{content}"}
+    )
+    answers = ["b", "\n\nb", "\nb", " b"]
+    rows = write_dialogs(tmp_path / "rows.jsonl", [("a", answer) for answer in answers])
+    dataset = chat_dataset(transform, str(rows))
+    assert "2 rows with a token split between prompt and answer" in str(dataset.summaries[0])
+    for row, answer in zip(dataset, answers, strict=True):
+        prompt = prompt_tokens(transform, [{"role": "user", "content": "a"}], 100)
+        assert row["tokens"] == prompt + transform.tokenizer.encode([answer])[0] + [transform.eos_id]
+    assert "split between" not in str(chat_dataset(ChatTransform(checkpoints["tiny"]), str(rows)).summaries[0])
