@@ -267,7 +267,7 @@ def fit_tokenizer(tokenizer: ChatTransform, model: TransformerDecoder) -> ChatTr
     if left_out.tokens:
         if named := set(tokenizer.template_tokens) & set(left_out.ids):
             raise UserError(
-                f"prompt_template: needs {', '.join(sorted(named))}, and the model embeds {num_embeddings} ids, none for it"
+                f"prompt_template: needs {', '.join(sorted(named))}, and the model embeds {num_embeddings} ids only"
             )
         say(f"warning: {left_out} left out: the model embeds {num_embeddings} ids, and has none for it")
         tokenizer = tokenizer.replace(tokenizer=tokenizer.tokenizer.with_added_tokens(embedded))
