@@ -46,7 +46,8 @@ def whole_directory(path: Path, replaces: OwnDirectory | None = None) -> Iterato
         shutil.rmtree(aside, ignore_errors=True)
         if own is not None and replaced.exists():
             with contextlib.suppress(OSError):
-                own.remove(replaced, by_name=True)
+                replaced.rename(aside)  # killed while it is removed, half of it must never be put back
+                own.remove(aside, by_name=True)
 
 
 def check_replaceable(path: Path, own: OwnDirectory) -> None:
@@ -99,7 +100,9 @@ def sweep_unfinished(folder: Path, names: Mapping[str, OwnDirectory]) -> None:
             if match["state"] == "replaced" and not os.path.lexists(folder / match["name"]):
                 entry.rename(folder / match["name"])
             else:
-                own.remove(entry, by_name=True)
+                removed = entry.with_name(entry.name.replace(".replaced-", ".writing-"))
+                entry.rename(removed)  # see above
+                own.remove(removed, by_name=True)
 
 
 def _flush_to_disk(path: Path) -> None:

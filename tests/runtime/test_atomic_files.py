@@ -1,5 +1,10 @@
 """L18: whole or absent."""
 
+import itertools
+import os
+import shutil
+import sys
+
 import pytest
 
 from custom_components.runtime.atomic_files import sweep_unfinished, whole_directory
@@ -56,3 +61,56 @@ def test_what_killed_processes_left_is_swept(tmp_path, is_replaced):
     sweep_unfinished(tmp_path, {"a": OwnDirectory({"file": lambda path: True})})
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert contents(tmp_path / "a") == {"file": "a" if is_replaced else ".a.replaced-1"}
+
+
+FILE_CALLS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
+OURS = OwnDirectory({"file[0-9]": lambda path: True})
+
+
+def killed_at(num_calls, work):
+    """Do `work` in a process that is killed when it is about to touch files for the n-th time; tell whether it was."""
+    process = os.fork()
+    if process == 0:
+        so_far = 0
+
+        def count(event, _arguments):
+            nonlocal so_far
+            so_far += event in FILE_CALLS
+            if so_far > num_calls:
+                os._exit(9)
+
+        sys.addaudithook(count)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+
+
+def write(folder, text):
+    with whole_directory(folder / "a", OURS) as directory:
+        for number in range(2):
+            (directory / f"file{number}").write_text(text)
+
+
+def test_killed_at_any_call_of_writing_or_sweeping_there_is_the_old_or_the_new_and_never_half(tmp_path):
+    """Also where what is whole was deleted afterwards: half of what it had replaced does not come back."""
+    whole = [{f"file{number}": text for number in range(2)} for text in ("old", "new")]
+    num_calls = 0
+    while True:
+        folder = tmp_path / str(num_calls)
+        write(folder, "old")
+        was_killed = killed_at(num_calls, lambda folder=folder: write(folder, "new"))
+        for num_calls_of_sweeping in itertools.count():
+            swept = shutil.copytree(folder, tmp_path / f"{num_calls}-{num_calls_of_sweeping}")
+            is_swept = not killed_at(num_calls_of_sweeping, lambda swept=swept: sweep_unfinished(swept, {"a": OURS}))
+            sweep_unfinished(swept, {"a": OURS})
+            assert contents(swept / "a") in whole and [path.name for path in swept.iterdir()] == ["a"]
+            if is_swept:
+                break
+        if (folder / "a").exists():
+            shutil.rmtree(folder / "a")
+            sweep_unfinished(folder, {"a": OURS})
+            assert not (folder / "a").exists() or contents(folder / "a") in whole
+        if not was_killed:
+            break
+        num_calls += 1
+    assert num_calls >= 10
