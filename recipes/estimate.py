@@ -13,6 +13,7 @@ from custom_components.config.reading import load_settings
 from custom_components.config.training_kinds import AnyTrainingSettings
 from custom_components.memory.estimate import estimate_memory
 from custom_components.memory.report import MANY_TOKENS, MemoryLine, card_table, memory_table
+from custom_components.models.token_rows import train_token_rows
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import run_recipe
 from custom_components.runtime.terminal import say
@@ -27,6 +28,10 @@ def recipe_main() -> None:
         open_checkpoint(settings.checkpoint_dir)
     with torch.device("meta"):
         model = instantiate(settings.model)
+    if trained_tokens := settings.tokenizer.get("trainable_tokens"):
+        # As if all of them were new: the tokenizer need not be there yet.
+        first_id = model.tok_embeddings.num_embeddings
+        train_token_rows(model, range(first_id, first_id + len(trained_tokens)))
     row_tokens = min(settings.max_seq_len or model.max_seq_len, model.max_seq_len)
     batch_size = 1 if settings.batch_size == "auto" else settings.batch_size
     rows = "packs" if settings.packed else "rows"

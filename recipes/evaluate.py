@@ -49,7 +49,7 @@ def recipe_main() -> None:
         base = open_checkpoint(settings.checkpoint_dir)
         adapter = open_adapter(settings.adapter_dir) if settings.adapter_dir else None
         tokenizer = trained_tokenizer(settings)
-        tokenizer = fit_tokenizer(tokenizer, model_for_adapter(base, None, quantize_base=False))
+        tokenizer = fit_tokenizer(tokenizer, model_for_adapter(base, adapter, quantize_base=False))
         dataset = rows_to_evaluate(settings, tokenizer)
         questions = questions_to_answer(settings, dataset, tokenizer)
         tasks = tasks_to_solve(settings)
@@ -96,6 +96,7 @@ def trained_tokenizer(settings: EvaluationSettings) -> ChatTransform:
     tokenizer = tokenizer_with_format(
         settings.checkpoint_dir,
         trained,
+        settings.adapter_dir,
         prompt_template=settings.prompt_template,
         system_prompt=settings.system_prompt,
     ).replace(max_seq_len=settings.max_seq_len)

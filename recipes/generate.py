@@ -50,6 +50,7 @@ def recipe_main() -> None:
         tokenizer = tokenizer_with_format(
             settings.checkpoint_dir,
             stated_prompt_format(settings.checkpoint_dir, settings.adapter_dir),
+            settings.adapter_dir,
             prompt_template=settings.prompt_template,
             system_prompt=settings.system_prompt,
         )

@@ -32,7 +32,13 @@ from custom_components.export.merge_proof import (
 )
 from custom_components.export.merge_record import check_not_merged_yet, write_record
 from custom_components.export.merged_card import merged_card
-from custom_components.export.merged_weights import BaseWeights, MergedAdapter, MergedWeights, read_adapter
+from custom_components.export.merged_weights import (
+    BaseWeights,
+    MergedAdapter,
+    MergedWeights,
+    num_embeddings_of,
+    read_adapter,
+)
 from custom_components.export.modelfile import write_modelfile
 from custom_components.runs.origin import open_origin
 from custom_components.runtime.errors import UserError, run_recipe
@@ -69,9 +75,10 @@ def recipe_main() -> None:
         import_llama_cpp(settings.gguf_quantization)
 
     checkpoint = open_checkpoint(settings.checkpoint_dir)
-    base = BaseWeights(checkpoint, dequantized=settings.base == "dequantized")
     key = "adapters" if settings.adapters else "adapter_dir"
     adapters = [read_adapter(checkpoint, open_adapter(a.dir, key), a.weight) for a in settings.weighted_adapters]
+    num_embeddings = num_embeddings_of(checkpoint, adapters)
+    base = BaseWeights(checkpoint, dequantized=settings.base == "dequantized", num_embeddings=num_embeddings)
     check_not_merged_yet(settings.checkpoint_dir, adapters, allow_merged_base=settings.allow_merged_base)
     if settings.format == "gguf_lora":
         export_adapter(settings, checkpoint, adapters[0])
@@ -79,7 +86,9 @@ def recipe_main() -> None:
     merged = MergedWeights(base, adapters)
     formats = [read_prompt_format(adapter_dir) for adapter_dir in adapter_dirs]
     prompt_format = formats[0] or read_prompt_format(settings.checkpoint_dir)
-    transform = fit_tokenizer(tokenizer_with_format(settings.checkpoint_dir, prompt_format), base.model)
+    with_tokens = next((adapter.directory for adapter in adapters if adapter.token_rows), None)
+    transform = tokenizer_with_format(settings.checkpoint_dir, prompt_format, with_tokens)
+    transform = fit_tokenizer(transform, base.model)
     template = template_of(formats, adapter_dirs[0], checkpoint, transform)
     tokenizer = ExportedTokenizer(
         transform.tokenizer, transform.stop_tokens or (transform.eos_id,), template, transform.begins_with_bos
@@ -225,7 +234,7 @@ def prove(
     if proof.relative_difference > alone.relative_difference / 2:
         say(f"warning: rounding to {storage} changes the logits about as much as the adapter does; write more bits")
     if base_name == "original" and any(origin.has_nf4_base for origin in origins):
-        trained_on = BaseWeights(base.checkpoint, dequantized=True)
+        trained_on = BaseWeights(base.checkpoint, dequantized=True, num_embeddings=base.shape.vocab_size)
         trained = compared(logits_TV, logits_with_adapters(trained_on, adapters, rows))
         say(f"  merged against the NF4 weights + adapter, as trained: {trained}")
 

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from custom_components.config.components import component, instantiate
 from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import load_settings
@@ -21,7 +19,7 @@ from custom_components.datasets.row_preview import ShownRow, length_histogram, r
 from custom_components.datasets.source_reader import SourceReader
 from custom_components.datasets.summary import counted
 from custom_components.datasets.training_data import Data, PairData, RowsOfRun
-from custom_components.recipe_parts.opening import open_rows_as
+from custom_components.recipe_parts.opening import model_without_weights, open_rows_as
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.paths import is_or_holds
 from custom_components.runtime.terminal import say
@@ -69,8 +67,7 @@ def fitted_tokenizer(settings: PreviewSettings) -> ChatTransform:
     tokenizer = instantiate(settings.tokenizer).with_system_prompt(settings.dataset.get("system_prompt"))
     if not settings.checkpoint_dir.is_dir():
         return tokenizer
-    with torch.device("meta"):
-        return fit_tokenizer(tokenizer, instantiate(settings.model))
+    return fit_tokenizer(tokenizer, model_without_weights(settings, tokenizer))
 
 
 def rows_to_train_on(settings: PreviewSettings, tokenizer: ChatTransform, data: RowsOfRun | None) -> Iterator[ShownRow]:

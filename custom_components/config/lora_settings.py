@@ -27,6 +27,7 @@ class AdapterKeys(RunPaths):
     rank_pattern: dict[_Pattern, PositiveInt] | None = None
     alpha_pattern: dict[_Pattern, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     layers_to_transform: list[NonNegativeInt] | None = None
+    trainable_tokens: list[Annotated[str, Field(min_length=1)]] | None = None
     quantize_base: bool
 
 
@@ -52,6 +53,7 @@ class LoRASettings(TrainingSettings, AdapterKeys):
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
             "layers_to_transform": self.layers_to_transform,
+            "trainable_tokens": self.trainable_tokens,
             **super().training_hyperparameters(),
             "lora_plus_ratio": self.lora_plus_ratio,
         }
@@ -65,6 +67,12 @@ class LoRASettings(TrainingSettings, AdapterKeys):
         for key in ("rank_pattern", "alpha_pattern", "layers_to_transform"):
             if getattr(self, key) is not None and key not in self.model:
                 yield key, f"does not reach the model; write {key}: ${{{key}}} in its node"
+        if self.trainable_tokens is not None and "trainable_tokens" not in self.tokenizer:
+            yield "trainable_tokens", "does not reach the tokenizer; write ${trainable_tokens} in its node"
+        if self.trainable_tokens and self.apply_lora_to_output:
+            yield "trainable_tokens", "beside apply_lora_to_output true: rows of the output head or all of it, not both"
+        if len({*(self.trainable_tokens or ())}) < len(self.trainable_tokens or ()):
+            yield "trainable_tokens", f"{self.trainable_tokens} has a token twice"
         if self.quantized_cache and self.cache_dir is None:
             yield "quantized_cache", "true without a cache_dir: there is nowhere to keep the base"
         yield from super().combination_problems()

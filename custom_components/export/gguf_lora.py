@@ -34,6 +34,8 @@ def write_gguf_lora(path: Path, adapter: MergedAdapter, shape: LlamaShape, name:
     gguf = import_gguf()
     if not all(set(module.adapter_params()) == set(LoRALinear.peft_names) for module in adapter.modules.values()):
         raise UserError("format: llama.cpp has no DoRA adapters; write the merged model, with format=gguf")
+    if adapter.token_rows:
+        raise UserError("format: llama.cpp has no tokens in adapters; write the merged model, with format=gguf")
     if shape.tied_embeddings and "output" in adapter.modules:
         raise UserError(
             "format: the adapter changes an output head that is the base's embedding, which llama.cpp cannot do beside "

@@ -66,6 +66,7 @@ def write_config(
     # transformers 5 reads and writes `dtype`, and still reads `torch_dtype`, the only one that version 4 knows.
     config["dtype" if "dtype" in config else "torch_dtype"] = _CONFIG_DTYPES[dtype]
     config["tie_word_embeddings"] = shape.tied_embeddings
+    config["vocab_size"] = shape.vocab_size  # with new tokens larger than the base's
     config.pop("_name_or_path", None)  # it names another model than this one
     generation_config = read_json(base.directory / "generation_config.json") or {"bos_token_id": bos_id}
     # Llama 2 came so in 2023; Meta mended it in this way.

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import TiedLinear, TransformerDecoder
 
-from custom_components.export.merged_weights import EMBEDDING, BaseWeights, MergedAdapter
+from custom_components.export.merged_weights import EMBEDDING, BaseWeights, MergedAdapter, with_token_rows
 from custom_components.models.attention import RowLengths
-from custom_components.models.lora import LoRALinear
+from custom_components.models.lora import FrozenLinear, LoRALinear
 from custom_components.runtime.errors import UserError
 
 # The largest relative error of a rounded weight; for q8_0, 8 bits with their sign, of the largest in its block.
@@ -98,7 +98,15 @@ def logits_with_adapters(base: BaseWeights, adapters: Sequence[MergedAdapter], r
         of_this_module = [(a.weight, a.modules[name]) for a in adapters if name in a.modules]
         parent_name, _, child_name = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child_name, AdapterSum(of_this_module))
-    return _streamed_logits(model, base.read, rows)
+    is_tied = base.shape.tied_embeddings
+    if is_tied and any("output" in adapter.token_rows for adapter in adapters):
+        with torch.device("meta"):
+            model.output = FrozenLinear(base.shape.embed_dim, base.shape.vocab_size)
+
+    def read(name: str) -> Tensor:
+        return with_token_rows(name, base.read(name), adapters, is_tied=is_tied)
+
+    return _streamed_logits(model, read, rows)
 
 
 class AdapterSum(nn.Module):

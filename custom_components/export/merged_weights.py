@@ -20,6 +20,8 @@ from custom_components.models import nf4
 from custom_components.models.llama import lora_llama
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules, merged_weight
 from custom_components.models.shapes import LlamaShape
+from custom_components.models.token_rows import TokenRows, token_rows
+from custom_components.runtime.errors import UserError
 from custom_components.weights.adapted_model import model_for_adapter
 from custom_components.weights.adapter_files import StoredAdapter
 from custom_components.weights.adapters import load_adapter
@@ -35,6 +37,8 @@ class BaseWeights:
 
     Args:
         checkpoint: the base.
+        num_embeddings: rows of embedding and head, with those of new tokens: the mean of the others. None: the
+            checkpoint's.
         dequantized: give the linear weights that QLoRA quantizes after an NF4 round trip, the values training used.
 
     Attributes:
@@ -45,12 +49,13 @@ class BaseWeights:
         UserError: the checkpoint is incomplete.
     """
 
-    def __init__(self, checkpoint: BaseCheckpoint, *, dequantized: bool) -> None:
+    def __init__(self, checkpoint: BaseCheckpoint, *, dequantized: bool, num_embeddings: int | None = None) -> None:
         self.checkpoint = checkpoint
-        self.shape: LlamaShape = checkpoint.shape
+        num_before = checkpoint.shape.vocab_size
+        self.shape: LlamaShape = replace(checkpoint.shape, vocab_size=num_embeddings or num_before)
         with torch.device("meta"):
             self.model: TransformerDecoder = lora_llama(self.shape, lora_attn_modules=[], quantize_base=dequantized)
-        self._sources = check_base_weights(self.model, checkpoint)
+        self._sources = check_base_weights(self.model, checkpoint, self.shape.vocab_size - num_before)
         self.shapes = {name: source.shape for name, source in self._sources.items()}
 
     @property
@@ -79,11 +84,15 @@ class MergedAdapter:
     Attributes:
         weight: the factor of its change to the weights.
         modules: by torchtune's module name.
+        token_rows: trained rows, by the name of the module whose they are.
+        num_embeddings: rows of embedding and head of the model that the adapter was trained on.
     """
 
     directory: Path
     weight: float
     modules: dict[str, LoRALinear]
+    token_rows: dict[str, TokenRows]
+    num_embeddings: int
 
     @property
     def digest(self) -> str:
@@ -93,6 +102,9 @@ class MergedAdapter:
             contents.update(name.encode())
             for parameter in module.adapter_params():
                 contents.update(module.get_parameter(parameter).detach().contiguous().numpy().tobytes())
+        for name, rows in sorted(self.token_rows.items()):
+            contents.update(f"{name} {rows.token_ids.tolist()}".encode())
+            contents.update(rows.rows.detach().contiguous().numpy().tobytes())
         return contents.hexdigest()
 
 
@@ -106,8 +118,39 @@ def read_adapter(base: BaseCheckpoint, stored: StoredAdapter, weight: float = 1.
     modules = adapter_modules(model)
     for module in modules.values():
         module.allocate_adapter(torch.device("cpu"))
+    rows_of_tokens = token_rows(model)
+    for rows in rows_of_tokens.values():
+        rows.allocate(torch.device("cpu"))
     load_adapter(model, stored)
-    return MergedAdapter(stored.directory, weight, modules)
+    return MergedAdapter(stored.directory, weight, modules, rows_of_tokens, model.tok_embeddings.num_embeddings)
+
+
+def num_embeddings_of(base: BaseCheckpoint, adapters: Sequence[MergedAdapter]) -> int:
+    """Count the rows of embedding and head of a model that has all of the adapters.
+
+    Raises:
+        UserError: two of them have rows of tokens, whose ids may mean different tokens.
+    """
+    if len([adapter for adapter in adapters if adapter.token_rows]) > 1:
+        raise UserError("adapters: more than one of them has trained rows of tokens; merge them one after the other")
+    return max([base.shape.vocab_size, *(adapter.num_embeddings for adapter in adapters)])
+
+
+def with_token_rows(name: str, value: Tensor, adapters: Sequence[MergedAdapter], *, is_tied: bool) -> Tensor:
+    """Put adapters' trained rows into an embedding's or a head's weight, in fp32; other weights are returned as given.
+
+    Args:
+        is_tied: of the base. The embedding's rows are then the head's too, unless it has its own.
+    """
+    for adapter in adapters:
+        rows_of_tokens = adapter.token_rows
+        matrix = name.removesuffix(".weight")
+        if is_tied and matrix == "output" and matrix not in rows_of_tokens:
+            matrix = "tok_embeddings"
+        if (rows := rows_of_tokens.get(matrix)) is not None and len(rows.token_ids):
+            value = value.float().clone()
+            value[rows.token_ids] += adapter.weight * (rows.rows.detach() - value[rows.token_ids])
+    return value
 
 
 class MergedWeights:
@@ -123,7 +166,7 @@ class MergedWeights:
         self._adapters = adapters
         self.shapes = dict(base.shapes)
         self.shape = base.shape
-        if base.shape.tied_embeddings and any("output" in adapter.modules for adapter in adapters):
+        if base.shape.tied_embeddings and any("output" in {**a.modules, **a.token_rows} for a in adapters):
             self.shapes[OUTPUT_HEAD] = base.shapes[EMBEDDING]
             self.shape = replace(base.shape, tied_embeddings=False)
 
@@ -139,7 +182,8 @@ class MergedWeights:
             for adapter in self._adapters
             if module_name in adapter.modules
         ]
-        value = self._base.read(name)
+        is_tied = self._base.shape.tied_embeddings
+        value = with_token_rows(name, self._base.read(name), self._adapters, is_tied=is_tied)
         return merged_weight(value, changes) if changes else value
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

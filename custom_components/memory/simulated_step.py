@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torchtune.modules import RMSNorm, TransformerDecoder
+from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 
 from custom_components.datasets.batching import Batch
 from custom_components.models import nf4
@@ -166,6 +166,8 @@ def _with_layers(model: TransformerDecoder, layers: Sequence[nn.Module]) -> Tran
     short_model = copy.copy(model)
     short_model._modules = {name: copy.deepcopy(module) for name, module in model._modules.items() if name != "layers"}
     short_model.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
+    if isinstance(model.output, TiedLinear):
+        short_model.output = type(model.output)(short_model.tok_embeddings)
     return short_model.train()
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TiedLinear
 
 from custom_components.models.lora import LoRALinear
+from custom_components.models.token_rows import HeadWithTokenRows, TiedHeadWithTokenRows
 
 
 def label_losses(hidden_PD: Tensor, output_head: nn.Module | TiedLinear, labels_P: Tensor, chunk_size: int) -> Tensor:
@@ -61,7 +62,7 @@ def _chunk_losses(hidden_CD: Tensor, output_head: Callable[[Tensor], Tensor], la
 
 def _frozen_weight(output_head: nn.Module | TiedLinear) -> Tensor | None:
     """Return the weight of a head that has nothing else and is not trained; None for another head."""
-    if isinstance(output_head, LoRALinear):
+    if isinstance(output_head, LoRALinear | HeadWithTokenRows | TiedHeadWithTokenRows):
         return None
     weight_VD = (output_head.tied_module if isinstance(output_head, TiedLinear) else output_head).weight
     assert isinstance(weight_VD, Tensor)

@@ -63,7 +63,7 @@ def adapter_run(
     load_base_weights(model, opening.base, machine.dtype, machine.device, settings.quantized_cache_dir)
     copy_into_adapter(model, start)
     describe_model(model, machine.device, machine.dtype_words, is_base_quantized=settings.quantize_base)
-    weights = AdapterWeights(model, opening.base.name, opening.prompt_format.texts())
+    weights = AdapterWeights(model, opening.base.name, opening.adapter_texts)
     return fitted_run(opening, weights, directory)
 
 
@@ -104,6 +104,6 @@ def save_adapter_result(
     )
     steps = TrainedSteps(progress.num_steps, len(plan.steps), is_finished)
     card = adapter_card(training, opening.data.train, opening.data.validation, progress, steps, run.directory.metrics)
-    texts = {**opening.prompt_format.texts(), CARD_NAME: card}
+    texts = {**opening.adapter_texts, CARD_NAME: card}
     save_adapter(model, run.result, opening.base.name, texts)
     plot_losses(run.directory.metrics, run.directory.plot)

@@ -15,6 +15,7 @@ from custom_components.config.training_settings import TrainingSettings, refuse_
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.datasets.training_data import Data, RowsOfRun
 from custom_components.memory.fitting import Fit, fit_to_device
+from custom_components.models.token_rows import train_token_rows
 from custom_components.runs.resuming import AUTO, ResumedRun, open_run_to_resume
 from custom_components.runs.run_directory import RunDirectory, check_results, run_directory
 from custom_components.runtime.devices import resolved_device, resolved_dtype
@@ -23,7 +24,9 @@ from custom_components.runtime.process_memory import PeakMemory
 from custom_components.runtime.terminal import say
 from custom_components.training.plan import plan_of
 from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
+from custom_components.transforms.jinja_template import chat_template
 from custom_components.transforms.prompt_format import PromptFormat
+from custom_components.transforms.tokenizer_files import ExportedTokenizer, tokenizer_texts
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
 from custom_components.weights.checkpoint_loading import check_base_weights
 
@@ -100,6 +103,19 @@ class Opening(Generic[SettingsType_co, RowsType_co]):
     fit: Fit
 
     @property
+    def adapter_texts(self) -> dict[str, str]:
+        """The files beside an adapter's weights, content by name; with new tokens also those of the tokenizer."""
+        tokenizer = self.data.tokenizer
+        texts = self.prompt_format.texts()
+        if not any(tokenizer.tokenizer.is_control(token) for token in tokenizer.trainable_ids):
+            return texts
+        added = [token.text for token in tokenizer.tokenizer.added_tokens.tokens]
+        names = tokenizer.tokenizer.named_pieces
+        template = chat_template(tokenizer.prompt_template, tokenizer.system_prompt, names, added)
+        exported = ExportedTokenizer(tokenizer.tokenizer, tokenizer.stop_tokens, template, tokenizer.begins_with_bos)
+        return texts | tokenizer_texts(exported, self.base.shape.max_seq_len)
+
+    @property
     def prompt_format(self) -> PromptFormat:
         """The format that the rows have."""
         tokenizer = self.data.tokenizer
@@ -121,9 +137,9 @@ def open_training(
     """
     machine = _machine_for(settings)
     base = open_checkpoint(settings.checkpoint_dir)
-    with torch.device("meta"):
-        model = instantiate(settings.model)
-    data = open_data(settings, fit_tokenizer(instantiate(settings.tokenizer), model))
+    tokenizer = instantiate(settings.tokenizer)
+    model = model_without_weights(settings, tokenizer)
+    data = open_data(settings, fit_tokenizer(tokenizer, model))
     say(data.account)
     resumed = open_run_to_resume(settings.resume_from_checkpoint, settings.output_dir)
     if resumed is not None:
@@ -133,6 +149,15 @@ def open_training(
     pack_capacity_tokens = data.pack_capacity_tokens
     fit = fit_to_device(settings, model, data.lengths, pack_capacity_tokens, machine.dtype, machine.device)
     return Opening(settings, machine, model, data, base, resumed, _overwrites(settings, resumed), fit)
+
+
+def model_without_weights(settings: TrainingSettings, tokenizer: ChatTransform) -> TransformerDecoder:
+    """Build the model of a config on the meta device, with room for the tokens that are trained."""
+    with torch.device("meta"):
+        model = instantiate(settings.model)
+    if tokenizer.trainable_ids:
+        train_token_rows(model, tokenizer.trainable_ids)
+    return model
 
 
 def open_rows(settings: TrainingSettings, tokenizer: ChatTransform) -> Data:

@@ -216,7 +216,11 @@ def how_to_load_adapter(adapter: AdapterSettings, base: str) -> str:
         or "lm_head" in adapter.target_modules
         or adapter.rank_pattern  # vLLM takes one rank and one alpha for all layers: vllm/lora/peft_helper.py
         or adapter.alpha_pattern
+        or adapter.token_ids  # nor does it read trained tokens
     )
+    resize = ""
+    if adapter.num_embeddings is not None:
+        resize = f"model.resize_token_embeddings({adapter.num_embeddings})  # for the new tokens\n"
     vllm_rank = next((rank for rank in _VLLM_RANKS if rank >= adapter.rank), None)
     if is_plain and vllm_rank is not None:
         fourth = f"""
@@ -232,7 +236,7 @@ transformers, with PEFT installed:
 
 ```python
 model = AutoModelForCausalLM.from_pretrained("{base}")
-model.load_adapter("path/to/adapter")
+{resize}model.load_adapter("path/to/adapter")
 ```
 """
     return f"""
@@ -256,6 +260,7 @@ PEFT:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/adapter")
+model = AutoModelForCausalLM.from_pretrained("{base}")
+{resize}model = PeftModel.from_pretrained(model, "path/to/adapter")
 ```
 {fourth}"""

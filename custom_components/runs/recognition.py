@@ -12,6 +12,7 @@ import yaml
 from custom_components.runs.loss_plot import PLOT_AUTHOR
 from custom_components.runtime.ownership import OwnDirectory, Recognises
 from custom_components.transforms.prompt_format import PROMPT_FORMAT_NAME, read_prompt_format
+from custom_components.transforms.tokenizer_files import TOKENIZER_NAMES
 from custom_components.weights.adapter_files import WEIGHTS_NAME
 from custom_components.weights.card import CARD_NAME, TAG, card_metadata
 from custom_components.weights.peft_format import ADAPTER_CONFIG_NAME
@@ -35,6 +36,7 @@ _CONFIG_KEYS = {
 _ADAPTER_CONFIG_KEYS = {
     *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules"),
     *("bias", "fan_in_fan_out", "inference_mode", "rank_pattern", "alpha_pattern", "layers_to_transform"),
+    "trainable_token_indices",
 }
 _RECORD_HEAD = b'{"step": '
 # The first key of the file with a preference run's reference.
@@ -134,6 +136,11 @@ def _is_prompt_format(path: Path) -> bool:
 
 
 @_or_no
+def _is_json_object(path: Path) -> bool:
+    return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+
+
+@_or_no
 def _is_card(path: Path) -> bool:
     return TAG in card_metadata(path)["tags"]
 
@@ -156,6 +163,8 @@ _ADAPTER_FILES = {
     re.escape(ADAPTER_CONFIG_NAME): _is_adapter_config,
     re.escape(PROMPT_FORMAT_NAME): _is_prompt_format,
     re.escape(CARD_NAME): _is_card,
+    # Of an adapter with new tokens.
+    **dict.fromkeys(map(re.escape, TOKENIZER_NAMES), _is_json_object),
 }
 ADAPTER = OwnDirectory(_ADAPTER_FILES)
 # The state goes first: a checkpoint that is half deleted is not resumed from.

@@ -22,13 +22,18 @@ _PROBE = " a  b\n\n\tc's 12345 Où? 漢字 🙂 "
 
 @dataclass(frozen=True)
 class ByteLevelTokenizer(Tokenizer):
-    """GPT-2's kind of tokenizer: pieces are of bytes, so there is no unknown text and no dummy space."""
+    """GPT-2's kind of tokenizer: pieces are of bytes, so there is no unknown text and no dummy space.
+
+    Attributes:
+        is_extended: `backend` has tokens that the file does not have.
+    """
 
     path: Path
     backend: tokenizers.Tokenizer
     added_tokens: AddedTokens
     bos_token: int | None
     eos_token: int
+    is_extended: bool = False
     has_pieces_of_several_words: ClassVar[bool] = True
 
     @staticmethod
@@ -121,6 +126,19 @@ class ByteLevelTokenizer(Tokenizer):
 
     def with_added_tokens(self, added_tokens: AddedTokens) -> "ByteLevelTokenizer":
         return replace(self, added_tokens=added_tokens)
+
+    def with_new_tokens(self, texts: Sequence[str]) -> "ByteLevelTokenizer":
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True  # note: not part of what the package writes
+        backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in texts])
+        extended = super().with_new_tokens(texts)
+        assert all(backend.token_to_id(text) == extended.added_tokens.ids[text] for text in texts), texts
+        return replace(extended, backend=backend, is_extended=True)
+
+    @property
+    def file_text(self) -> str:
+        """The content of a `tokenizer.json` with all its tokens."""
+        return self.backend.to_str(pretty=True) if self.is_extended else self.path.read_bytes().decode()
 
 
 def _check_is_byte_level(path: Path, content: Mapping[str, Any], backend: tokenizers.Tokenizer) -> None:

@@ -19,6 +19,12 @@ from custom_components.transforms.dialogs import (
 )
 from custom_components.transforms.jinja_dialogs import JinjaTemplate
 from custom_components.transforms.marked_template import MarkedTemplate
+from custom_components.transforms.new_tokens import (
+    check_that_rows_have_tokens,
+    new_tokens_note,
+    with_tokens,
+    with_tokens_beside,
+)
 from custom_components.transforms.template_choice import chosen_template, stop_tokens
 from custom_components.transforms.templates import PromptTemplate, dialog_turns
 from custom_components.transforms.tokenizer import Tokenizer
@@ -53,8 +59,11 @@ class ChatTransform:
         prompt_template: a name or parts, see :func:`chosen_template`.
         train_on: "assistant": every answer; "last_assistant": the last answer of a dialog; "all": the prompts as well.
             An answer that its row marks as not trained, with `weight: 0` say, is never trained on.
+        trainable_tokens: tokens whose rows in the model are to be trained; those that the tokenizer lacks are added.
+        adapter_dir: of an adapter that may have tokens of its own, in the tokenizer's files beside it.
 
     Attributes:
+        trainable_ids: of `trainable_tokens`.
         stop_tokens: the ids that end an answer.
         tokenizer: encodes and decodes text. Control tokens are recognized where the template itself names them; in a
             message, their text stays text.
@@ -72,6 +81,7 @@ class ChatTransform:
     pad_id: ClassVar[int] = 0  # nothing here pads; torchtune's collators need it
     tokenizer: Tokenizer
     format_note: str
+    trainable_ids: tuple[int, ...]
     _template: PromptTemplate
 
     def __init__(
@@ -81,9 +91,15 @@ class ChatTransform:
         system_prompt: str | None = None,
         prompt_template: str | dict[str, str] = "auto",
         train_on: TrainOn = "assistant",
+        trainable_tokens: Sequence[str] | None = None,
+        adapter_dir: Path | None = None,
     ) -> None:
-        tokenizer = read_tokenizer(path)
+        of_checkpoint = read_tokenizer(path)
+        tokenizer = with_tokens(of_checkpoint, trainable_tokens or ())
+        if adapter_dir is not None:
+            tokenizer = with_tokens_beside(tokenizer, adapter_dir)
         choice = chosen_template(prompt_template, tokenizer)
+        check_that_rows_have_tokens(trainable_tokens or (), choice.template, tokenizer)
         vars(self).update(  # note: a frozen dataclass cannot set its fields one by one
             max_seq_len=max_seq_len,
             system_prompt=choice.system_prompt if system_prompt is None else system_prompt,
@@ -91,7 +107,8 @@ class ChatTransform:
             train_on=train_on,
             tokenizer=tokenizer,
             stop_tokens=stop_tokens(choice.template, tokenizer),
-            format_note=choice.note,
+            format_note="\n".join(filter(None, (choice.note, new_tokens_note(of_checkpoint, tokenizer)))),
+            trainable_ids=tuple(tokenizer.ids_of_pieces(trainable_tokens or ())),
             _template=choice.template,
         )
 

@@ -1,5 +1,6 @@
 """Llama 2's tokenizer and chat format, exactly as Meta trained its chat models."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,5 +21,7 @@ class Llama2ChatTransform(ChatTransform):
         system_prompt: str | None = None,
         prompt_template: str | dict[str, str] = "llama2",
         train_on: TrainOn = "assistant",
+        trainable_tokens: Sequence[str] | None = None,
+        adapter_dir: Path | None = None,
     ) -> None:
-        super().__init__(path, max_seq_len, system_prompt, prompt_template, train_on)
+        super().__init__(path, max_seq_len, system_prompt, prompt_template, train_on, trainable_tokens, adapter_dir)

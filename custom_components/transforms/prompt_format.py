@@ -57,6 +57,7 @@ def stated_prompt_format(checkpoint_dir: Path, adapter_dir: Path | None) -> Prom
 def tokenizer_with_format(
     checkpoint_dir: Path,
     trained: PromptFormat | None,
+    adapter_dir: Path | None = None,
     *,
     prompt_template: str | dict[str, str] | None = None,
     system_prompt: str | None = None,
@@ -66,6 +67,7 @@ def tokenizer_with_format(
     Args:
         trained: None: none is stated; use the checkpoint's own, or Llama 2's, also with the stop tokens its configs
             state.
+        adapter_dir: may have tokens of its own, in the tokenizer's files beside it.
         prompt_template, system_prompt: override the prompt format; a warning says so if training used another.
 
     Raises:
@@ -78,7 +80,7 @@ def tokenizer_with_format(
             say(f"warning: {name} is {told!r}, it was trained with {trained_value!r}", sys.stderr)
         chosen[name] = trained_value if told is None else told
     try:
-        tokenizer = ChatTransform(checkpoint_dir, **chosen)
+        tokenizer = ChatTransform(checkpoint_dir, adapter_dir=adapter_dir, **chosen)
     except UserError as error:  # the recipes that ask here have no key of that name
         raise UserError(
             *(message.replace("tokenizer.path:", "checkpoint_dir:") for message in error.messages)

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.added_tokens import AddedTokens
+from custom_components.transforms.added_tokens import AddedToken, AddedTokens
 
 
 class Tokenizer(ABC):
@@ -87,6 +88,11 @@ class Tokenizer(ABC):
         """Tell whether a token would span the border of two texts, were they encoded as one."""
         assert not self.has_pieces_of_several_words
         return False
+
+    def with_new_tokens(self, texts: Sequence[str]) -> Self:
+        """Make a tokenizer that has these control tokens too, with the next ids; it has none of them yet."""
+        new = tuple(AddedToken(self.num_ids + number, text, is_special=True) for number, text in enumerate(texts))
+        return self.with_added_tokens(replace(self.added_tokens, tokens=(*self.added_tokens.tokens, *new)))
 
     @property
     def num_ids(self) -> int:

@@ -8,9 +8,13 @@ from typing import Any
 
 from custom_components.runtime.terminal import say
 from custom_components.transforms.added_tokens import NAMES, read_json, stated_ids
+from custom_components.transforms.byte_level_tokenizer import ByteLevelTokenizer
 from custom_components.transforms.sentencepiece_tokenizer import SentencePieceTokenizer
 from custom_components.transforms.tokenizer import Tokenizer
 from custom_components.transforms.tokenizer_json import equals_but_for_additions, fast_tokenizer
+
+# What `tokenizer_texts` may give.
+TOKENIZER_NAMES = ("tokenizer.json", "added_tokens.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -54,44 +58,52 @@ class ExportedTokenizer:
 
 
 def write_tokenizer(directory: Path, exported: ExportedTokenizer, max_seq_len: int) -> None:
-    """Write the tokenizer's own file, and tokenizer_config.json; of a tokenizer.model also tokenizer.json.
+    """Write the files of :func:`tokenizer_texts`, and the tokenizer.model, if there is one."""
+    if isinstance(exported.tokenizer, SentencePieceTokenizer):
+        shutil.copyfile(exported.tokenizer.path, directory / "tokenizer.model")
+    for name, text in tokenizer_texts(exported, max_seq_len).items():
+        (directory / name).write_bytes(text.encode())
 
-    Where a tokenizer.model has added tokens, added_tokens.json is written too.
+
+def tokenizer_texts(exported: ExportedTokenizer, max_seq_len: int) -> dict[str, str]:
+    """Give tokenizer.json and tokenizer_config.json, content by name.
+
+    Where a tokenizer.model has added tokens, added_tokens.json is given too.
 
     Args:
         max_seq_len: the model's context, in tokens.
     """
     tokenizer = exported.tokenizer
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        config = _write_sentencepiece(directory, tokenizer) | _tokenizer_config(exported, max_seq_len)
-    else:
-        shutil.copyfile(tokenizer.path, directory / "tokenizer.json")
+    texts = {}
+    if isinstance(tokenizer, ByteLevelTokenizer):
+        texts["tokenizer.json"] = tokenizer.file_text
         config = _byte_level_config(exported, max_seq_len)
+    else:
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        config = _tokenizer_config(exported, max_seq_len)
+        if tokenizer.added_tokens.tokens:
+            texts["added_tokens.json"] = _json_text(tokenizer.added_tokens.ids)
+        fast = _fast_tokenizer_text(tokenizer)
+        if fast is not None:
+            texts["tokenizer.json"] = fast
+        # LlamaTokenizer takes only the vocabulary and the merges of a tokenizer.json.
+        config = {"tokenizer_class": "LlamaTokenizer" if fast is None else "PreTrainedTokenizerFast"} | config
     if exported.chat_template is not None:
         config["chat_template"] = exported.chat_template
-    _write(directory / "tokenizer_config.json", config)
+    return texts | {"tokenizer_config.json": _json_text(config)}
 
 
-def _write_sentencepiece(directory: Path, tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
-    """Write a tokenizer.model and what is derived from it; returns the class that reads it in transformers."""
-    source = tokenizer.path.parent
-    shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
-    added = tokenizer.added_tokens
-    if added.tokens:
-        _write(directory / "added_tokens.json", added.ids)
-    fast = fast_tokenizer(tokenizer.processor, added.tokens)
+def _fast_tokenizer_text(tokenizer: SentencePieceTokenizer) -> str | None:
+    """Give the tokenizer.json of a tokenizer.model: the checkpoint's own if it is the same; None: there is none."""
+    beside = tokenizer.path.parent / "tokenizer.json"
+    fast = fast_tokenizer(tokenizer.processor, tokenizer.added_tokens.tokens)
     if fast is None:
         say(
             "warning: no tokenizer.json is written, for this tokenizer.model is not a plain byte-pair encoding; what "
             "transformers makes of it may give other ids than training used"
         )
-        return {"tokenizer_class": "LlamaTokenizer"}
-    if equals_but_for_additions(source / "tokenizer.json", fast):
-        shutil.copyfile(source / "tokenizer.json", directory / "tokenizer.json")
-    else:
-        fast.save(str(directory / "tokenizer.json"))
-    # LlamaTokenizer takes only the vocabulary and the merges of a tokenizer.json.
-    return {"tokenizer_class": "PreTrainedTokenizerFast"}
+        return None
+    return beside.read_bytes().decode() if equals_but_for_additions(beside, fast) else fast.to_str(pretty=True)
 
 
 def _byte_level_config(exported: ExportedTokenizer, max_seq_len: int) -> dict[str, Any]:
@@ -130,5 +142,5 @@ def _tokenizer_config(exported: ExportedTokenizer, max_seq_len: int) -> dict[str
     return config
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json_text(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

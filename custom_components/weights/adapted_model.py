@@ -8,11 +8,13 @@ from torchtune.modules import TransformerDecoder
 from custom_components.models.linear_names import TARGETS, hugging_face_module
 from custom_components.models.llama import ATTENTION_MODULES, lora_llama
 from custom_components.models.lora import FrozenLinear, adapter_modules
+from custom_components.models.token_rows import add_token_rows
 from custom_components.weights.adapter_files import StoredAdapter
 from custom_components.weights.adapter_settings import target_names
 from custom_components.weights.adapters import check_adapter_fits, check_same_base, copy_into_adapter
 from custom_components.weights.checkpoint_files import BaseCheckpoint
 from custom_components.weights.checkpoint_loading import check_base_weights, load_base_weights
+from custom_components.weights.stored_token_rows import stored_token_ids
 
 
 def lora_settings(stored: StoredAdapter) -> dict[str, Any]:
@@ -47,6 +49,10 @@ def model_for_adapter(base: BaseCheckpoint, stored: StoredAdapter | None, quanti
         model = lora_llama(base.shape, quantize_base=quantize_base, **lora)
         if stored is None:
             return model
+        is_tied = base.shape.tied_embeddings
+        if token_ids := stored_token_ids(stored, base.shape.vocab_size, is_tied=is_tied):
+            head_ids = token_ids.get("output", None if is_tied else [])
+            add_token_rows(model, token_ids.get("tok_embeddings", []), head_ids)
         for name, layer in adapter_modules(model).items():
             if name not in stored.modules:
                 parent, _, child = name.rpartition(".")
@@ -56,7 +62,7 @@ def model_for_adapter(base: BaseCheckpoint, stored: StoredAdapter | None, quanti
         sources = check_base_weights(model, base)
         for name in stored.base_weights:
             source = sources["tok_embeddings.weight" if name == "output.weight" and name not in sources else name]
-            check_same_base(name, stored.tensors[name].read(), source.read())
+            check_same_base(name, stored.tensors[name].read(), source.read(), base.shape.vocab_size)
     return model
 
 

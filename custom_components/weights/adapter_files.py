@@ -22,6 +22,7 @@ from custom_components.weights.names import interleave_rope_rows
 from custom_components.weights.peft_format import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_PARAMETERS,
+    TOKEN_ROWS,
     PeftConfig,
     is_unused,
     parameter_name,
@@ -63,7 +64,7 @@ class StoredAdapter:
     @property
     def base_weights(self) -> list[str]:
         """List the base's weights that PEFT wrote too, by name; they have to be the checkpoint's."""
-        return [name for name in self.tensors if not _TUNE_NAME.fullmatch(name)]
+        return [name for name in self.tensors if not (_TUNE_NAME.fullmatch(name) or name.endswith(TOKEN_ROWS))]
 
     @property
     def use_dora(self) -> bool:

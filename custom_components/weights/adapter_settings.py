@@ -9,6 +9,8 @@ from torchtune.modules import TransformerDecoder
 
 from custom_components.models.linear_names import TARGETS, hugging_face_module
 from custom_components.models.lora import FrozenLinear, adapter_modules
+from custom_components.models.token_rows import added_rows, token_rows
+from custom_components.weights.peft_format import TOKEN_MATRICES
 
 T = TypeVar("T")
 
@@ -23,6 +25,8 @@ class AdapterSettings:
         rank, alpha: of most of them.
         rank_pattern, alpha_pattern: of the others, by PEFT's names of them or of their kind.
         layers: the numbers of the layers with adapters; None: all layers.
+        token_ids: the tokens whose rows are trained, by PEFT's name of the matrix; None: none are.
+        num_embeddings: rows of the vocabulary; None: those of the checkpoint.
         flags: the variant, see :attr:`LoRALinear.peft_flags`.
     """
 
@@ -33,6 +37,8 @@ class AdapterSettings:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     layers: list[int] | None
+    token_ids: Mapping[str, list[int]] | None
+    num_embeddings: int | None
     flags: Mapping[str, bool]
 
     @property
@@ -42,6 +48,7 @@ class AdapterSettings:
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
             "layers_to_transform": self.layers,
+            "trainable_token_indices": self.token_ids,
             **self.flags,
         }
         return {key: value for key, value in entries.items() if value}
@@ -72,8 +79,16 @@ def adapter_settings(model: TransformerDecoder) -> AdapterSettings:
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         layers=None if len(layers) == len(model.layers) or of_kinds != modules.keys() else layers,
+        token_ids=_token_ids(model),
+        num_embeddings=model.tok_embeddings.num_embeddings if added_rows(model) else None,
         flags=first.peft_flags,
     )
+
+
+def _token_ids(model: TransformerDecoder) -> dict[str, list[int]] | None:
+    rows = token_rows(model)
+    token_ids = {name: rows[matrix].token_ids.tolist() for name, matrix in TOKEN_MATRICES.items() if matrix in rows}
+    return {name: ids for name, ids in token_ids.items() if ids} or None
 
 
 def _common_value(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:

@@ -7,18 +7,26 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torchtune.modules import TiedLinear, TransformerDecoder
 
 from custom_components.models.linear_names import hugging_face_module
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
+from custom_components.models.token_rows import token_rows
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.terminal import say
 from custom_components.weights.adapter_files import WEIGHTS_NAME, StoredAdapter, rope_heads
 from custom_components.weights.adapter_settings import adapter_settings, target_names
 from custom_components.weights.names import halve_rope_rows
-from custom_components.weights.peft_format import ADAPTER_CONFIG_NAME, BASE_WEIGHTS, peft_module
+from custom_components.weights.peft_format import (
+    ADAPTER_CONFIG_NAME,
+    BASE_WEIGHTS,
+    TOKEN_ROWS,
+    peft_module,
+    peft_rows_key,
+)
+from custom_components.weights.stored_token_rows import num_checkpoint_rows, read_token_rows, token_rows_problems
 
 
 def save_adapter(
@@ -56,6 +64,9 @@ def save_adapter(
             tensor = module.get_parameter(parameter)
             rows = tensor if num_heads is None else halve_rope_rows(tensor, num_heads)
             tensors[f"{peft_module(module_name)}.{peft_name}"] = rows.detach().cpu().contiguous()
+    for matrix, token_matrix in token_rows(model).items():
+        if len(token_matrix.token_ids):
+            tensors[peft_rows_key(matrix)] = token_matrix.rows.detach().cpu().contiguous()
     with whole_directory(adapter_dir) as directory:
         (directory / ADAPTER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -82,12 +93,13 @@ def copy_into_adapter(model: TransformerDecoder, tensors: Mapping[str, Tensor]) 
         UserError: the adapter brings embeddings or an output head other than the model's.
     """
     parameters = dict(model.named_parameters())
+    num_rows = num_checkpoint_rows(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name in parameters and parameters[name].requires_grad:
                 parameters[name].copy_(tensor)
             elif not (base_weight := _base_weight(model, name)).is_meta:
-                check_same_base(name, tensor, base_weight)
+                check_same_base(name, tensor, base_weight, num_rows)
 
 
 def check_adapter_fits(model: TransformerDecoder, stored: StoredAdapter) -> dict[str, Tensor]:
@@ -107,7 +119,14 @@ def check_adapter_fits(model: TransformerDecoder, stored: StoredAdapter) -> dict
         listed = "; ".join(problems[:5]) + more
         raise UserError(f"the adapter {str(stored.directory)!r} does not fit this model: {listed}")
     num_kv_heads = model.layers[0].attn.num_kv_heads
-    tensors = {name: stored.read(name, model.num_heads, num_kv_heads) for name in stored.tensors}
+    tensors = {
+        name: stored.read(name, model.num_heads, num_kv_heads)
+        for name in stored.tensors
+        if not name.endswith(TOKEN_ROWS)
+    }
+    for matrix, rows in token_rows(model).items():
+        if len(rows.token_ids):
+            tensors[f"{matrix}.{TOKEN_ROWS}"] = read_token_rows(stored, matrix, rows.token_ids.tolist())
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"the adapter {str(stored.directory)!r}: {stored.key(broken[0])} is not finite; train it again")
     if not any(tensor.any() for name, tensor in tensors.items() if name.endswith((".lora_b.weight", ".magnitude"))):
@@ -115,7 +134,7 @@ def check_adapter_fits(model: TransformerDecoder, stored: StoredAdapter) -> dict
     return tensors
 
 
-def check_adapter_was_trained(model: nn.Module) -> None:
+def check_adapter_was_trained(model: TransformerDecoder) -> None:
     """Refuse an adapter that changes nothing.
 
     Raises:
@@ -126,7 +145,8 @@ def check_adapter_was_trained(model: nn.Module) -> None:
         raise UserError(
             "optimizer.lr: every B of the adapter is still zero, nothing was learned; raise the learning rate"
         )
-    if broken := modules_not_finite(modules):
+    rows_not_finite = [name for name, rows in token_rows(model).items() if not rows.rows.isfinite().all()]
+    if broken := [*modules_not_finite(modules), *rows_not_finite]:
         raise UserError(f"optimizer.lr: the adapter of {broken[0]} is not finite; lower the learning rate")
 
 
@@ -185,7 +205,10 @@ def _problems_of_tensors(model: TransformerDecoder, stored: StoredAdapter) -> li
     }
     brought = {name: tuple(_base_weight(model, name).shape) for name in stored.base_weights}
     problems = [f"{stored.key(name)} is missing" for name in expected if name not in stored.tensors]
+    problems += token_rows_problems(model, stored)
     for name, tensor in stored.tensors.items():
+        if name.endswith(TOKEN_ROWS):
+            continue
         shape = (expected | brought).get(name)
         if shape is None:
             problems.append(f"{tensor.stored_name} has no place in the model")
@@ -202,20 +225,25 @@ def _problems_of_tensors(model: TransformerDecoder, stored: StoredAdapter) -> li
     return problems
 
 
-def check_same_base(name: str, of_adapter: Tensor, of_model: Tensor) -> None:
-    """Compare a weight that an adapter brings along with the base's; of embeddings the rows that both have.
+def check_same_base(name: str, of_adapter: Tensor, of_model: Tensor, num_checkpoint_rows: int) -> None:
+    """Compare a weight that an adapter brings along with the base's.
+
+    Args:
+        num_checkpoint_rows: of an embedding, those that the checkpoint has. Of an adapter with a resized vocabulary
+            the rows that both have are compared.
 
     Raises:
         UserError: they are not the same.
     """
-    num_rows = min(len(of_adapter), len(of_model))
+    num_rows = len(of_model) if name not in BASE_WEIGHTS else min(len(of_adapter), num_checkpoint_rows)
     # note: equal up to a rounding to bfloat16 on either side. Anything else is another base model.
     if of_adapter.shape[1:] != of_model.shape[1:] or not torch.allclose(
         of_model[:num_rows].cpu().float(), of_adapter[:num_rows].float(), rtol=2**-8, atol=1e-6
     ):
         raise UserError(
             f"the adapter holds the {name} of its base model, and it is not checkpoint_dir's: it was trained on "
-            "another model, or with changed embeddings; name that model"
+            "another model, or with changed embeddings; name that model. Embeddings that were trained whole, by "
+            "modules_to_save, cannot be loaded; here single tokens are trained, by trainable_tokens"
         )
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from custom_components.models import nf4
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
 from custom_components.models.shapes import LlamaShape
+from custom_components.models.token_rows import HeadWithTokenRows, added_rows, token_rows
 from custom_components.runtime.devices import NUM_LOADING_THREADS
 from custom_components.runtime.errors import UserError
 from custom_components.weights.checkpoint_files import BaseCheckpoint, StoredTensor
@@ -81,22 +82,35 @@ def load_base_weights(
         if cached is not None:
             cache.say_damaged()
         cache.store({name: model.get_parameter(name).data for name in quantized})
-    if isinstance(model.output, LoRALinear) and base.shape.tied_embeddings:
+    if isinstance(model.output, LoRALinear | HeadWithTokenRows) and base.shape.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight
+    for name, rows in token_rows(model).items():
+        rows.initialize(model.get_parameter(f"{name}.weight"))
     for module in adapter_modules(model).values():
         module.initialize_adapter(device)
     model.to(device)  # the rest: rope's cache
 
 
-def check_base_weights(model: TransformerDecoder, base: BaseCheckpoint) -> dict[str, StoredTensor]:
+def check_base_weights(
+    model: TransformerDecoder, base: BaseCheckpoint, num_added_rows: int | None = None
+) -> dict[str, StoredTensor]:
     """Give the tensors on disk for every frozen parameter of `model`, if they are all there.
+
+    Rows of new tokens, which embedding and head have beyond those on disk, are the mean of the matrix's other rows.
+
+    Args:
+        num_added_rows: rows of new tokens; None: as the model says.
 
     Raises:
         UserError: the checkpoint is incomplete or of another model. No weight has been read; one that is not finite
             is refused when it is.
     """
-    _check_same_model(model, base)
+    num_added_rows = added_rows(model) if num_added_rows is None else num_added_rows
+    _check_same_model(model, base, num_added_rows)
     sources = _with_tied_embeddings(base.tensors, base.shape)
+    if num_added_rows:
+        embeddings = {name: sources[name] for name in ("tok_embeddings.weight", "output.weight") if name in sources}
+        sources = sources | {name: _with_mean_rows(source, num_added_rows) for name, source in embeddings.items()}
     frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     _check_tensors(model, frozen_names, sources, base.directory)
     return {name: _checked_when_read(source) for name, source in sources.items()}
@@ -111,7 +125,7 @@ def unquantized_modules(model: TransformerDecoder) -> list[str]:
     ]
 
 
-def _check_same_model(model: TransformerDecoder, base: BaseCheckpoint) -> None:
+def _check_same_model(model: TransformerDecoder, base: BaseCheckpoint, num_added_rows: int) -> None:
     """Compare what tensor shapes do not show: with other heads or another rotary base a model loads and is wrong."""
     attention = model.layers[0].attn
     built = {
@@ -121,7 +135,7 @@ def _check_same_model(model: TransformerDecoder, base: BaseCheckpoint) -> None:
         "head_dim": attention.head_dim,
         "rope_base": attention.pos_embeddings.base,
         "rope_scaling": attention.pos_embeddings.scaling,
-        "vocab_size": model.tok_embeddings.num_embeddings,
+        "vocab_size": model.tok_embeddings.num_embeddings - num_added_rows,
     }
     for name, value in built.items():
         if value != (stated := getattr(base.shape, name)):
@@ -155,6 +169,18 @@ def _with_tied_embeddings(sources: dict[str, StoredTensor], shape: LlamaShape) -
     if embedding is not head:
         sources["tok_embeddings.weight"] = replace(embedding, read=read)
     return sources
+
+
+def _with_mean_rows(source: StoredTensor, num_rows: int) -> StoredTensor:
+    """Append rows that are the mean of all, in fp64, as transformers' `resize_token_embeddings` centres new rows."""
+
+    def read() -> Tensor:
+        value = source.read()
+        total = torch.stack([rows.double().sum(dim=0) for rows in value.split(4096)]).sum(dim=0)
+        mean = (total / len(value)).to(value.dtype)
+        return torch.cat([value, mean.expand(num_rows, -1)])
+
+    return replace(source, shape=(source.shape[0] + num_rows, *source.shape[1:]), read=read)
 
 
 def _checked_when_read(source: StoredTensor) -> StoredTensor:

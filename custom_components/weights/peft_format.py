@@ -34,14 +34,21 @@ _PEFT_KEY = re.compile(
 # `BASE_WEIGHTS` and norms: wrapped in an adapter, or plain for a resized vocabulary and for `modules_to_save`.
 _PEFT_BASE_KEY = re.compile(
     r"(?:base_model\.model\.)?(?:_orig_mod\.)?(?P<module>lm_head|model\.embed_tokens|(?:model\.)?(?:\w+\.)*\w*norm)"
-    r"(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.weight"
+    r"(?:(?:\.token_adapter)?\.base_layer|\.modules_to_save(?:\.default)?)?\.weight"
 )
+_PEFT_ROWS_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?:_orig_mod\.)?(?P<module>lm_head|model\.embed_tokens)"
+    r"\.token_adapter\.trainable_tokens_delta(?:\.default)?"
+)
+# The matrices of which single rows may be trained, by the ends of PEFT's names.
+TOKEN_MATRICES = {"embed_tokens": "tok_embeddings", "lm_head": "output"}
+TOKEN_ROWS = "token_rows.rows"
 # What `modules_to_save` was before it was trained, stored where the vocabulary was resized.
 _UNUSED_KEY = re.compile(r".*\.original_module\.weight")
 
 # With one of these entries, the tensors of the file are not the whole adapter.
 _UNSUPPORTED = (
-    *("trainable_token_indices", "target_parameters", "lora_bias", "layer_replication", "use_qalora", "use_bdlora"),
+    *("target_parameters", "lora_bias", "layer_replication", "use_qalora", "use_bdlora"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
 )
 # Llama's layers have no biases: nothing of them can be in the file.
@@ -61,6 +68,7 @@ class PeftConfig:
         layers_pattern: names of lists of layers to which `layers_to_transform` refers; empty: any.
         rank_pattern, alpha_pattern: rank and alpha of other layers, by regular expressions of their names' ends.
         modules_to_save: ends of the names of modules that were trained whole, and are not adapted.
+        token_ids: the tokens whose rows were trained, in the file's order, by the matrix, of `TOKEN_MATRICES`' values.
     """
 
     path: Path
@@ -73,6 +81,7 @@ class PeftConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     modules_to_save: list[str]
+    token_ids: Mapping[str, list[int]]
     use_rslora: bool
     use_dora: bool
 
@@ -130,6 +139,7 @@ def read_peft_config(adapter_dir: Path) -> PeftConfig:
             rank_pattern=_numbers_by_pattern(entries, "rank_pattern", int),
             alpha_pattern=_numbers_by_pattern(entries, "alpha_pattern", (int, float)),
             modules_to_save=_list_of_names(entries, "modules_to_save"),
+            token_ids=_token_ids(entries.get("trainable_token_indices") or {}),
             use_rslora=bool(entries.get("use_rslora")),
             use_dora=bool(entries.get("use_dora")),
         )
@@ -149,8 +159,16 @@ def read_peft_config(adapter_dir: Path) -> PeftConfig:
 
 def peft_key(parameter: str) -> str:
     """Give PEFT's key of an adapter's parameter, layers.0.attn.q_proj.lora_a.weight for example."""
+    if parameter.endswith(TOKEN_ROWS):
+        return peft_rows_key(parameter.partition(".")[0])
     part = next(part for part in ADAPTER_PARAMETERS if parameter.endswith(f".{part}"))
     return f"{peft_module(parameter.removesuffix(f'.{part}'))}.{ADAPTER_PARAMETERS[part]}"
+
+
+def peft_rows_key(matrix: str) -> str:
+    """Give PEFT's key of the trained rows of a matrix, tok_embeddings or output."""
+    name = "lm_head" if matrix == "output" else "model.embed_tokens"
+    return f"base_model.model.{name}.token_adapter.trainable_tokens_delta"
 
 
 def peft_module(module: str) -> str:
@@ -165,6 +183,8 @@ def is_unused(key: str) -> bool:
 
 def parameter_name(key: str) -> str | None:
     """Find the model's parameter for a key, in any spelling that PEFT writes; None: no Llama has it."""
+    if match := _PEFT_ROWS_KEY.fullmatch(key):
+        return f"{TOKEN_MATRICES[match['module'].rpartition('.')[2]]}.{TOKEN_ROWS}"
     if match := _PEFT_BASE_KEY.fullmatch(key):
         return translated_name(f"{match['module']}.weight", TUNE_NAMES_OF_HUGGING_FACE)
     match = _PEFT_KEY.fullmatch(key)
@@ -185,6 +205,19 @@ def _number(entries: dict[str, Any], key: str, kinds: Any) -> Any:
     if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{key} is {value!r}")
     return value
+
+
+def _token_ids(value: Any) -> dict[str, list[int]]:
+    """Read trainable_token_indices: ids of the embedding's rows, or such lists by the name of the matrix."""
+    by_name = {"embed_tokens": value} if isinstance(value, list) else value
+    token_ids = {TOKEN_MATRICES.get(name.rpartition(".")[2]): ids for name, ids in by_name.items()}
+    is_known = None not in token_ids and all(
+        isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids) and len({*ids}) == len(ids)
+        for ids in token_ids.values()
+    )
+    if not is_known:
+        raise ValueError(f"trainable_token_indices is {value!r}")
+    return {name: ids for name, ids in token_ids.items() if name is not None and ids}
 
 
 def _list_of_names(entries: dict[str, Any], key: str) -> list[str]:

@@ -47,6 +47,9 @@ LOADED = {
     "modules to save as they were": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "norms to save as they were": {"modules_to_save": ["norm", "input_layernorm"]},
     "a module to save and to adapt": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    "rows of tokens": {"trainable_token_indices": [5, 7]},
+    "rows of tokens by matrix": {"trainable_token_indices": {"embed_tokens": [7, 5], "lm_head": [9]}, "use_dora": True},
+    "rows of tokens beside an adapted head": {"target_modules": ["lm_head"], "trainable_token_indices": [1023]},
     "gaussian values": {"init_lora_weights": "gaussian"},
     "orthogonal values": {"init_lora_weights": "orthogonal", "r": 4},
     "minor components": {"init_lora_weights": "mica"},
@@ -74,6 +77,13 @@ def test_an_adapter_gives_peft_s_logits(make_checkpoint, tmp_path, peft_model, k
     assert_same_logits(checkpoint, tmp_path / "ours", theirs)
 
 
+def test_rows_beside_an_adapter_on_a_tied_head_are_refused(make_checkpoint, tmp_path, peft_model):
+    checkpoint = make_checkpoint(tie_word_embeddings=True)
+    peft_model(checkpoint, **LOADED["rows of tokens beside an adapted head"]).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match="output head, which has an adapter as well"):
+        inference_model(checkpoint, tmp_path / "theirs")
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_loaded_is_refused_by_name(make_checkpoint, tmp_path, peft_model, kind):
     config, words = REFUSED[kind]
@@ -95,7 +105,7 @@ def test_trained_embeddings_are_refused_with_the_way_out(make_checkpoint, tmp_pa
         with torch.no_grad():
             theirs.get_input_embeddings().weight[7] += 0.1
         theirs.save_pretrained(tmp_path / f"{num_embeddings}")
-        with pytest.raises(UserError, match="it is not checkpoint_dir's"):
+        with pytest.raises(UserError, match="it is not checkpoint_dir's.* here single tokens are .* trainable_tokens"):
             inference_model(checkpoint, tmp_path / f"{num_embeddings}")
 
 
