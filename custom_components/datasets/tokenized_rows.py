@@ -1,7 +1,7 @@
 """A data set ready to train on: rows of token ids, which of them are supervised, and what became of the rows."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self, TypeVar
 
@@ -132,12 +132,15 @@ def split_validation(dataset: Rows, val_fraction: float, seed: int) -> tuple[Row
     return dataset.rows(training), dataset.rows(validation)
 
 
-def joined_arrays(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Join the arrays of several parts, those of the first part's rows first; of a single part nothing is copied."""
+def joined_arrays(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Join the arrays of several parts, those of the first part's rows first; of a single part nothing is copied.
+
+    The arrays are taken out of the parts, so that of one name only there are two copies at a time.
+    """
     if len(parts) == 1:
         return dict(parts[0])
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "ends"}
-    lengths = np.concatenate([np.diff(part["ends"]) for part in parts])
+    lengths = np.concatenate([np.diff(part.pop("ends")) for part in parts])
+    joined = {name: np.concatenate([part.pop(name) for part in parts]) for name in [*parts[0]]}
     return joined | {"ends": np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])}
 
 

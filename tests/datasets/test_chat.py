@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from custom_components.datasets.chat import chat_dataset
-from custom_components.datasets.tokenized_rows import split_validation
+from custom_components.datasets.tokenized_rows import joined_arrays, split_validation
 from custom_components.runtime.errors import UserError
 from custom_components.transforms import templates
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
@@ -117,6 +118,24 @@ def test_sources_are_mixed_by_weight(tmp_path, tiny_tokenizer):
     answers = [text.split()[-1] for text in texts(dataset, tiny_tokenizer)]
     assert answers == ["0", "2", "x", "x", "x"]
     assert [summary.num_rows for summary in dataset.summaries] == [4, 1]
+
+
+def test_of_rows_that_are_joined_one_array_at_a_time_is_there_twice():
+    tracemalloc.start()
+    try:
+        num_tokens = 1_000_000
+        parts = [
+            {"tokens": np.full(num_tokens, part, np.int32), "is_supervised": np.ones(num_tokens, bool)}
+            | {"ends": np.array([0, num_tokens])}
+            for part in range(4)
+        ]
+        joined = joined_arrays(parts)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert joined["ends"].tolist() == [part * num_tokens for part in range(5)]
+    assert joined["tokens"][::num_tokens].tolist() == [0, 1, 2, 3] and joined["is_supervised"].all()
+    assert peak_bytes < 1.05 * (2 * 16 + 4) * num_tokens
 
 
 def test_max_rows(tmp_path, tiny_tokenizer):
