@@ -26,7 +26,12 @@ from custom_components.weights.peft_format import (
     peft_module,
     peft_rows_key,
 )
-from custom_components.weights.stored_token_rows import num_checkpoint_rows, read_token_rows, token_rows_problems
+from custom_components.weights.stored_token_rows import (
+    num_checkpoint_rows,
+    read_token_rows,
+    token_rows_problems,
+    tokens_left_out,
+)
 
 
 def save_adapter(
@@ -128,8 +133,12 @@ def check_adapter_fits(model: TransformerDecoder, stored: StoredAdapter) -> dict
         if len(rows.token_ids):
             tensors[f"{matrix}.{TOKEN_ROWS}"] = read_token_rows(stored, matrix, rows.token_ids.tolist())
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"the adapter {str(stored.directory)!r}: {stored.key(broken[0])} is not finite; train it again")
-    if not any(tensor.any() for name, tensor in tensors.items() if name.endswith((".lora_b.weight", ".magnitude"))):
+        key = stored.tensors[broken[0]].stored_name if broken[0] in stored.tensors else stored.key(broken[0])
+        raise UserError(f"the adapter {str(stored.directory)!r}: {key} is not finite; train it again")
+    if left_out := tokens_left_out(model, stored):
+        say(f"{stored.directory}: its vocabulary has new tokens, {left_out}, that nothing trained: left out")
+    changing = (".lora_b.weight", ".magnitude", TOKEN_ROWS)
+    if not any(tensor.any() for name, tensor in tensors.items() if name.endswith(changing)):
         say(f"warning: the adapter {str(stored.directory)!r} changes nothing: every B is zero", sys.stderr)
     return tensors
 

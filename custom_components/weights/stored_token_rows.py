@@ -76,6 +76,13 @@ def token_rows_problems(model: TransformerDecoder, stored: StoredAdapter) -> lis
     return problems
 
 
+def tokens_left_out(model: TransformerDecoder, stored: StoredAdapter) -> list[int]:
+    """List the new tokens of an adapter's resized vocabulary for which the model has no rows."""
+    has_place = {token for rows in token_rows(model).values() for token in rows.token_ids.tolist()}
+    theirs = stored_token_ids(stored, num_checkpoint_rows(model), is_tied=False)
+    return sorted({token for tokens in theirs.values() for token in tokens} - has_place)
+
+
 def _is_copy_for_tied_head(model: TransformerDecoder, stored: StoredAdapter, name: str) -> bool:
     """Tell whether a tensor is what PEFT stores a second time for a head that is the embedding."""
     embedding_rows = stored.tensors.get(f"tok_embeddings.{TOKEN_ROWS}")

@@ -12,6 +12,7 @@ from custom_components.weights.adapters import load_adapter, save_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import load_base_weights
 from tests.support.models import CPU, inference_model, loaded_model, with_random_variants
+from tests.support.recipe_runs import run_merge
 
 # Of the checkpoint's own tokens, and of two that are new.
 TOKENS = torch.tensor([[1, 5, 7, 1024, 9, 1025, 300, 5], [2, 1025, 1024, 8, 7, 7, 0, 1023]])
@@ -133,6 +134,56 @@ def test_rows_begin_as_their_own_or_the_mean_and_learn(make_checkpoint, tied, qu
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not parameter.requires_grad
     ]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("num_embeddings", "indices"),
+    [(None, {"embed_tokens": [5, 7], "lm_head": [7, 8]}), (1026, [7, 1024, 1025])],
+    ids=str,
+)
+def test_a_merge_has_the_rows(make_checkpoint, tmp_path, peft_model, num_embeddings, indices, tied):
+    """The merge's own proof compares it with base and adapter; transformers and PEFT have to agree."""
+    transformers = pytest.importorskip("transformers")
+    checkpoint = make_checkpoint(tie_word_embeddings=tied)
+    theirs = peft_model(checkpoint, num_embeddings, trainable_token_indices=indices)
+    theirs.save_pretrained(tmp_path / "theirs")
+    code, _, err = run_merge(
+        checkpoint_dir=checkpoint, adapter_dir=tmp_path / "theirs", output_dir=tmp_path / "merged", dtype="fp32"
+    )
+    assert code == 0, err
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    tokens = TOKENS % (num_embeddings or 1024)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, theirs(tokens).logits, atol=1e-4, rtol=0)
+    assert merged.config.vocab_size == (num_embeddings or 1024)
+
+
+def test_rows_of_two_adapters_are_not_merged_into_one(make_checkpoint, tmp_path, peft_model):
+    checkpoint = make_checkpoint()
+    for name in ("a", "b"):
+        peft_model(checkpoint, trainable_token_indices=[7]).save_pretrained(tmp_path / name)
+    adapters = ", ".join(f"{{dir: {tmp_path / name}, weight: 0.5}}" for name in ("a", "b"))
+    code, _, err = run_merge(
+        checkpoint_dir=checkpoint, adapter_dir="null", adapters=f"[{adapters}]", output_dir=tmp_path / "out"
+    )
+    assert code == 2 and "more than one of them has trained rows of tokens" in err
+
+
+def test_untrained_rows_of_a_resized_vocabulary_are_no_hindrance_to_train_on(
+    make_checkpoint, tmp_path, peft_model, capsys
+):
+    """As of a padding token: what a run begins from has the checkpoint's own rows, and that is said."""
+    checkpoint = make_checkpoint()
+    peft_model(checkpoint, 1025).save_pretrained(tmp_path / "theirs")
+    lora = {"lora_attn_modules": ["q_proj", "k_proj"], "apply_lora_to_mlp": False, "lora_rank": 3, "lora_alpha": 9}
+    model = loaded_model(checkpoint, **lora)
+    load_adapter(model, open_adapter(tmp_path / "theirs"))
+    assert "new tokens, [1024], that nothing trained: left out" in capsys.readouterr().out
+    expected = inference_model(checkpoint, tmp_path / "theirs")
+    with torch.no_grad():
+        torch.testing.assert_close(model(OLD_TOKENS), expected(OLD_TOKENS)[..., :1024], atol=1e-5, rtol=0)
+    assert expected.tok_embeddings.num_embeddings == 1025
 
 
 def test_rows_beside_an_adapter_of_the_head_are_refused(make_checkpoint):
