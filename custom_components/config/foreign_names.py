@@ -173,12 +173,20 @@ for _key, _note, _names in _ROWS:
 _MODELS = "custom_components.models"
 _SCHEDULES = "custom_components.training.schedules"
 # Theirs, and ours where it is not the one that configs/*.yaml name for this node.
+_BUILDERS = {
+    "llama2": ("llama2_7b", "llama2_13b", "llama2_70b"),
+    **{"llama3": ("llama3_8b",), "llama3_1": ("llama3_1_8b",), "llama3_2": ("llama3_2_1b", "llama3_2_3b")},
+    "mistral": ("mistral_7b",),
+}
 FOREIGN_COMPONENTS = {
     **{
-        f"torchtune.models.llama2.{kind}llama2_{size}": f"{_MODELS}.lora_llama2_{size}"
+        f"torchtune.models.{family}.{kind}{builder}": f"{_MODELS}.lora_{builder}"
+        for family, builders in _BUILDERS.items()
+        for builder in builders
         for kind in ("", "lora_", "qlora_")
-        for size in ("7b", "13b", "70b")
     },
+    "torchtune.models.llama3.llama3_tokenizer": "custom_components.transforms.ChatTransform",
+    "torchtune.models.mistral.mistral_tokenizer": "custom_components.transforms.ChatTransform",
     "torchtune.datasets.preference_dataset": "custom_components.datasets.preference_dataset",
     "torchtune.datasets.hh_rlhf_helpful_dataset": "custom_components.datasets.preference_dataset",
     "torchtune.datasets.stack_exchange_paired_dataset": "custom_components.datasets.preference_dataset",
@@ -195,7 +203,13 @@ FOREIGN_COMPONENT_KEYS = {
     "torchtune.datasets.alpaca_dataset": "source: tatsu-lab/alpaca",
     "torchtune.datasets.alpaca_cleaned_dataset": "source: yahma/alpaca-cleaned",
     "torchtune.datasets.slimorca_dataset": "source: Open-Orca/SlimOrca-Dedup",
-    **{f"torchtune.models.llama2.qlora_llama2_{size}": "quantize_base: true" for size in ("7b", "13b", "70b")},
+    **{
+        f"torchtune.models.{family}.qlora_{builder}": "quantize_base: true"
+        for family, builders in _BUILDERS.items()
+        for builder in builders
+    },
+    "torchtune.models.llama3.llama3_tokenizer": "path: ${checkpoint_dir} and prompt_template: llama3",
+    "torchtune.models.mistral.mistral_tokenizer": "path: ${checkpoint_dir} and prompt_template: mistral",
 }
 
 # Packages whose components do not work in these recipes, unless a node's `libraries` overrides it.

@@ -158,7 +158,10 @@ def test_near_names_are_still_given(name, nearest):
         ("model", "torchtune.models.llama2.lora_llama2_7b", "custom_components.models.lora_llama2_7b"),
         ("model", "torchtune.models.llama2.qlora_llama2_13b", "custom_components.models.lora_llama2_13b"),
         ("model", "torchtune.models.llama2.llama2_70b", "custom_components.models.lora_llama2_70b"),
-        ("model", "torchtune.models.llama3.lora_llama3_8b", "custom_components.models.lora_llama_from_config"),
+        ("model", "torchtune.models.llama3.lora_llama3_8b", "custom_components.models.lora_llama3_8b"),
+        ("model", "torchtune.models.llama3_2.qlora_llama3_2_1b", "custom_components.models.lora_llama3_2_1b"),
+        ("model", "torchtune.models.gemma.lora_gemma_2b", "custom_components.models.lora_llama_from_config"),
+        ("tokenizer", "torchtune.models.llama3.llama3_tokenizer", "transforms.ChatTransform with path"),
         ("model", "transformers.AutoModelForCausalLM", "custom_components.models.lora_llama_from_config"),
         (
             "lr_scheduler",
