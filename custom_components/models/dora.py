@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from custom_components.models import nf4
+from custom_components.models import nf4, nf4_product
 from custom_components.models.lora import LoRALinear
 
 
@@ -52,10 +53,16 @@ class DoRALinear(LoRALinear):
             raise RuntimeError("Cannot initialize DoRA magnitude: the weight, A or B is still on the meta device")
         self.base_changed()
         squared_norms_O = self.base_squared_norms
-        if self.lora_b.weight.any():
-            squared_norms_O = self.squared_row_norms(self.plain_output(self.lora_a.weight.to(self.weight.dtype)))
+        if _whole(self.lora_b.weight).any():
+            base_of_a_RO = nf4_product.frozen_product(
+                _whole(self.lora_a.weight).to(self.weight.dtype), _whole(self.weight)
+            )
+            squared_norms_O = self.squared_row_norms(base_of_a_RO)
         # As `row_norms` takes the root, so that the first ratio of the two is exactly 1.
-        self.magnitude.copy_(squared_norms_O.sqrt())
+        magnitude_O = squared_norms_O.sqrt()
+        if isinstance(self.magnitude, DTensor):
+            magnitude_O = distribute_tensor(magnitude_O, self.magnitude.device_mesh, self.magnitude.placements)
+        self.magnitude.copy_(magnitude_O)
 
     def allocate_adapter(self, device: torch.device) -> None:
         super().allocate_adapter(device)
@@ -69,7 +76,8 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def base_changed(self) -> None:
         weight = nf4.dequantize(self.weight, self.weight.dtype) if nf4.is_quantized(self.weight) else self.weight
-        self.base_squared_norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        # note: whole also where FSDP has sharded the weight, which it gathers for a forward, and buffers not.
+        self.base_squared_norms = _whole(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)).square()
 
     def adapted_output(self, input: Tensor, low_rank: Tensor) -> Tensor:
         # W x and W A^T, which the norms need, in one product: NF4 is dequantized once.
@@ -97,8 +105,8 @@ class DoRALinear(LoRALinear):
         Args:
             base_of_a_RO: A W^T.
         """
-        a_RI = self.lora_a.weight.to(base_of_a_RO.dtype).float()
-        scaled_b_OR = self.lora_b.weight.float() * self.scaling
+        a_RI = _whole(self.lora_a.weight).to(base_of_a_RO.dtype).float()
+        scaled_b_OR = _whole(self.lora_b.weight).float() * self.scaling
         change_O = (scaled_b_OR * (2 * base_of_a_RO.float().T + scaled_b_OR @ (a_RI @ a_RI.T))).sum(dim=1)
         return (self.base_squared_norms + change_O).clamp(min=0)
 
@@ -114,6 +122,11 @@ class DoRALinear(LoRALinear):
         merged_OI.add_(changed_OI.sub_(base_OI), alpha=factor)
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """Gather a tensor that is sharded over ranks; give any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _follow_loaded_weight(layer: DoRALinear, _incompatible_keys: Any) -> None:
     """Take the norms of a weight that `load_state_dict` gave. A magnitude that was given, or trained, is kept.
 
@@ -125,5 +138,5 @@ def _follow_loaded_weight(layer: DoRALinear, _incompatible_keys: Any) -> None:
     layer.base_changed()
     if layer.magnitude.is_meta or old_norms_O.is_meta or layer.lora_b.weight.is_meta:
         return
-    if torch.equal(layer.magnitude, old_norms_O.sqrt().to(layer.magnitude.dtype)):
+    if torch.equal(_whole(layer.magnitude), old_norms_O.sqrt().to(layer.magnitude.dtype)):
         layer.initialize_dora_magnitude()

@@ -1,11 +1,15 @@
-"""DoRA's norms and magnitudes, whichever way the weights come: torch's `load_state_dict`, torchtune's protocol."""
+"""DoRA's norms and magnitudes, whichever way the weights come: `load_state_dict`, torchtune's protocol, FSDP."""
 
 import copy
 
 import pytest
 import torch
+import torch.distributed
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torchtune.modules.peft import disable_adapter, get_adapter_params
+from torchtune.training import load_from_full_model_state_dict
 
 from custom_components.models import DoRALinear, nf4
 from custom_components.models.llama import lora_llama
@@ -99,3 +103,35 @@ def test_on_the_meta_device_the_magnitude_cannot_be_initialized():
         layer = DoRALinear(64, 96, 4, alpha=8)
     with pytest.raises(RuntimeError, match="Cannot initialize DoRA magnitude"):
         layer.initialize_dora_magnitude()
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """The devices of one process, with which FSDP shards as with many."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'ranks'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def sharded(model, mesh):
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@torch.no_grad()
+def test_sharded_weights_are_followed_too(mesh):
+    """FSDP's are new objects; torchtune's distributed recipes load them so, on a model built on the meta device."""
+    model = trained_llama()
+    state, expected = model.state_dict(), model(TOKENS)
+    loaded = dora_llama()
+    loaded.load_state_dict(state)
+    torch.testing.assert_close(sharded(loaded, mesh)(TOKENS), expected, atol=1e-5, rtol=0)
+    with torch.device("meta"):
+        built = sharded(dora_llama(), mesh)
+    load_from_full_model_state_dict(built, state, torch.device("cpu"), strict=True)
+    torch.testing.assert_close(built(TOKENS), expected, atol=1e-5, rtol=0)
+    layer, whole = built.layers[1].mlp.w2, model.layers[1].mlp.w2
+    built.reshard()
+    layer.initialize_dora_magnitude()
+    torch.testing.assert_close(layer.magnitude.full_tensor(), merged_lora_weight(whole).norm(dim=1))
