@@ -7,18 +7,12 @@ from pathlib import Path
 from torchtune.modules import TransformerDecoder
 
 from custom_components.models import shapes as llama_shapes
-from custom_components.models.llama import llama, lora_llama, trained_linear
-
-
-def trained_llama(shape: llama_shapes.LlamaShape) -> TransformerDecoder:
-    """Build a Llama-architecture model without adapters, all of whose weights are trained."""
-    return llama(shape, trained_linear)
-
+from custom_components.models.llama import full_llama, lora_llama
 
 # Those that torchtune has too have its names.
-llama2_7b = partial(trained_llama, llama_shapes.LLAMA2_7B)
-llama2_13b = partial(trained_llama, llama_shapes.LLAMA2_13B)
-llama2_70b = partial(trained_llama, llama_shapes.LLAMA2_70B)
+llama2_7b = partial(full_llama, llama_shapes.LLAMA2_7B)
+llama2_13b = partial(full_llama, llama_shapes.LLAMA2_13B)
+llama2_70b = partial(full_llama, llama_shapes.LLAMA2_70B)
 qlora_llama2_7b = partial(lora_llama, llama_shapes.LLAMA2_7B, quantize_base=True)
 qlora_llama2_13b = partial(lora_llama, llama_shapes.LLAMA2_13B, quantize_base=True)
 qlora_llama2_70b = partial(lora_llama, llama_shapes.LLAMA2_70B, quantize_base=True)
@@ -33,6 +27,15 @@ lora_llama3_1_8b = partial(lora_llama, llama_shapes.LLAMA3_1_8B)
 lora_llama3_2_1b = partial(lora_llama, llama_shapes.LLAMA3_2_1B)
 lora_llama3_2_3b = partial(lora_llama, llama_shapes.LLAMA3_2_3B)
 lora_mistral_7b = partial(lora_llama, llama_shapes.MISTRAL_7B)
+
+
+def llama_from_config(checkpoint_dir: str | Path, train_only: Sequence[str] | None = None) -> TransformerDecoder:
+    """Build `full_llama` with the shape that the checkpoint's own config.json or params.json states.
+
+    Raises:
+        UserError: the directory or its config does not exist, or the model is not a plain Llama; see `full_llama`.
+    """
+    return full_llama(llama_shapes.shape_from_checkpoint(Path(checkpoint_dir)), train_only)
 
 
 def lora_llama_from_config(

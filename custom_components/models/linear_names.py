@@ -12,6 +12,11 @@ TARGETS = {
     **{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "lm_head": "output"},
 }
 _HUGGING_FACE_NAMES = {tune: hf for hf, tune in TARGETS.items()} | {"attn": "self_attn"}
+# Hugging Face's names of a module's parts by torchtune's, beside linear layers also embeddings and norms.
+HUGGING_FACE_PARTS = _HUGGING_FACE_NAMES | {
+    **{"tok_embeddings": "embed_tokens", "sa_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "scale": "weight",
+}
 
 
 def hugging_face_module(module: str) -> str:

@@ -20,6 +20,13 @@ from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modu
 from custom_components.models.rms_norm import RMSNorm
 from custom_components.models.rotary import RotaryPositions
 from custom_components.models.shapes import LlamaShape
+from custom_components.models.trained import (
+    TokenEmbedding,
+    TrainedLinear,
+    TrainedTiedLinear,
+    train_parameters,
+    trained_names,
+)
 from custom_components.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -73,7 +80,7 @@ def llama(shape: LlamaShape, linear: LinearMaker) -> TransformerDecoder:
         )
         for index in range(shape.num_layers)
     ]
-    tok_embeddings = nn.Embedding(shape.vocab_size, shape.embed_dim)
+    tok_embeddings = TokenEmbedding(shape.vocab_size, shape.embed_dim)
     tied_to = tok_embeddings if shape.tied_embeddings else None
     return TransformerDecoder(
         tok_embeddings=tok_embeddings,
@@ -113,8 +120,8 @@ def _feed_forward(shape: LlamaShape, name: str, linear: LinearMaker) -> FeedForw
 def trained_linear(place: LinearPlace) -> nn.Module:
     """Make a layer whose weight is trained, for any place."""
     if place.tied_to is not None:
-        return TiedLinear(place.tied_to)
-    return nn.Linear(place.in_dim, place.out_dim, bias=False)
+        return TrainedTiedLinear(place.tied_to)
+    return TrainedLinear(place.in_dim, place.out_dim)
 
 
 def frozen_linear(place: LinearPlace, *, quantize_base: bool) -> nn.Module:
@@ -122,6 +129,28 @@ def frozen_linear(place: LinearPlace, *, quantize_base: bool) -> nn.Module:
     if place.tied_to is not None:
         return TiedLinear(place.tied_to)
     return FrozenLinear(place.in_dim, place.out_dim, quantize_base=quantize_base and _can_quantize(place))
+
+
+def full_llama(shape: LlamaShape, train_only: Sequence[str] | None = None) -> TransformerDecoder:
+    """Build a Llama-architecture model without adapters, whose own weights are trained.
+
+    Args:
+        shape: the model's sizes.
+        train_only: patterns of the weights that are trained, see :func:`trained_names`; None: all are.
+
+    Raises:
+        UserError: a pattern matches nothing.
+    """
+    is_trained = trained_names(train_only)
+
+    def linear(place: LinearPlace) -> nn.Module:
+        if place.tied_to is not None or is_trained(f"{place.name}.weight"):
+            return trained_linear(place)
+        return frozen_linear(place, quantize_base=False)
+
+    model = llama(shape, linear)
+    train_parameters(model, train_only)
+    return model
 
 
 def _can_quantize(place: LinearPlace) -> bool:

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torchtune.modules import RMSNorm, TransformerDecoder
+from torchtune.modules.peft import get_adapter_params
 from tqdm import tqdm
 
 from custom_components.models import nf4
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
 from custom_components.models.shapes import LlamaShape
 from custom_components.models.token_rows import HeadWithTokenRows, added_rows, token_rows
+from custom_components.models.trained import TokenEmbedding
 from custom_components.runtime.devices import NUM_LOADING_THREADS
 from custom_components.runtime.errors import UserError
 from custom_components.weights.checkpoint_files import BaseCheckpoint, StoredTensor
@@ -26,17 +28,19 @@ def load_base_weights(
     dtype: torch.dtype,
     device: torch.device,
     quantized_cache_dir: Path | None = None,
+    trained_dtype: torch.dtype | None = None,
 ) -> None:
-    """Give a model on the meta device its frozen weights, and its adapters their initial values, in place.
+    """Give a model on the meta device its base's weights, and its adapters their initial values, in place.
 
     Each tensor is read, brought to torchtune's row order, quantized or cast once, and dropped: beside the model there
     are never more than a few weights in memory. Adapters are drawn from torch's global generator, on the CPU, so that
     they are the same on every device.
 
     Args:
-        model: of `lora_llama` or a named builder, built under `torch.device("meta")`.
+        model: of `lora_llama`, `full_llama` or a named builder, built under `torch.device("meta")`.
         dtype: of the weights that are not in NF4, and of products with those that are.
         quantized_cache_dir: where NF4 weights are kept for the next start, see :class:`QuantizedCache`; None: nowhere.
+        trained_dtype: of the base's weights that are trained; None: `dtype`.
 
     Raises:
         UserError: before the first weight is read, if the checkpoint is incomplete or of another model.
@@ -60,6 +64,7 @@ def load_base_weights(
     def load(name: str) -> None:
         module_name, _, parameter_name = name.rpartition(".")
         module = model.get_submodule(module_name)
+        is_trained = model.get_parameter(name).requires_grad
         if name in quantized:
             value = None if cached is None else cached.read(name, quantized[name])
             if value is None:
@@ -68,9 +73,10 @@ def load_base_weights(
         else:
             # Norms stay in fp32, the dtype they compute in.
             # note: copy, or the parameter is a view of the file's memory map and changes with the file.
-            stored_dtype = torch.float32 if isinstance(module, RMSNorm) else dtype
+            weight_dtype = (trained_dtype or dtype) if is_trained else dtype
+            stored_dtype = torch.float32 if isinstance(module, RMSNorm) else weight_dtype
             value = sources[name].read().to(device, stored_dtype, copy=True)
-        setattr(module, parameter_name, nn.Parameter(value, requires_grad=False))
+        setattr(module, parameter_name, nn.Parameter(value, requires_grad=is_trained))
 
     with ThreadPoolExecutor(NUM_LOADING_THREADS) as threads, torch.no_grad():
         # note: gone through one by one, so that an error in a thread is raised here.
@@ -84,6 +90,8 @@ def load_base_weights(
         cache.store({name: model.get_parameter(name).data for name in quantized})
     if isinstance(model.output, LoRALinear | HeadWithTokenRows) and base.shape.tied_embeddings:
         model.output.weight = model.tok_embeddings.weight
+    if isinstance(model.tok_embeddings, TokenEmbedding):
+        model.tok_embeddings.compute_dtype = dtype
     for name, rows in token_rows(model).items():
         rows.initialize(model.get_parameter(f"{name}.weight"))
     for module in adapter_modules(model).values():
@@ -94,7 +102,7 @@ def load_base_weights(
 def check_base_weights(
     model: TransformerDecoder, base: BaseCheckpoint, num_added_rows: int | None = None
 ) -> dict[str, StoredTensor]:
-    """Give the tensors on disk for every frozen parameter of `model`, if they are all there.
+    """Give the tensors on disk for every parameter of `model` that is its base's, if they are all there.
 
     Rows of new tokens, which embedding and head have beyond those on disk, are the mean of the matrix's other rows.
 
@@ -111,8 +119,9 @@ def check_base_weights(
     if num_added_rows:
         embeddings = {name: sources[name] for name in ("tok_embeddings.weight", "output.weight") if name in sources}
         sources = sources | {name: _with_mean_rows(source, num_added_rows) for name, source in embeddings.items()}
-    frozen_names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    _check_tensors(model, frozen_names, sources, base.directory)
+    of_adapters = get_adapter_params(model)
+    base_names = [name for name, _ in model.named_parameters() if name not in of_adapters]
+    _check_tensors(model, base_names, sources, base.directory)
     return {name: _checked_when_read(source) for name, source in sources.items()}
 
 
