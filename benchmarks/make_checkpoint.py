@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from custom_components.export.hugging_face import config_of_shape
 from custom_components.models import shapes as llama_shapes
 from custom_components.models.shapes import LlamaShape
+from custom_components.weights.hugging_face_writing import config_of_shape
 
 NUM_SHARDS = 2
 SHAPES = {name: value for name, value in vars(llama_shapes).items() if isinstance(value, LlamaShape)}

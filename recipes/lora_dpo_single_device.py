@@ -97,7 +97,7 @@ def train(
                     state.keep_best(model)
                 log.samples(step, answer_sample_prompts(model, data.tokenizer, settings.sample_prompts))
             stops = stop.is_asked or progress.stops_early(settings.early_stopping_patience)
-            checkpoints.save_if_due(step, state, stops=stops)
+            checkpoints.save_if_due(step, state, now=stops)
             if stop.is_asked:
                 break
     return stop.signal_number

@@ -6,7 +6,6 @@ tune run recipes/lora_single_device.py --config configs/llama2_7b_qlora.yaml lor
 import sys
 import time
 
-from custom_components.config.components import instantiate
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
 from custom_components.datasets.training_data import Data
@@ -19,14 +18,20 @@ from custom_components.recipe_parts.adapter_run import (
     save_adapter_result,
 )
 from custom_components.recipe_parts.opening import directory_of_run, open_rows, open_training
-from custom_components.recipe_parts.training import close_training, leave_if_stopped, plan_of_run, training_begun
+from custom_components.recipe_parts.training import (
+    close_training,
+    leave_if_stopped,
+    plan_of_run,
+    supervised_losses,
+    training_begun,
+)
 from custom_components.runs.checkpoint_saver import CheckpointSaver
 from custom_components.runs.metric_logger import MetricLogger
 from custom_components.runs.run import Run
 from custom_components.runs.training_log import TrainingLog
 from custom_components.runtime.errors import run_recipe
 from custom_components.runtime.stopping import stop_requests
-from custom_components.training.gradients import Losses, accumulate_gradients, supervised_loss, validation_loss
+from custom_components.training.gradients import Losses, accumulate_gradients, validation_loss
 from custom_components.training.plan import Plan
 from custom_components.training.state import TrainingState
 from custom_components.training.step import begin_step, finish_step
@@ -44,8 +49,7 @@ def recipe_main() -> None:
 
         plan = plan_of_run(run.settings, data)
         state = new_adapter_state(run, data.train.digest)
-        loss_function = instantiate(settings.loss)
-        losses = Losses(supervised_loss(model, loss_function, options), supervised_loss(model, loss_function))
+        losses = supervised_losses(run, options)
         with training_begun(opening, run, plan, state) as logger:
             signal_number = train(run, data, plan, state, losses, logger)
 
@@ -88,7 +92,7 @@ def train(
                     state.keep_best(model)
                 log.samples(step, answer_sample_prompts(model, data.tokenizer, settings.sample_prompts))
             stops = stop.is_asked or progress.stops_early(settings.early_stopping_patience)
-            checkpoints.save_if_due(step, state, stops=stops)
+            checkpoints.save_if_due(step, state, now=stops)
             if stop.is_asked:
                 break
     return stop.signal_number

@@ -1,8 +1,9 @@
 """Merge an adapter, or several, into their base model, write the result for other tools and prove that it is the same.
 
-`format=gguf_lora` writes the adapter alone.
+`format=gguf_lora` writes the adapter alone; `format=gguf` with `adapter_dir=null` writes the model of checkpoint_dir.
 
 tune run recipes/merge.py --config configs/merge.yaml checkpoint_dir=... adapter_dir=... output_dir=...
+tune run recipes/merge.py --config configs/merge.yaml checkpoint_dir=... adapter_dir=null format=gguf output_dir=...
 """
 
 import sys
@@ -21,7 +22,6 @@ from custom_components.export.gguf import write_gguf
 from custom_components.export.gguf_k_quants import K_QUANTS, import_llama_cpp, quantize_gguf
 from custom_components.export.gguf_lora import write_gguf_lora
 from custom_components.export.gguf_reading import GgufWeights
-from custom_components.export.hugging_face import write_config, write_weights
 from custom_components.export.merge_output import check_output_dir, check_space, merge_directory, restore_replaced
 from custom_components.export.merge_proof import (
     Weights,
@@ -45,7 +45,6 @@ from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.runtime.terminal import say
 from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
-from custom_components.transforms.jinja_template import chat_template
 from custom_components.transforms.own_template import source_template
 from custom_components.transforms.prompt_format import (
     PromptFormat,
@@ -53,10 +52,16 @@ from custom_components.transforms.prompt_format import (
     tokenizer_with_format,
     write_prompt_format,
 )
-from custom_components.transforms.tokenizer_files import ExportedTokenizer, write_tokenizer
+from custom_components.transforms.tokenizer_files import (
+    ExportedTokenizer,
+    exported_tokenizer,
+    template_of_format,
+    write_tokenizer,
+)
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.card import CARD_NAME
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
+from custom_components.weights.hugging_face_writing import write_config, write_weights
 
 # q8_0: blocks of 32 values in a byte each, with a scale in f16.
 BYTES_PER_VALUE = {
@@ -68,7 +73,8 @@ BYTES_PER_VALUE = {
 def recipe_main() -> None:
     settings = load_settings(MergeSettings, sys.argv[1:])
     memory = PeakMemory(torch.device("cpu"))
-    adapter_dirs = [adapter.dir for adapter in settings.weighted_adapters]
+    # A model that was trained as a whole has no adapter, and states its prompt format itself.
+    trained_dirs = [adapter.dir for adapter in settings.weighted_adapters] or [settings.checkpoint_dir]
     restore_replaced(settings.output_dir)
     check_output_dir(settings.output_dir, overwrite=settings.overwrite_output_dir)
     if settings.gguf_quantization in K_QUANTS:
@@ -79,20 +85,19 @@ def recipe_main() -> None:
     adapters = [read_adapter(checkpoint, open_adapter(a.dir, key), a.weight) for a in settings.weighted_adapters]
     num_embeddings = num_embeddings_of(checkpoint, adapters)
     base = BaseWeights(checkpoint, dequantized=settings.base == "dequantized", num_embeddings=num_embeddings)
-    check_not_merged_yet(settings.checkpoint_dir, adapters, allow_merged_base=settings.allow_merged_base)
+    if adapters:
+        check_not_merged_yet(settings.checkpoint_dir, adapters, allow_merged_base=settings.allow_merged_base)
     if settings.format == "gguf_lora":
         export_adapter(settings, checkpoint, adapters[0])
         return
     merged = MergedWeights(base, adapters)
-    formats = [read_prompt_format(adapter_dir) for adapter_dir in adapter_dirs]
+    formats = [read_prompt_format(directory) for directory in trained_dirs]
     prompt_format = formats[0] or read_prompt_format(settings.checkpoint_dir)
     with_tokens = next((adapter.directory for adapter in adapters if adapter.token_rows), None)
     transform = tokenizer_with_format(settings.checkpoint_dir, prompt_format, with_tokens)
     transform = fit_tokenizer(transform, base.model)
-    template = template_of(formats, adapter_dirs[0], checkpoint, transform)
-    tokenizer = ExportedTokenizer(
-        transform.tokenizer, transform.stop_tokens or (transform.eos_id,), template, transform.begins_with_bos
-    )
+    template = template_of(formats, trained_dirs[0], checkpoint, transform)
+    tokenizer = exported_tokenizer(transform, template)
     storage = storage_of(settings, base)
     num_bytes = round(merged.num_values * BYTES_PER_VALUE[storage])
     # llama.cpp's quantizer reads the f16 file that is then deleted.
@@ -140,8 +145,17 @@ def write_hugging_face(
 ) -> Weights:
     """Write a Hugging Face directory; return its weights, read back."""
     dtype = PRECISION_STR_TO_DTYPE[storage]
-    write_weights(directory, with_progress(merged), merged.shapes, merged.shape, dtype)
-    write_config(directory, checkpoint, merged.shape, tokenizer, dtype)
+    dtypes = dict.fromkeys(merged.shapes, dtype)
+    write_weights(directory, with_progress(merged), merged.shapes, merged.shape, dtypes)
+    write_config(
+        directory,
+        checkpoint,
+        merged.shape,
+        dtype,
+        bos_id=tokenizer.tokenizer.bos_id,
+        stop_ids=tokenizer.stop_tokens,
+        pad_id=tokenizer.pad_id,
+    )
     write_tokenizer(directory, tokenizer, merged.shape.max_seq_len)
     return BaseWeights(open_checkpoint(directory), dequantized=False)
 
@@ -204,9 +218,7 @@ def template_of(
         found = "the checkpoint's chat template is kept" if template else "no chat template is written"
         say(f"{first_dir} states no prompt format: {found}")
         return template
-    pieces = transform.tokenizer.named_pieces
-    added_tokens = [token.text for token in transform.tokenizer.added_tokens.tokens]
-    return chat_template(formats[0].prompt_template, formats[0].system_prompt, pieces, added_tokens)
+    return template_of_format(transform, formats[0])
 
 
 def prove(
@@ -222,12 +234,15 @@ def prove(
     Raises:
         UserError: further than rounding explains.
     """
-    origins = [open_origin(adapter.directory) for adapter in adapters]
+    origins = [open_origin(adapter.directory) for adapter in adapters] or [open_origin(base.checkpoint.directory)]
     rows, kind = origins[0].example_rows(tokenizer)
     say(f"compared in fp32 on {sum(map(len, rows))} tokens of {len(rows)} {kind}:")
     logits_TV = logits_of_weights(written, rows)
     proof = compared(logits_TV, logits_with_adapters(base, adapters, rows))
     check_same_logits(proof, storage)
+    if not adapters:
+        say(f"  written against the {base_name} weights: {proof}")
+        return
     say(f"  merged against the {base_name} weights + adapter: {proof}")
     alone = compared(logits_TV, logits_of_weights(base, rows))
     say(f"  merged against the {base_name} weights alone: {alone}")

@@ -19,7 +19,7 @@ COMMANDS = [
 ]
 # What a test cannot have: the real weights and the reader's own file. Later overrides win over those of the command.
 IN_PLACE_OF_7B = [
-    *("model._component_=custom_components.models.lora_llama_from_config", "dtype=fp32"),
+    "dtype=fp32",
     *(f"model.checkpoint_dir={TINY_LLAMA}/checkpoint", f"dataset.source={TINY_LLAMA}/data/train.jsonl"),
     *("max_steps_per_epoch=1", "device=cpu", "cache_dir=null"),
 ]
@@ -51,6 +51,11 @@ def in_place(command, adapter, tmp_path):
     elif recipe == "merge":
         overrides += [f"output_dir={tmp_path / 'merged'}"]
     else:
+        if recipe == "full_single_device":
+            # note: compiling the config's optimizer takes a minute.
+            overrides += ["optimizer={_component_: torch.optim.AdamW, lr: 2e-5}"]
+        builder = "llama_from_config" if recipe == "full_single_device" else "lora_llama_from_config"
+        overrides += [f"model._component_=custom_components.models.{builder}"]
         overrides += [*IN_PLACE_OF_7B, f"output_dir={tmp_path / 'out'}"]
         overrides += [f"output_file={tmp_path / 'rows.html'}"] if recipe == "preview" else []
     return overrides

@@ -88,7 +88,9 @@ def _function(dotted_path: str) -> tuple[ast.FunctionDef | None, int]:
             match node:
                 case ast.FunctionDef(name=found) | ast.ClassDef(name=found) if found == name:
                     target = node
-                case ast.ImportFrom(module=str() as source, names=aliases, level=0):
+                case ast.ImportFrom(module=str() as source, names=aliases, level=0 | 1 as level):
+                    package = module if file.stem == "__init__" else module.rpartition(".")[0]
+                    source = f"{package}.{source}" if level else source
                     for alias in aliases:
                         if (alias.asname or alias.name) == name:
                             target = f"{source}.{alias.name}"

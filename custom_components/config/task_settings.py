@@ -138,8 +138,11 @@ class MergeSettings(Settings):
     prove: bool = True
 
     def combination_problems(self) -> Iterator[tuple[str, str]]:
-        if self.adapter_dir is None and not self.adapters:
-            yield "adapter_dir", "null: name the adapter/ of a run, or several in adapters"
+        if self.adapter_dir is None and not self.adapters and self.format != "gguf":
+            yield (
+                "adapter_dir",
+                "null: name the adapter/ of a run, or several in adapters; format=gguf writes a model without one",
+            )
         if self.adapter_dir is not None and self.adapters:
             yield "adapters", f"beside adapter_dir {str(self.adapter_dir)!r}: name one, or several, not both"
         if self.quantization is not None and self.format != "gguf":

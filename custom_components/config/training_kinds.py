@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt, create_model
 
+from custom_components.config.full_settings import FullSettings
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.settings import PathText, Settings
@@ -13,7 +14,11 @@ from custom_components.config.training_settings import TrainingSettings
 
 def training_kind(values: Mapping[str, Any]) -> type[TrainingSettings]:
     """Tell by its keys which recipe a training config is for, and give that recipe's settings."""
-    return PreferenceSettings if PreferenceSettings.is_for(values) else LoRASettings
+    if PreferenceSettings.is_for(values):
+        return PreferenceSettings
+    if not any(key.startswith("lora_") for key in values):
+        return FullSettings
+    return LoRASettings
 
 
 class AnyTrainingSettings(TrainingSettings):

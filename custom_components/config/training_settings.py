@@ -61,11 +61,16 @@ class RunPaths(Settings):
 
 
 class TrainingSettings(RunPaths):
-    """What all training recipes have in common."""
+    """What all training recipes have in common.
+
+    Attributes:
+        result_name: the name of the directory of the trained weights, in output_dir and in each checkpoint.
+    """
 
     alternatives = (("warmup_steps", "warmup_ratio"), ("dataset_val", "val_fraction"))
     # The dialogs of a row.
     num_row_dialogs: ClassVar[int] = 1
+    result_name: ClassVar[str] = "adapter"
 
     model: Annotated[dict[str, Any], MODEL]
 
@@ -119,6 +124,11 @@ class TrainingSettings(RunPaths):
     def position_loss(self) -> dict[str, Any]:
         """The node of what computes the losses of supervised positions."""
         return self.loss
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether the backward frees each gradient when it is complete, because the optimizer has used it."""
+        return False
 
     def training_hyperparameters(self) -> dict[str, object]:
         """Name what shaped the training, by keys of the config; None: no effect. The weights' sizes are not of it."""

@@ -75,7 +75,9 @@ def merged_card(
     merged_onto: Literal["original", "dequantized"],
     file_names: Collection[str] = (),
 ) -> str:
-    """Compose the card of a base model that adapters were merged into, as Markdown with front matter.
+    """Compose the card of a base model that adapters were merged into, or of one without them, as Markdown.
+
+    It has front matter.
 
     What a run's card says of data, prompt format and training is taken over; of an adapter without such a card nothing
     is said.
@@ -86,7 +88,7 @@ def merged_card(
         file_names: of the files beside the card; with a `.gguf` it says how to load that one.
     """
     gguf_file = next((name for name in file_names if name.endswith(".gguf")), None)
-    cards = [_own_card(adapter_dir) for adapter_dir, _ in adapters]
+    cards = [_own_card(adapter_dir) for adapter_dir, _ in adapters or [(base.directory, 1.0)]]
     head = front_matter(
         base,
         # The hub's "merge" is for models merged from several bases.
@@ -95,13 +97,13 @@ def merged_card(
         tags=[TAG],
         datasets=[name for card, _ in cards for name in (card.get("datasets") or [])],
     )
-    parts = [
-        head,
-        f"\n# {markdown_link(base.hub_name) or local_path(base.directory)} with "
-        f"{'a LoRA adapter' if len(adapters) == 1 else f'{len(adapters)} LoRA adapters'} merged in\n",
-        f"\nMerged with `llama-lora-recipes` into the base's {merged_onto} weights.\n",
-    ]
-    for (adapter_dir, weight), (_, facts) in zip(adapters, cards, strict=True):
+    name = markdown_link(base.hub_name) or local_path(base.directory)
+    how = f"with {'a LoRA adapter' if len(adapters) == 1 else f'{len(adapters)} LoRA adapters'} merged in"
+    words = f"Merged with `llama-lora-recipes` into the base's {merged_onto} weights."
+    if not adapters:
+        how, words = "as GGUF", "Written with `llama-lora-recipes`."
+    parts = [head, f"\n# {name} {how}\n", f"\n{words}\n"]
+    for (adapter_dir, weight), (_, facts) in zip(adapters or [(base.directory, 1.0)], cards, strict=True):
         if len(adapters) > 1 or weight != 1:
             parts.append(f"\n**Adapter {local_path(adapter_dir)}, weight {weight:g}**\n")
         if facts:

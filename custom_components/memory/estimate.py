@@ -14,7 +14,9 @@ from custom_components.memory.simulated_step import StepMemory, simulated_step
 from custom_components.models import nf4
 from custom_components.models.hidden_states import num_layers_with_backward
 from custom_components.models.lora import FrozenLinear
+from custom_components.models.trained import trained_base_parameters
 from custom_components.runtime.devices import NUM_LOADING_THREADS
+from custom_components.training.weights_dtype import weights_dtype_with_compiler
 
 # Memory besides our tensors, measured after imports: on the CPU machine code from oneDNN, bitsandbytes where weights
 # are NF4, and the plot; on CUDA the libraries' workspaces (torch does not count its context).
@@ -34,8 +36,10 @@ class MemoryEstimate:
     Attributes:
         num_parameters: of the base in NF4, of the base otherwise, and trained.
         base_bytes: the frozen weights.
-        adapter_bytes: the trained parameters, in fp32.
-        gradient_bytes: the gradients of the trained parameters.
+        trained_bytes: the trained parameters: an adapter's, in fp32, or the model's own.
+        trains_adapter: they are an adapter's.
+        gradient_bytes: the gradients of the trained parameters; 0 if the backward frees each when it is complete.
+        standing_gradient_bytes: those of them that are there when a forward begins, beside what `step` counts.
         optimizer_bytes: the optimizer's state.
         loading_bytes: the weights that are being read while the base is loaded.
         step: the memory of a forward and backward.
@@ -46,8 +50,10 @@ class MemoryEstimate:
 
     num_parameters: dict[str, int]
     base_bytes: int
-    adapter_bytes: int
+    trained_bytes: int
+    trains_adapter: bool
     gradient_bytes: int
+    standing_gradient_bytes: int
     optimizer_bytes: int
     loading_bytes: int
     step: StepMemory
@@ -57,10 +63,11 @@ class MemoryEstimate:
 
     def peak_bytes(self, num_recomputed_layers: int) -> int:
         """Compute the most bytes needed at one time, with so many layers recomputed."""
-        constant_bytes = self.base_bytes + self.adapter_bytes + self.overhead_bytes
+        constant_bytes = self.base_bytes + self.trained_bytes + self.overhead_bytes
         step = round(self.heap_share * self.step.peak_bytes(self.num_layers, num_recomputed_layers))
-        # From a step's second forward on, the gradients of all adapters add to what the forward needs.
-        return constant_bytes + max(self.loading_bytes, self.optimizer_bytes + self.gradient_bytes + step)
+        # Activations go as gradients come: the peak is where the first are all there, or the second.
+        step = max(self.standing_gradient_bytes + step, self.gradient_bytes)
+        return constant_bytes + max(self.loading_bytes, self.optimizer_bytes + step)
 
     def num_recomputed_layers(self, available_bytes: int) -> int | None:
         """Find the fewest layers to recompute so that the peak fits; None if it does not fit even with all of them."""
@@ -89,11 +96,19 @@ def estimate_memory(
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
     ]
-    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_trained = sum(parameter.numel() for parameter in trained)
+    trained_dtype = weights_dtype_with_compiler(dtype)
+    matrices = trained_base_parameters(model)
+    num_matrix_weights = sum(parameter.numel() for parameter in matrices)
+    # Adapters and norms are trained in fp32.
+    trained_bytes = 4 * (num_trained - num_matrix_weights) + trained_dtype.itemsize * num_matrix_weights
+    gradient_bytes = 0 if settings.frees_gradients else trained_bytes
     num_quantized = sum(
         parameter.numel() for module, parameter in frozen if isinstance(module, FrozenLinear) and module.quantize_base
     )
-    largest_bytes = dtype.itemsize * max(parameter.numel() for _, parameter in frozen)
+    base = [*(parameter for _, parameter in frozen), *matrices]
+    largest_bytes = dtype.itemsize * max(parameter.numel() for parameter in base)
     overhead_bytes = _OVERHEAD_BYTES[device_type]
     if device_type == "cpu":
         overhead_bytes += _BITSANDBYTES_BYTES if num_quantized else 0
@@ -105,9 +120,12 @@ def estimate_memory(
             "trained": num_trained,
         },
         base_bytes=sum(_frozen_bytes(module, parameter, dtype) for module, parameter in frozen),
-        adapter_bytes=4 * num_trained,
-        gradient_bytes=4 * num_trained,
-        optimizer_bytes=round(num_trained * optimizer_bytes_per_parameter(settings)),
+        trained_bytes=trained_bytes,
+        trains_adapter=not matrices,
+        gradient_bytes=gradient_bytes,
+        # From a step's second forward on, all of them. The first forward's own are those of its `step`.
+        standing_gradient_bytes=gradient_bytes if not matrices or settings.gradient_accumulation_steps > 1 else 0,
+        optimizer_bytes=optimizer_bytes(settings, trained, trained_dtype if matrices else torch.float32),
         loading_bytes=NUM_LOADING_THREADS * largest_bytes,
         step=simulated_step(
             model,
@@ -116,6 +134,7 @@ def estimate_memory(
             tuple(row_lengths),
             instantiate(settings.position_loss),
             settings.neftune_noise_alpha,
+            trained_dtype,
         ),
         num_layers=num_layers_with_backward(model),
         overhead_bytes=overhead_bytes,
@@ -123,17 +142,30 @@ def estimate_memory(
     )
 
 
-def optimizer_bytes_per_parameter(settings: TrainingSettings) -> float:
-    """Measure what the config's optimizer keeps for every parameter, by letting it take a step."""
-    parameter = nn.Parameter(torch.zeros(_OPTIMIZER_PROBE_SIZE))
-    with warnings.catch_warnings():
+def optimizer_bytes(settings: TrainingSettings, trained: Sequence[torch.Tensor], dtype: torch.dtype) -> int:
+    """Measure what the config's optimizer keeps, by letting it take a step of a small parameter.
+
+    Args:
+        trained: the parameters, on any device.
+        dtype: of their matrices.
+    """
+    parameter = nn.Parameter(torch.zeros(_OPTIMIZER_PROBE_SIZE, dtype=dtype))
+    # note: compiling the step, as torchao's optimizers do, would take a minute.
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")  # paged optimizers say that they do not page on the CPU
         optimizer = instantiate(settings.optimizer, [parameter])
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    state = optimizer.state[parameter].values()
-    num_bytes = sum(value.nbytes for value in state if isinstance(value, torch.Tensor) and value.numel() > 1)
-    return num_bytes / _OPTIMIZER_PROBE_SIZE
+    state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+    num_bytes = sum(_stored_bytes(value) for value in state if value.numel() > 1)
+    return round(sum(parameter.numel() for parameter in trained) * num_bytes / _OPTIMIZER_PROBE_SIZE)
+
+
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    """Count the bytes of a tensor, and of one that stands for others, as torchao's quantized states, theirs."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0] if name != "qmap")
+    return tensor.nbytes
 
 
 def _frozen_bytes(module: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> int:

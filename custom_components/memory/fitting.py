@@ -12,8 +12,9 @@ from torchtune.training import OffloadActivations
 from custom_components.config.components import instantiate
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.datasets.batching import collate
-from custom_components.memory.estimate import estimate_memory, optimizer_bytes_per_parameter
+from custom_components.memory.estimate import estimate_memory, optimizer_bytes
 from custom_components.models.hidden_states import num_layers_with_backward
+from custom_components.models.trained import gradients_freed
 from custom_components.runtime.out_of_memory import is_out_of_memory
 from custom_components.runtime.process_memory import usable_bytes
 from custom_components.runtime.terminal import say
@@ -138,7 +139,7 @@ def tried_fit(
         return fit
     loss_function, scaler = instantiate(settings.position_loss), torch.amp.GradScaler(device.type, enabled=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    num_optimizer_bytes = round(sum(p.numel() for p in trained) * optimizer_bytes_per_parameter(settings))
+    num_optimizer_bytes = optimizer_bytes(settings, trained, trained[0].dtype)
 
     def try_step(fit: Fit) -> None:
         row_lengths = largest_forward(settings, lengths, pack_capacity_tokens, fit.batch_size)
@@ -147,7 +148,8 @@ def tried_fit(
         optimizer_state = torch.empty(num_optimizer_bytes, dtype=torch.uint8, device=device)
         try:
             loss_of = supervised_loss(model.train(), loss_function, forward_options(settings, fit))
-            accumulate_gradients([batch] * min(2, fit.gradient_accumulation_steps), loss_of, scaler, device)
+            with gradients_freed(model, frees=settings.frees_gradients):
+                accumulate_gradients([batch] * min(2, fit.gradient_accumulation_steps), loss_of, scaler, device)
         finally:
             model.zero_grad(set_to_none=True)
             del optimizer_state

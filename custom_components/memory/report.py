@@ -29,7 +29,7 @@ def memory_table(estimate: MemoryEstimate, device_type: str, checkpointing: bool
     counts = ", ".join(f"{number:,} {kind}" for kind, number in estimate.num_parameters.items() if number)
     kinds = {
         "base": estimate.base_bytes,
-        "adapters, fp32": estimate.adapter_bytes,
+        ("adapters, fp32" if estimate.trains_adapter else "trained weights"): estimate.trained_bytes,
         "their gradients": estimate.gradient_bytes,
         "optimizer state": estimate.optimizer_bytes,
         "activations and loss": estimate.step.peak_bytes(estimate.num_layers, 0),

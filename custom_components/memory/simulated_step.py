@@ -1,7 +1,7 @@
 """The memory of a training step, found by running the step's own code on tensors that have shapes but no values.
 
-What autograd saves and what is temporary are measured on the real step, not modelled a second time. Layers with the
-same adapters are alike, so two or three are enough to extrapolate.
+What autograd saves and what is temporary are measured on the real step, not modelled a second time. Layers of which
+the same is trained are alike, so two or three are enough to extrapolate.
 """
 
 import copy
@@ -20,7 +20,13 @@ from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 from custom_components.datasets.batching import Batch
 from custom_components.models import nf4
 from custom_components.models.hidden_states import first_layer_with_backward
-from custom_components.models.lora import FrozenLinear, adapter_modules
+from custom_components.models.lora import FrozenLinear
+from custom_components.models.trained import (
+    TokenEmbedding,
+    TrainedLinear,
+    gradients_freed,
+    trained_base_parameters,
+)
 from custom_components.training.gradients import ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 
@@ -110,41 +116,47 @@ def simulated_step(
     lengths: tuple[int, ...],
     loss_function: LinearCrossEntropy,
     neftune_noise_alpha: float | None = None,
+    trained_dtype: torch.dtype | None = None,
 ) -> StepMemory:
     """Measure the memory of one forward and backward over rows of these lengths, every token supervised.
+
+    Where the model's own weights are trained, their gradients are as large as they, and are not counted: each is freed
+    when it is complete.
 
     Args:
         model: on the meta device; it is not changed.
         dtype: of the computation.
         device_type: "cpu" or "cuda", which compute attention differently.
+        trained_dtype: of the model's own weights that are trained; None: `dtype`.
     """
+    frees = bool(trained_base_parameters(model))
 
     # Of every kind one layer; the first of all has something trained, which gives the others a backward.
     with_backward = list(model.layers[first_layer_with_backward(model) :]) or list(model.layers[:1])
-    layers = {_adapters_of(layer): layer for layer in reversed(with_backward)}
-    first = _adapters_of(with_backward[0])
+    layers = {_trained_of(layer): layer for layer in reversed(with_backward)}
+    first = _trained_of(with_backward[0])
 
     @cache
-    def peak_bytes(kinds: tuple[_Adapters, ...], num_recomputed_layers: int) -> int:
+    def peak_bytes(kinds: tuple[_Trained, ...], num_recomputed_layers: int) -> int:
         short_model = _with_layers(model, [layers[kind] for kind in kinds])
         with torch.device("meta"):
             for module in short_model.modules():
-                _give_shapes(module, dtype)
+                _give_shapes(module, dtype, trained_dtype or dtype)
             batch = _batch_without_values(lengths, device_type)
-            with LiveBytes(device_type) as memory:
+            with LiveBytes(device_type) as memory, gradients_freed(short_model, frees=frees):
                 options = ForwardOptions(num_recomputed_layers, neftune_noise_alpha)
                 loss_of = supervised_loss(short_model, loss_function, options)
                 no_scaler = torch.amp.GradScaler("cpu", enabled=False)
                 accumulate_gradients([batch], loss_of, no_scaler, torch.device("meta"))
         return memory.peak_bytes
 
-    def kept_bytes(kind: _Adapters) -> int:
+    def kept_bytes(kind: _Trained) -> int:
         return peak_bytes((first, kind, kind), 0) - peak_bytes((first, kind), 0)
 
-    def recomputed_bytes(kind: _Adapters) -> int:
+    def recomputed_bytes(kind: _Trained) -> int:
         return peak_bytes((first, kind, kind), 3) - peak_bytes((first, kind), 2)
 
-    kinds = [_adapters_of(layer) for layer in with_backward]
+    kinds = [_trained_of(layer) for layer in with_backward]
     return StepMemory(
         fixed_bytes=peak_bytes((first, first), 0) - 2 * kept_bytes(first),
         kept_layer_bytes=round(sum(map(kept_bytes, kinds)) / len(kinds)),
@@ -153,12 +165,12 @@ def simulated_step(
     )
 
 
-# The adapters of a layer: their modules and ranks.
-_Adapters = tuple[tuple[str, int], ...]
+# What is trained of a layer: names and numbers of values.
+_Trained = tuple[tuple[str, int], ...]
 
 
-def _adapters_of(layer: nn.Module) -> _Adapters:
-    return tuple((name, module.rank) for name, module in adapter_modules(layer).items())
+def _trained_of(layer: nn.Module) -> _Trained:
+    return tuple((name, value.numel()) for name, value in layer.named_parameters() if value.requires_grad)
 
 
 def _with_layers(model: TransformerDecoder, layers: Sequence[nn.Module]) -> TransformerDecoder:
@@ -171,10 +183,14 @@ def _with_layers(model: TransformerDecoder, layers: Sequence[nn.Module]) -> Tran
     return short_model.train()
 
 
-def _give_shapes(module: nn.Module, dtype: torch.dtype) -> None:
+def _give_shapes(module: nn.Module, dtype: torch.dtype, trained_dtype: torch.dtype) -> None:
     """Replace one module's parameters and buffers by tensors without values, of the dtypes that loading gives."""
+    if isinstance(module, TokenEmbedding):
+        module.compute_dtype = dtype
     for name, parameter in list(module.named_parameters(recurse=False)):
-        if parameter.requires_grad or isinstance(module, RMSNorm):
+        if parameter.requires_grad and isinstance(module, TrainedLinear | TokenEmbedding):
+            value = torch.empty(parameter.shape, dtype=trained_dtype)
+        elif parameter.requires_grad or isinstance(module, RMSNorm):
             value = torch.empty(parameter.shape, dtype=torch.float32)
         elif isinstance(module, FrozenLinear) and module.quantize_base:
             value = nf4.empty(parameter.shape, dtype)

@@ -3,6 +3,7 @@
 The weights may be in fp32 where the products are in 16 bits: they are cast to the input's dtype for each product.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -80,6 +81,32 @@ def train_parameters(model: TransformerDecoder, train_only: Sequence[str] | None
     is_trained = trained_names(train_only)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_trained(name))
+
+
+def trained_base_parameters(model: nn.Module) -> list[Tensor]:
+    """List the parameters of a model itself, not of an adapter, that are trained; norms are not among them."""
+    modules = [module for module in model.modules() if isinstance(module, TrainedLinear | TokenEmbedding)]
+    return [module.weight for module in modules if module.weight.requires_grad]
+
+
+@contextlib.contextmanager
+def gradients_freed(model: nn.Module, *, frees: bool = True) -> Iterator[None]:
+    """Inside the block, a backward frees the gradient of every parameter as soon as it is complete.
+
+    Args:
+        frees: False: it does not.
+    """
+
+    def free(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and frees]
+    hooks = [parameter.register_post_accumulate_grad_hook(free) for parameter in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -13,7 +13,7 @@ from custom_components.recipe_parts.opening import Opening
 from custom_components.recipe_parts.training import fitted_run
 from custom_components.runs.adapter_card import TrainingFacts, adapter_card
 from custom_components.runs.loss_plot import plot_losses
-from custom_components.runs.report import describe_model
+from custom_components.runs.report import describe_adapted_model
 from custom_components.runs.run import Run
 from custom_components.runs.run_directory import RunDirectory
 from custom_components.runs.trained_weights import AdapterWeights
@@ -62,7 +62,7 @@ def adapter_run(
     settings, machine, model = opening.settings, opening.machine, opening.model
     load_base_weights(model, opening.base, machine.dtype, machine.device, settings.quantized_cache_dir)
     copy_into_adapter(model, start)
-    describe_model(model, machine.device, machine.dtype_words, is_base_quantized=settings.quantize_base)
+    describe_adapted_model(model, machine.device, machine.dtype_words, is_base_quantized=settings.quantize_base)
     weights = AdapterWeights(model, opening.base.name, opening.adapter_texts)
     return fitted_run(opening, weights, directory)
 
@@ -105,5 +105,5 @@ def save_adapter_result(
     steps = TrainedSteps(progress.num_steps, len(plan.steps), is_finished)
     card = adapter_card(training, opening.data.train, opening.data.validation, progress, steps, run.directory.metrics)
     texts = {**opening.adapter_texts, CARD_NAME: card}
-    save_adapter(model, run.result, opening.base.name, texts)
+    save_adapter(model, run.directory.result, opening.base.name, texts)
     plot_losses(run.directory.metrics, run.directory.plot)

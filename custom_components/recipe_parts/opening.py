@@ -24,9 +24,8 @@ from custom_components.runtime.process_memory import PeakMemory
 from custom_components.runtime.terminal import say
 from custom_components.training.plan import plan_of
 from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
-from custom_components.transforms.jinja_template import chat_template
 from custom_components.transforms.prompt_format import PromptFormat
-from custom_components.transforms.tokenizer_files import ExportedTokenizer, tokenizer_texts
+from custom_components.transforms.tokenizer_files import exported_tokenizer, template_of_format, tokenizer_texts
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
 from custom_components.weights.checkpoint_loading import check_base_weights
 
@@ -109,10 +108,7 @@ class Opening(Generic[SettingsType_co, RowsType_co]):
         texts = self.prompt_format.texts()
         if not any(tokenizer.tokenizer.is_control(token) for token in tokenizer.trainable_ids):
             return texts
-        added = [token.text for token in tokenizer.tokenizer.added_tokens.tokens]
-        names = tokenizer.tokenizer.named_pieces
-        template = chat_template(tokenizer.prompt_template, tokenizer.system_prompt, names, added)
-        exported = ExportedTokenizer(tokenizer.tokenizer, tokenizer.stop_tokens, template, tokenizer.begins_with_bos)
+        exported = exported_tokenizer(tokenizer, template_of_format(tokenizer, self.prompt_format))
         return texts | tokenizer_texts(exported, self.base.shape.max_seq_len)
 
     @property
@@ -182,7 +178,9 @@ def directory_of_run(opening: Opening) -> Iterator[RunDirectory]:
     """Hold the run's directory for the time of the block, see :func:`run_directory`."""
     settings, resumed = opening.settings, opening.resumed
     resumes = resumed is not None and resumed.is_inside(settings.output_dir)
-    with run_directory(settings.output_dir, overwrite=opening.overwrites, resumes=resumes) as directory:
+    with run_directory(
+        settings.output_dir, overwrite=opening.overwrites, resumes=resumes, result_name=settings.result_name
+    ) as directory:
         yield directory
 
 
@@ -190,7 +188,12 @@ def _machine_for(settings: TrainingSettings) -> Machine:
     """Choose device and dtype, once nothing in output_dir and in the settings forbids the run."""
     start_seconds = time.perf_counter()
     resumes = settings.resume_from_checkpoint is not False
-    check_results(settings.output_dir, overwrite=settings.overwrite_output_dir, resumes=resumes)
+    check_results(
+        settings.output_dir,
+        overwrite=settings.overwrite_output_dir,
+        resumes=resumes,
+        result_name=settings.result_name,
+    )
     device = resolved_device(settings.device)
     dtype, dtype_words = resolved_dtype(settings.dtype, device)
     refuse_cuda_only_settings(settings, device)
@@ -207,7 +210,7 @@ def _leave_if_finished(settings: TrainingSettings, data: Rows, resumed: ResumedR
     plan = plan_of(settings, data.lengths, data.pack_capacity_tokens, has_validation=False)
     if resumed.is_finished(len(plan.steps), settings.early_stopping_patience):
         say(f"{settings.output_dir}: the run is finished, {resumed.progress.num_steps} steps; nothing is left to do")
-        sys.exit()
+        sys.exit(0)
 
 
 def _overwrites(settings: TrainingSettings, resumed: ResumedRun | None) -> bool:
@@ -215,4 +218,6 @@ def _overwrites(settings: TrainingSettings, resumed: ResumedRun | None) -> bool:
         return False
     # With `auto`, a run that died before its first checkpoint begins again.
     begins_again = resumed is None and settings.resume_from_checkpoint == AUTO
-    return settings.overwrite_output_dir or (begins_again and RunDirectory(settings.output_dir).has_only_begun)
+    return settings.overwrite_output_dir or (
+        begins_again and RunDirectory(settings.output_dir, settings.result_name).has_only_begun
+    )

@@ -1,20 +1,30 @@
 """The frame of a training recipe's loop: the run and its plan before it, the closing words after it."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from custom_components.config.components import instantiate
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.generation.sample_answers import answer_sample_prompts, show_answers
+from custom_components.memory.estimate import optimizer_bytes
 from custom_components.memory.fitting import describe_fit, fitted_settings, forward_options, tried_fit
 from custom_components.models.hidden_states import num_layers_with_backward
 from custom_components.models.nf4_product import DENSE_WEIGHT_MEMORY
 from custom_components.recipe_parts.opening import Opening, Rows
-from custom_components.runs.checkpoints import delete_checkpoints_after, try_to_save
+from custom_components.runs.checkpoints import (
+    check_room,
+    delete_checkpoints_after,
+    run_checkpoint_path,
+    run_checkpoints,
+    try_to_save,
+)
 from custom_components.runs.metric_logger import MetricLogger, metric_logger
 from custom_components.runs.metrics import keep_metrics_until
+from custom_components.runs.model_weights import ModelWeights, matrix_dtype
 from custom_components.runs.report import closing_summary, stopped_summary
 from custom_components.runs.run import Run
 from custom_components.runs.run_directory import RunDirectory, begin_in
@@ -22,7 +32,7 @@ from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.host_allocator import return_freed_memory
 from custom_components.runtime.terminal import say, say_if_read
 from custom_components.training.compiling import compiled_layers
-from custom_components.training.gradients import ForwardOptions
+from custom_components.training.gradients import ForwardOptions, Losses, supervised_loss
 from custom_components.training.plan import Plan, long_warmup, plan_of
 from custom_components.training.state import TrainingState
 
@@ -48,6 +58,12 @@ def plan_of_run(settings: TrainingSettings, data: Rows) -> Plan:
     return plan
 
 
+def supervised_losses(run: Run, options: ForwardOptions) -> Losses:
+    """Make the losses of supervised fine-tuning that the config names."""
+    model, loss_function = run.weights.model, instantiate(run.settings.loss)
+    return Losses(supervised_loss(model, loss_function, options), supervised_loss(model, loss_function))
+
+
 @contextlib.contextmanager
 def training_begun(opening: Opening, run: Run, plan: Plan, state: TrainingState) -> Iterator[MetricLogger]:
     """Bring a run to the step that it goes on from; it begins in its directory with the first record of a step.
@@ -61,7 +77,8 @@ def training_begun(opening: Opening, run: Run, plan: Plan, state: TrainingState)
     if resumed is not None:
         resumed.restore(run.weights, state)
         say(f"going on from {resumed.path}")
-    try_to_save(run.directory.path, run.weights, state, run.config)
+        _forget_lost_best(run, state)
+    _try_disk(run, plan, state)
     run_so_far = None if resumed is None else resumed.directory
     with metric_logger(run.settings.metric_logger, run.directory, run_so_far) as logger:
         logger.begin = partial(_begin, opening, run, logger, state.progress.num_steps)
@@ -87,6 +104,36 @@ def close_training(opening: Opening, run: Run, state: TrainingState, answers_bef
     prompts = run.settings.sample_prompts
     show_answers(prompts, answers_before, answer_sample_prompts(run.weights.model, opening.data.tokenizer, prompts))
     say(closing_summary(run, state.progress, time.perf_counter() - opening.machine.start_seconds))
+
+
+def _try_disk(run: Run, plan: Plan, state: TrainingState) -> None:
+    """Find out whether the disk takes the checkpoints to come: an adapter's is written, a model's too large for that.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not isinstance(run.weights, ModelWeights):
+        try_to_save(run.directory.path, run.weights, state, run.config)
+        return
+    trained = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    num_bytes = run.weights.num_bytes + optimizer_bytes(run.settings, trained, matrix_dtype(run.weights.model))
+    to_come = [step for step in plan.steps[state.progress.num_steps :] if step.saves or step.validates]
+    has_best = any(step.validates for step in plan.steps)
+    # The one that is written, those that are kept, and the best.
+    num_at_a_time = 1 + run.settings.keep_last_n_checkpoints + has_best - len(run_checkpoints(run.directory.path))
+    if to_come:
+        check_room(run.directory.path, num_bytes, max(1, min(len(to_come), num_at_a_time)))
+
+
+def _forget_lost_best(run: Run, state: TrainingState) -> None:
+    """Take the next validation as the best so far, if the weights of the best are a checkpoint that is not here."""
+    best_step = state.progress.best_step
+    if not isinstance(run.weights, ModelWeights) or best_step is None:
+        return
+    if not run_checkpoint_path(run.directory.path, best_step).is_dir():
+        say(f"the checkpoint of the best validation, step {best_step}, is not here: the next validation is the best")
+        progress = state.progress
+        progress.best_step, progress.best_val_loss, progress.num_validations_since_best = None, math.inf, 0
 
 
 def _begin(opening: Opening, run: Run, logger: MetricLogger, num_done_steps: int) -> None:

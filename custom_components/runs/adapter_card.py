@@ -1,19 +1,20 @@
 """The model card of a run's adapter."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from custom_components.datasets.source_files import is_on_hub
 from custom_components.datasets.tokenized_rows import TokenizedRows
-from custom_components.runs.metrics import read_metrics
+from custom_components.runs.card_sections import (
+    data_lines,
+    loss_lines,
+    pair_lines,
+    prompt_format_section,
+    which_step,
+)
 from custom_components.training.state import Progress
-from custom_components.transforms.dialogs import chat_messages
-from custom_components.transforms.jinja_dialogs import JinjaTemplate
 from custom_components.transforms.prompt_format import PromptFormat
-from custom_components.transforms.templates import dialog_turns, prompt_template
-from custom_components.transforms.turns import text_of
 from custom_components.weights.adapter_settings import AdapterSettings
 from custom_components.weights.card import (
     FIRST_SECTION,
@@ -98,68 +99,18 @@ def adapter_card(
         [
             head,
             f"\n# {kind} adapter for {markdown_link(base) or local_path(directory)}\n",
-            f"\nTrained with `llama-lora-recipes`, by {training.method}. {_which_step(progress, steps)}\n",
+            f"\nTrained with `llama-lora-recipes`, by {training.method}. {which_step(progress, steps)}\n",
             FIRST_SECTION,
-            *(f"- {line}\n" for line in _data_lines(training, dataset, dataset_val)),
+            *(f"- {line}\n" for line in data_lines(None if is_of_pairs else training.train_on, dataset, dataset_val)),
             "\n## Prompt format\n",
-            _prompt_format(training.prompt_format),
+            prompt_format_section(training.prompt_format),
             "\n## Training\n\n",
             *(f"- {name}: {plain_text(value)}\n" for name, value in _hyperparameters(training, progress).items()),
             f"\n## Losses\n\n{'Per pair' if is_of_pairs else 'In nats per supervised token'}.\n\n",
-            *(f"- {line}\n" for line in (_pair_lines if is_of_pairs else _loss_lines)(progress, metrics)),
+            *(f"- {line}\n" for line in (pair_lines if is_of_pairs else loss_lines)(progress, metrics)),
             LAST_SECTION,
             how_to_load_adapter(training.adapter, base or f"path/to/{path_name(directory)}"),
         ]
-    )
-
-
-def _which_step(progress: Progress, steps: TrainedSteps) -> str:
-    stopped = ""
-    if not steps.is_finished:
-        stopped = f"The run was stopped at step {steps.num_steps} of {steps.num_planned_steps}. "
-    if progress.best_step is not None:
-        best = f"step {progress.best_step} of {progress.num_steps}"
-        return f"{stopped}It is the state after {best}, the best by validation loss."
-    return f"{stopped}It is the state after the last of {progress.num_steps} steps."
-
-
-def _data_lines(training: TrainingFacts, dataset: TokenizedRows, dataset_val: TokenizedRows | None) -> Iterator[str]:
-    for summary in dataset.summaries:
-        name = markdown_link(summary.source, "datasets/") if is_on_hub(summary.source) else local_path(summary.source)
-        split = f", split {summary.split}" if summary.split != "train" else ""
-        weight = f", weight {summary.weight:g}" if summary.num_taken is not None else ""
-        dropped = f" of {summary.num_rows}" if summary.num_kept < summary.num_rows else ""
-        truncated = f", {summary.num_truncated} of them cut to the longest length" if summary.num_truncated else ""
-        yield f"{name}{split}{weight}: {summary.num_kept}{dropped} rows{truncated}"
-    yield f"rows trained on: {len(dataset)}"
-    if dataset_val is not None:
-        yield f"rows validated on: {len(dataset_val)}"
-    if training.preference_loss is not None:
-        yield "compared: the answers in which the two dialogs of a row differ"
-        return
-    yield {
-        "assistant": "supervised: the answers",
-        "last_assistant": "supervised: the last answer of each dialog",
-        "all": "supervised: prompts and answers",
-    }[training.train_on]
-
-
-def _prompt_format(prompt_format: PromptFormat) -> str:
-    """Show a dialog of placeholders as it is tokenized, with `<s>` and `</s>` for BOS and EOS."""
-    template, system_prompt = prompt_format.prompt_template, prompt_format.system_prompt
-    system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    exchange = [{"role": "user", "content": "{question}"}, {"role": "assistant", "content": "{answer}"}]
-    written = prompt_template(template)
-    if isinstance(written, JinjaTemplate):
-        written = written.with_names("<s>", "</s>", prompt_format.stop_tokens)
-    turns = dialog_turns(chat_messages([*system, *exchange, *exchange]), written)
-    text = text_of(turns, "<s>", "</s>")
-    ends = next((f"`{token}`" for token in prompt_format.stop_tokens if token in text), "`</s>`")
-    name = f"`{template}`" if isinstance(template, str) else "One of its own"
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return (
-        f"\n{name}. A dialog of two questions; `<s>` and `</s>` are the tokenizer's control tokens, and {ends} ends an "
-        f"answer:\n\n{fence}text\n{text}\n{fence}\n"
     )
 
 
@@ -177,28 +128,6 @@ def _hyperparameters(training: TrainingFacts, progress: Progress) -> Mapping[str
         **training.hyperparameters,
     }
     return {name: value for name, value in chosen.items() if value is not None}
-
-
-def _loss_lines(progress: Progress, metrics: Path) -> Iterator[str]:
-    steps = [record for record in read_metrics(metrics) if record.get("loss") is not None]
-    num_tokens = sum(record["supervised_tokens"] for record in steps)
-    mean = sum(record["loss"] * record["supervised_tokens"] for record in steps) / num_tokens
-    yield f"training, last step: {steps[-1]['loss']:.4f}"
-    yield f"training, mean over the tokens of all steps: {mean:.4f}"
-    if progress.best_step is not None:
-        yield f"validation, best, after step {progress.best_step}: {progress.best_val_loss:.4f}"
-
-
-def _pair_lines(progress: Progress, metrics: Path) -> Iterator[str]:
-    records = read_metrics(metrics)
-    steps = [record for record in records if record.get("loss") is not None]
-    yield f"training, last step: {steps[-1]['loss']:.4f}"
-    yield f"training, pairs right in the last step: {steps[-1]['reward_accuracy']:.1%}"
-    validations = {record["step"]: record for record in records if "val_loss" in record}
-    if progress.best_step in validations:
-        best = validations[progress.best_step]
-        yield f"validation, best, after step {progress.best_step}: {best['val_loss']:.4f}"
-        yield f"validation, pairs right then: {best['val_reward_accuracy']:.1%}"
 
 
 # The ranks that `vllm serve --max-lora-rank` takes: vllm-project/vllm, vllm/config/lora.py, MaxLoRARanks.

@@ -20,16 +20,16 @@ class CheckpointSaver:
         self._clock = SaveClock(minutes)
         self._num_kept = num_kept
 
-    def save_if_due(self, step: PlannedStep, state: TrainingState, *, stops: bool) -> None:
+    def save_if_due(self, step: PlannedStep, state: TrainingState, *, now: bool) -> None:
         """Save after a step, if it is one to save after.
 
         Args:
-            stops: no step follows.
+            now: it is, whatever plan and clock say: no step follows, for example.
 
         Raises:
             UserError: see :func:`save_run_checkpoint`.
         """
-        if step.saves or stops or self._clock.is_due:
+        if step.saves or now or self._clock.is_due:
             run = self._run
             save_run_checkpoint(run.directory.path, run.weights, state, run.config, self._num_kept)
             self._clock.restart()

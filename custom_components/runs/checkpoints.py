@@ -6,7 +6,9 @@ Everything else, rates, row order, dropout, is a function of the step.
 """
 
 import dataclasses
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -118,3 +120,27 @@ def _delete_old_checkpoints(run_path: Path, num_kept: int, best_step: int | None
     for path in run_checkpoints(run_path)[:-num_kept]:
         if best_step is None or path != run_checkpoint_path(run_path, best_step):
             CHECKPOINT.remove(path)
+
+
+def check_room(run_path: Path, num_bytes: int, num_checkpoints: int) -> None:
+    """Reserve the disk space of checkpoints too large to be tried out, and give it back.
+
+    Args:
+        num_bytes: of a checkpoint.
+        num_checkpoints: that are there at one time, besides those that are there now.
+
+    Raises:
+        UserError: the disk is too small for them.
+    """
+    advice = (
+        f"a checkpoint of this run takes {num_bytes / 1e9:.3g} GB, and up to {num_checkpoints} more are there at a "
+        "time; free space there, name another, or lower keep_last_n_checkpoints"
+    )
+    aside = run_path / f".{TRIAL_NAME}.writing-{os.getpid()}"
+    aside.mkdir()
+    try:
+        with disk_errors_of("output_dir", run_path, advice), (aside / STATE_NAME).open("wb") as file:
+            # note: a quota counts too, which the free space of the disk does not say.
+            os.posix_fallocate(file.fileno(), 0, num_checkpoints * num_bytes)
+    finally:
+        shutil.rmtree(aside)

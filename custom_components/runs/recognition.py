@@ -19,6 +19,7 @@ from custom_components.weights.peft_format import ADAPTER_CONFIG_NAME
 
 RUN_CONFIG_NAME = "config.yaml"
 STATE_NAME = "state.pt"
+ADAPTER_NAME, MODEL_NAME = "adapter", "model"
 WANDB_ID_KEY = "wandb_run_id"
 STEP_DIRECTORY = r"step_\d{6,}"
 TRIAL_NAME = ".trial"  # a checkpoint that is written before the first step, and deleted again
@@ -123,11 +124,32 @@ def _is_adapter_config(path: Path) -> bool:
 
 @_or_no
 def _is_adapter_weights(path: Path) -> bool:
-    """Look at the header only: of a damaged file, too."""
+    return _has_tensors_of(path, ("base_model.model.",))
+
+
+@_or_no
+def _is_model_weights(path: Path) -> bool:
+    return _has_tensors_of(path, ("model.", "lm_head."))
+
+
+def _has_tensors_of(path: Path, prefixes: tuple[str, ...]) -> bool:
+    """Look at the header of a safetensors file only: of a damaged file, too."""
     with path.open("rb") as file:
         (num_bytes,) = struct.unpack("<Q", file.read(8))
         names = json.loads(file.read(num_bytes)).keys() if num_bytes <= _MAX_HEADER_BYTES else set()
-    return bool(names) and all(name == "__metadata__" or name.startswith("base_model.model.") for name in names)
+    return bool(names) and all(name == "__metadata__" or name.startswith(prefixes) for name in names)
+
+
+def _has_keys(*keys: str) -> Recognises:
+    """Recognise a JSON object by keys that it has."""
+    return _or_no(lambda path: json.loads(path.read_text(encoding="utf-8")).keys() >= {*keys})
+
+
+@_or_no
+def _is_sentencepiece_model(path: Path) -> bool:
+    """Look at the head only: the list of pieces, which is field 1 of sentencepiece_model.proto's ModelProto."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\n"
 
 
 @_or_no
@@ -166,12 +188,30 @@ _ADAPTER_FILES = {
     # Of an adapter with new tokens.
     **dict.fromkeys(map(re.escape, TOKENIZER_NAMES), _is_json_object),
 }
+# What a whole model has; tests hold it against what is written.
+_MODEL_FILES = {
+    r"model(-\d{5}-of-\d{5})?\.safetensors": _is_model_weights,
+    r"model\.safetensors\.index\.json": _has_keys("metadata", "weight_map"),
+    r"config\.json": _has_keys("model_type", "num_hidden_layers"),
+    r"generation_config\.json": _has_keys("eos_token_id"),
+    r"tokenizer_config\.json": _has_keys("tokenizer_class"),
+    r"tokenizer\.json": _has_keys("model", "added_tokens"),
+    r"tokenizer\.model": _is_sentencepiece_model,
+    r"added_tokens\.json": _has_keys(),
+    re.escape(PROMPT_FORMAT_NAME): _is_prompt_format,
+    re.escape(CARD_NAME): _is_card,
+}
 ADAPTER = OwnDirectory(_ADAPTER_FILES)
+# The trained weights of a run, by the name of their directory.
+RESULTS = {ADAPTER_NAME: ADAPTER, MODEL_NAME: OwnDirectory(_MODEL_FILES)}
 # The state goes first: a checkpoint that is half deleted is not resumed from.
 CHECKPOINT = OwnDirectory(
     {
         re.escape(STATE_NAME): _or_blank(_is_state),
         re.escape(RUN_CONFIG_NAME): _or_blank(is_run_config),
-        "adapter": OwnDirectory({name: _or_blank(recognises) for name, recognises in _ADAPTER_FILES.items()}),
+        **{
+            name: OwnDirectory({file: _or_blank(recognises) for file, recognises in files.items()})
+            for name, files in ((ADAPTER_NAME, _ADAPTER_FILES), (MODEL_NAME, _MODEL_FILES))
+        },
     }
 )

@@ -17,15 +17,27 @@ from custom_components.weights.checkpoint_loading import unquantized_modules
 _NOT_FOR_GOING_ON = ("resume_from_checkpoint=", "overwrite_output_dir=", "init_adapter_from=")
 
 
-def describe_model(
+def describe_adapted_model(
     model: TransformerDecoder, device: torch.device, dtype_words: str, *, is_base_quantized: bool
 ) -> None:
-    """Print device and dtype, and how much is trained over what base."""
+    """Print device and dtype, and how much of an adapter is trained over what base."""
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     base = "NF4" if is_base_quantized else dtype_words.split(",")[0]
     say(f"device {device}, dtype {dtype_words}\n{num_trained:,} trained parameters in fp32 over a base in {base}")
     if is_base_quantized and (names := unquantized_modules(model)):
         say(f"not quantized, NF4 blocks do not divide them: {', '.join(names)}")
+
+
+def describe_trained_model(model: TransformerDecoder, device: torch.device, dtype_words: str, weights: str) -> None:
+    """Print device and dtype, and how much of a model's own weights is trained.
+
+    Args:
+        weights: their dtype, in words.
+    """
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    num_all = sum(parameter.numel() for parameter in model.parameters())
+    of_all = "all" if num_trained == num_all else f"of {num_all:,}"
+    say(f"device {device}, dtype {dtype_words}\n{num_trained:,} trained parameters, {of_all}, in {weights}")
 
 
 def closing_summary(run: Run, progress: Progress, seconds: float) -> str:
@@ -41,7 +53,7 @@ def closing_summary(run: Run, progress: Progress, seconds: float) -> str:
         + f", {progress.num_tokens} tokens in {progress.seconds:.1f} s of training "
         f"({progress.num_tokens / progress.seconds:.0f} tokens/s), {seconds:.1f} s in all"
         + (f", peak memory {peak_gib:.2f} GiB" if peak_gib is not None else "")
-        + f"\n{run.weights.name:7} {run.result}, {which_step(progress)}"
+        + f"\n{run.weights.name:7} {run.directory.result}, {which_step(progress)}"
         + f"\nplot    {run.directory.plot}\nmetrics {run.directory.metrics}"
     )
 
@@ -64,7 +76,7 @@ def stopped_summary(run: Run, progress: Progress, num_planned_steps: int, argume
     return (
         f"\nstopped at step {progress.num_steps} of {num_planned_steps}; saved:"
         f"\ncheckpoint {run_checkpoint_path(run.directory.path, progress.num_steps)}"
-        f"\n{run.weights.name:10} {run.result}, {which_step(progress)}"
+        f"\n{run.weights.name:10} {run.directory.result}, {which_step(progress)}"
         f"\nplot       {run.directory.plot}"
         f"\ngo on with\n  {shlex.join(command)}"
     )

@@ -13,12 +13,12 @@ from custom_components.config.renamed import rename_components
 from custom_components.config.settings import Settings
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.runs.checkpoints import is_run_checkpoint, run_checkpoints
-from custom_components.runs.recognition import RUN_CONFIG_NAME, STATE_NAME
+from custom_components.runs.recognition import RESULTS, RUN_CONFIG_NAME, STATE_NAME
 from custom_components.runs.run_directory import RunDirectory
 from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.terminal import say
-from custom_components.training.optimizer import page_loaded_state
+from custom_components.training.optimizer import load_optimizer_state
 from custom_components.training.state import Progress, TrainingState
 from custom_components.weights.card import TrainedSteps, stated_steps
 
@@ -76,7 +76,8 @@ class ResumedRun:
     @property
     def directory(self) -> RunDirectory:
         """The directory of the run so far."""
-        return RunDirectory(self.path.parent.parent)
+        names = [name for name in RESULTS if (self.path / name).is_dir()]
+        return RunDirectory(self.path.parent.parent, *names[:1])
 
     def is_inside(self, output_dir: Path) -> bool:
         """Tell whether the run goes on in the directory that it wrote so far."""
@@ -142,11 +143,11 @@ class ResumedRun:
         return Progress(**self.state["progress"])
 
     def is_finished(self, num_planned_steps: int, early_stopping_patience: int | None) -> bool:
-        """Tell whether the run has its result: no step is left, and the adapter of the last is saved."""
+        """Tell whether the run has its result: no step is left, and the weights of the last are saved."""
         progress = self.progress
         has_steps_left = progress.num_steps < num_planned_steps and not progress.stops_early(early_stopping_patience)
         finished = TrainedSteps(progress.num_steps, num_planned_steps, is_finished=True)
-        return not has_steps_left and stated_steps(self.directory.adapter) == finished
+        return not has_steps_left and stated_steps(self.directory.result) == finished
 
     def restore(self, weights: TrainedWeights, state: TrainingState) -> None:
         """Bring weights and state, in place, to where they were after the checkpoint's last step.
@@ -160,20 +161,13 @@ class ResumedRun:
                 "name the same data, or begin a new run"
             )
         weights.load(self.path / weights.name)
-        # note: load_state_dict brings back the groups' old settings; those of the config as it is now have to hold.
-        settings_now = [
-            {key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups
-        ]
         try:
-            state.optimizer.load_state_dict(self.state["optimizer"])
-            page_loaded_state(state.optimizer)
+            load_optimizer_state(state.optimizer, self.state["optimizer"])
             state.scaler.load_state_dict(self.state["scaler"])
         except (ValueError, KeyError, RuntimeError) as error:
             raise UserError(
                 f"resume_from_checkpoint: the optimizer's state in {str(self.path)!r} does not fit: {error}"
             ) from None
-        for group, settings in zip(state.optimizer.param_groups, settings_now, strict=True):
-            group.update(settings)
         state.progress = self.progress
         state.best_adapter = self.state["best_adapter"]
         self.state.clear()  # on a card the optimizer has copies: these would fill the host's memory for the whole run

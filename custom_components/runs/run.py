@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -34,11 +33,6 @@ class Run(Generic[SettingsType_co]):
     dtype: torch.dtype
     directory: RunDirectory
     memory: PeakMemory
-
-    @property
-    def result(self) -> Path:
-        """The directory of the trained weights, when the run is finished or stopped."""
-        return self.directory.path / self.weights.name
 
     @functools.cached_property
     def config(self) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from custom_components.runs.checkpoints import run_checkpoints
 from custom_components.runs.recognition import (
-    ADAPTER,
+    ADAPTER_NAME,
     CHECKPOINT,
+    RESULTS,
     RUN_CONFIG_NAME,
     STEP_DIRECTORY,
     TRIAL_NAME,
@@ -36,9 +37,14 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where each result of a training run lies."""
+    """Where each result of a training run is.
+
+    Attributes:
+        result_name: of the directory of the trained weights: adapter, or model.
+    """
 
     path: Path
+    result_name: str = ADAPTER_NAME
 
     @property
     def config(self) -> Path:
@@ -75,8 +81,9 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
+    def result(self) -> Path:
+        """The trained weights."""
+        return self.path / self.result_name
 
     @property
     def files(self) -> dict[Path, Recognises]:
@@ -99,17 +106,22 @@ class RunDirectory:
     @property
     def has_only_begun(self) -> bool:
         """Whether a run died here before its first checkpoint."""
-        return bool(self.results()) and not (run_checkpoints(self.path) or os.path.lexists(self.adapter))
+        return bool(self.results()) and not (run_checkpoints(self.path) or os.path.lexists(self.result))
 
     def results(self) -> dict[Path, Recognises | OwnDirectory]:
         """What is here of a run, by its names, and how each is recognised; other files are no concern of a run."""
         results: dict[Path, Recognises | OwnDirectory] = dict.fromkeys(run_checkpoints(self.path), CHECKPOINT)
-        results |= {self.adapter: ADAPTER, **self.files}
+        # What a run of another recipe left here is a result too, if it is one: folders of these names are not rare.
+        others = {self.path / name: own for name, own in RESULTS.items() if name != self.result_name}
+        results |= {path: own for path, own in others.items() if own.first_foreign(path) is None}
+        results |= {self.result: RESULTS[self.result_name], **self.files}
         return {path: own for path, own in results.items() if os.path.lexists(path)}
 
 
 @contextlib.contextmanager
-def run_directory(path: Path, *, overwrite: bool, resumes: bool) -> Iterator[RunDirectory]:
+def run_directory(
+    path: Path, *, overwrite: bool, resumes: bool, result_name: str = ADAPTER_NAME
+) -> Iterator[RunDirectory]:
     """Hold the directory of a run for this process alone, for the time of the block.
 
     Nothing in it is deleted yet, see :func:`begin_in`.
@@ -117,21 +129,22 @@ def run_directory(path: Path, *, overwrite: bool, resumes: bool) -> Iterator[Run
     Args:
         overwrite: the results of a run that are there may be replaced.
         resumes: go on with the run that is there.
+        result_name: see :class:`RunDirectory`.
 
     Raises:
         UserError: another process is writing there, it holds a run already and neither is set, something that no run
             wrote is in the way, or nothing can be written there.
     """
-    directory = RunDirectory(path)
-    check_results(path, overwrite=overwrite, resumes=resumes)
+    directory = RunDirectory(path, result_name)
+    check_results(path, overwrite=overwrite, resumes=resumes, result_name=result_name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_unchanged_unless_begun(directory))
         try:
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(path / ".lock"))
-            sweep_unfinished(path, {"adapter": ADAPTER, re.escape(TRIAL_NAME): CHECKPOINT})
+            sweep_unfinished(path, {**RESULTS, re.escape(TRIAL_NAME): CHECKPOINT})
             sweep_unfinished(directory.checkpoints, {STEP_DIRECTORY: CHECKPOINT})
-            check_results(path, overwrite=overwrite, resumes=resumes)
+            check_results(path, overwrite=overwrite, resumes=resumes, result_name=result_name)
         except BlockingIOError:
             raise UserError(f"output_dir: another run is writing to {str(path)!r}; name another directory") from None
         except OSError as error:
@@ -157,7 +170,7 @@ def begin_in(
         UserError: something that no run wrote is in the way.
     """
     if overwrites:
-        check_results(directory.path, overwrite=True, resumes=False)
+        check_results(directory.path, overwrite=True, resumes=False, result_name=directory.result_name)
     replaced = directory.results() if overwrites else {}
     for path in directory.files_of_loggers:
         if replaced.pop(path, None) is not None:
@@ -235,13 +248,13 @@ def _opened_lock(path: Path) -> tuple[int, bool]:
         return os.open(path, os.O_RDWR | os.O_NOFOLLOW), False
 
 
-def check_results(path: Path, *, overwrite: bool, resumes: bool) -> None:
+def check_results(path: Path, *, overwrite: bool, resumes: bool, result_name: str = ADAPTER_NAME) -> None:
     """Refuse a directory whose results are not to be replaced, or not a run's; see :func:`run_directory`.
 
     Raises:
         UserError: it is such a one.
     """
-    directory = RunDirectory(path)
+    directory = RunDirectory(path, result_name)
     results = directory.results()
     if results and not (overwrite or resumes):
         raise UserError(

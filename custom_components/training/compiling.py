@@ -1,6 +1,8 @@
 """Compiling a model's layers where that saves time."""
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -41,6 +43,22 @@ def compiled_layers(
                 layer._compiled_call_impl = None  # what `compile` has set
 
 
+def has_compiler(device: torch.device) -> bool:
+    """Tell whether torch.compile can work: it needs Triton on CUDA, and a C++ compiler in any case."""
+    has_triton = device.type != "cuda" or importlib.util.find_spec("triton") is not None
+    return has_triton and any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+
+
 def _saves_time(device: torch.device, num_forwards: int) -> bool:
     has_triton = importlib.util.find_spec("triton") is not None
     return device.type == "cuda" and has_triton and num_forwards >= _MIN_FORWARDS
+
+
+@contextmanager
+def compiled_optimizer(device: torch.device) -> Iterator[None]:
+    """Inside the block, let optimizers that compile their step, as torchao's do, run uncompiled if nothing can be."""
+    if has_compiler(device):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

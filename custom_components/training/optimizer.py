@@ -32,14 +32,41 @@ def adapter_parameter_groups(model: nn.Module, lr: float, lora_plus_ratio: float
 def set_rates(optimizer: Optimizer, peak_rates: Sequence[float], rate_factor: float) -> None:
     """Give each parameter group its peak rate times the schedule's factor."""
     for group, peak_rate in zip(optimizer.param_groups, peak_rates, strict=True):
-        group["lr"] = peak_rate * rate_factor
+        set_rate(group, peak_rate * rate_factor)
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Give a parameter group its rate: in place where it is a tensor, as in torchao's compiled optimizers."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def load_optimizer_state(optimizer: Optimizer, stored: dict[str, Any]) -> None:
+    """Load an optimizer's state; the settings of its groups stay those that it was made with.
+
+    Raises:
+        ValueError, KeyError, RuntimeError: it is of another optimizer or other parameters.
+    """
+    # note: load_state_dict brings back the groups' old settings; those of the config as it is now have to hold.
+    settings_now = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(stored)
+    page_loaded_state(optimizer)
+    for group, settings in zip(optimizer.param_groups, settings_now, strict=True):
+        group.update(settings)
 
 
 def clip_gradients(optimizer: Optimizer, scaler: GradScaler, clip_grad_norm: float | None) -> Tensor:
     """Undo the scaler's scale and clip the gradient of all parameters to `clip_grad_norm`; return its norm before."""
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip_grad_norm is None else clip_grad_norm)
+    # note: in fp32, or the norms of bf16 gradients are in bf16, which has three digits.
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
+    if clip_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
+    return norm
 
 
 def update_weights(

@@ -62,8 +62,9 @@ class TrainingState:
     best_adapter: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # The optimizer's own are those of the step.
-        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+        # The optimizer's own are those of the step. Where they are tensors, in fp32, its 7 digits are the config's.
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.peak_rates = [float(f"{rate.item():.7g}") if isinstance(rate, Tensor) else rate for rate in rates]
 
     def keep_best(self, model: TransformerDecoder) -> None:
         self.best_adapter = {

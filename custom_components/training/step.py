@@ -9,6 +9,7 @@ from torch import Tensor
 
 from custom_components.datasets.batching import Batch
 from custom_components.training.optimizer import clip_gradients, set_rates, update_weights
+from custom_components.training.optimizer_in_backward import OptimizerInBackward
 from custom_components.training.plan import PlannedStep
 from custom_components.training.state import TrainingState
 
@@ -55,9 +56,12 @@ def finish_step(
     Raises:
         UserError: loss or gradient is not finite, see :func:`update_weights`.
     """
-    norm = clip_gradients(state.optimizer, state.scaler, clip_grad_norm)
+    if isinstance(state.optimizer, OptimizerInBackward):
+        norm = state.optimizer.gradient_norm()
+    else:
+        norm = clip_gradients(state.optimizer, state.scaler, clip_grad_norm)
     loss, grad_norm = torch.stack([mean_loss, norm]).tolist()  # note: the step's one CPU-GPU sync point
     is_skipped = update_weights(state.optimizer, state.scaler, loss, grad_norm, step.number, step.forwards)
     seconds = time.perf_counter() - start_seconds
     state.progress.add_step(sum(batch.num_tokens for batch in batches), seconds, is_skipped)
-    return StepResult(loss, grad_norm, state.optimizer.param_groups[0]["lr"], seconds)
+    return StepResult(loss, grad_norm, state.peak_rates[0] * step.rate_factor, seconds)

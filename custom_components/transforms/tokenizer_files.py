@@ -9,6 +9,9 @@ from typing import Any
 from custom_components.runtime.terminal import say
 from custom_components.transforms.added_tokens import NAMES, read_json, stated_ids
 from custom_components.transforms.byte_level_tokenizer import ByteLevelTokenizer
+from custom_components.transforms.chat_transform import ChatTransform
+from custom_components.transforms.jinja_template import chat_template
+from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.transforms.sentencepiece_tokenizer import SentencePieceTokenizer
 from custom_components.transforms.tokenizer import Tokenizer
 from custom_components.transforms.tokenizer_json import equals_but_for_additions, fast_tokenizer
@@ -55,6 +58,19 @@ class ExportedTokenizer:
             return self.tokenizer.id_of(self.names["pad_token"])
         stated = stated_ids(self.tokenizer.path.parent, "pad_token_id")
         return stated[0] if stated else None
+
+
+def exported_tokenizer(transform: ChatTransform, chat_template: str | None) -> ExportedTokenizer:
+    """Give the tokenizer of a transform as it is written beside a model, ending answers as the transform does."""
+    stop_tokens = transform.stop_tokens or (transform.eos_id,)
+    return ExportedTokenizer(transform.tokenizer, stop_tokens, chat_template, transform.begins_with_bos)
+
+
+def template_of_format(transform: ChatTransform, prompt_format: PromptFormat) -> str:
+    """Write the chat template of the prompts that a model was trained on."""
+    added_tokens = [token.text for token in transform.tokenizer.added_tokens.tokens]
+    pieces = transform.tokenizer.named_pieces
+    return chat_template(prompt_format.prompt_template, prompt_format.system_prompt, pieces, added_tokens)
 
 
 def write_tokenizer(directory: Path, exported: ExportedTokenizer, max_seq_len: int) -> None:

@@ -21,7 +21,7 @@ def write_safetensors(
     directory: Path,
     tensors: Iterable[tuple[str, Tensor]],
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
 ) -> None:
     """Write model.safetensors, or several shards with their index.
@@ -29,34 +29,33 @@ def write_safetensors(
     Args:
         tensors: in the order of `shapes`.
         shapes: the shape of every tensor by its name in the file: they make the headers, which come first.
-        dtype: fp32, fp16 or bf16, that the tensors are cast to.
+        dtypes: fp32, fp16 or bf16, that each tensor is cast to.
         max_shard_bytes: of a shard, unless a single tensor is larger.
     """
-    shards = _planned_shards(shapes, dtype.itemsize, max_shard_bytes)
+    num_bytes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
+    shards = _planned_shards(num_bytes, max_shard_bytes)
     remaining = iter(tensors)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         one_of_several = f"model-{number:05}-of-{len(shards):05}.safetensors"
         file_name = "model.safetensors" if len(shards) == 1 else one_of_several
         with (directory / file_name).open("wb") as file:
-            file.write(_header({name: shapes[name] for name in names}, dtype))
+            file.write(_header({name: shapes[name] for name in names}, dtypes))
             for name in names:
                 given_name, tensor = next(remaining)
                 assert given_name == name and tuple(tensor.shape) == shapes[name], (given_name, name, tensor.shape)
-                file.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+                file.write(tensor.to(dtypes[name]).contiguous().view(-1).view(torch.uint8).numpy().data)
         weight_map |= dict.fromkeys(names, file_name)
     assert next(remaining, None) is None
     if len(shards) > 1:
-        total_size = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _planned_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int) -> list[list[str]]:
+def _planned_shards(num_bytes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     shard_bytes = 0
-    for name, shape in shapes.items():
-        tensor_bytes = torch.Size(shape).numel() * itemsize
+    for name, tensor_bytes in num_bytes.items():
         if shards[-1] and shard_bytes + tensor_bytes > max_shard_bytes:
             shards.append([])
             shard_bytes = 0
@@ -65,13 +64,13 @@ def _planned_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_sh
     return shards
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+def _header(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> bytes:
     # transformers refuses a file whose metadata does not say which framework wrote it.
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + torch.Size(shape).numel() * dtypes[name].itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)  # the data begins at a multiple of 8 bytes
     return struct.pack("<Q", len(header)) + header

@@ -40,7 +40,7 @@ def main() -> None:
     questions = [dialog[:-1] for dialog in dialogs]
     right_answers = [dialog[-1]["content"] for dialog in dialogs]
 
-    base, adapter = open_checkpoint(settings.checkpoint_dir), open_adapter(run_directory.adapter)
+    base, adapter = open_checkpoint(settings.checkpoint_dir), open_adapter(run_directory.result)
     tokenizer = Llama2ChatTransform(base.tokenizer_model)
     model = load_model_for_inference(base, adapter, settings.quantize_base, torch.float32, torch.device("cpu"))
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from custom_components.config.component_checks import component_nodes
+from custom_components.config.full_settings import FullSettings
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import config_text, load_settings
@@ -15,11 +16,16 @@ from custom_components.runtime.errors import UserError
 from tests.support.forked_tune import ForkedTune
 from tests.support.paths import PROJECT
 
-PREFERENCE_CONFIGS = sorted(PROJECT.glob("configs/*dpo.yaml"))
+SETTINGS = {
+    "lora_single_device": LoRASettings,
+    "lora_dpo_single_device": PreferenceSettings,
+    "full_single_device": FullSettings,
+}
+# Each with the settings of the recipe that its last command names.
 TRAINING_CONFIGS = [
-    path
+    (path, SETTINGS[recipes[-1]])
     for path in sorted(PROJECT.glob("configs/*.yaml"))
-    if "run recipes/lora_single_device.py" in path.read_text() and path not in PREFERENCE_CONFIGS
+    if (recipes := re.findall(r"run recipes/(\w+)\.py", path.read_text())) and recipes[-1] in SETTINGS
 ]
 TINY = PROJECT / "configs/tiny_qlora.yaml"
 # Components that take the settings as they are.
@@ -45,12 +51,11 @@ def problems(*overrides, config=TINY):
     return error.value.messages
 
 
-@pytest.mark.parametrize("config", [*TRAINING_CONFIGS, *PREFERENCE_CONFIGS], ids=lambda path: path.name)
-def test_configs_are_right_and_complete(config):
+@pytest.mark.parametrize(("config", "settings_type"), TRAINING_CONFIGS, ids=lambda value: getattr(value, "name", ""))
+def test_configs_are_right_and_complete(config, settings_type):
     """Every key there is, each with its effect in a comment."""
-    assert len(TRAINING_CONFIGS) >= 13 and len(PREFERENCE_CONFIGS) == 2
-    settings_type = PreferenceSettings if config in PREFERENCE_CONFIGS else LoRASettings
-    assert isinstance(load_settings(AnyTrainingSettings, ["--config", str(config)]), settings_type)
+    assert len(TRAINING_CONFIGS) >= 17
+    assert type(load_settings(AnyTrainingSettings, ["--config", str(config)])) is settings_type
     text = config.read_text()
     assert set(yaml.safe_load(text)) == set(settings_type.model_fields)
     for line in text[text.index("# ---- Paths") :].splitlines():
@@ -83,9 +88,9 @@ def test_every_key_is_read_and_every_key_read_is_a_setting():
     readers = ["recipes/*.py", *(f"custom_components/{pattern}" for pattern in READERS)]
     code = "\n".join(path.read_text() for pattern in readers for path in PROJECT.glob(pattern))
     tasks = (PreviewSettings, GenerationSettings, EvaluationSettings, MergeSettings)
-    for settings_type in (LoRASettings, PreferenceSettings, *tasks):
+    for settings_type in (*SETTINGS.values(), *tasks):
         for name in settings_type.model_fields:
-            passed_on = f"{name}: ${{{name}}}" in TINY.read_text()
+            passed_on = any(f"{name}: ${{{name}}}" in config.read_text() for config, _ in TRAINING_CONFIGS)
             assert passed_on or re.search(rf"(settings|self)\.{name}\b", code) or f'("{name}"' in code, name
 
 

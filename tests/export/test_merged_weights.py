@@ -45,7 +45,11 @@ def tensors_of(shapes, dtype):
 def test_streamed_safetensors_read_back(tmp_path, dtype, max_shard_bytes, num_shards):
     tensors = tensors_of(SHAPES, torch.float32)
     write_safetensors(
-        tmp_path, tensors.items(), SHAPES, dtype, max_shard_bytes if dtype.itemsize == 4 else max_shard_bytes // 2
+        tmp_path,
+        tensors.items(),
+        SHAPES,
+        dict.fromkeys(SHAPES, dtype),
+        max_shard_bytes if dtype.itemsize == 4 else max_shard_bytes // 2,
     )
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == max(num_shards, 1)
@@ -68,7 +72,7 @@ def test_L22_no_tensor_is_kept_while_the_next_is_written(tmp_path):
             alive.append(weakref.ref(tensor))
             yield name, tensor
 
-    write_safetensors(tmp_path, one_by_one(), SHAPES, torch.float32)
+    write_safetensors(tmp_path, one_by_one(), SHAPES, dict.fromkeys(SHAPES, torch.float32))
 
 
 @pytest.mark.parametrize("variants", [{}, {"use_rslora": True}, {"use_dora": True}])

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from custom_components.config.checks import known_annotations, union_members
+from custom_components.config.full_settings import FullSettings
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import load_settings
@@ -25,6 +26,11 @@ TRAINING_PATHS = [
 PATHS = {
     "lora_single_device": ("configs/tiny_qlora.yaml", LoRASettings, TRAINING_PATHS),
     "lora_dpo_single_device": ("configs/tiny_dpo.yaml", PreferenceSettings, TRAINING_PATHS),
+    "full_single_device": (
+        "configs/tiny_full.yaml",
+        FullSettings,
+        [path for path in TRAINING_PATHS if path != "init_adapter_from"],
+    ),
     "preview": ("configs/tiny_qlora.yaml", PreviewSettings, [*TRAINING_PATHS, "output_file"]),
     "estimate": ("configs/tiny_qlora.yaml", LoRASettings, TRAINING_PATHS),
     "generate": (
@@ -153,6 +159,9 @@ INPUTS = {
     },
 }
 INPUTS["preview"] = INPUTS["estimate"] = INPUTS["lora_single_device"]
+INPUTS["full_single_device"] = {
+    name: place for name, place in INPUTS["lora_single_device"].items() if name != "init_adapter_from"
+}
 FILES = {"tokenizer.path", "a file", "a glob", "a list", "dataset_val.source"}
 
 

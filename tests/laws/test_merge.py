@@ -7,13 +7,13 @@ import torch
 import yaml
 from torchtune.modules.peft import disable_adapter
 
-from custom_components.export import hugging_face as hugging_face_export
 from custom_components.export import merged_weights
 from custom_components.export.merge_proof import compared, logits_with_adapters
 from custom_components.export.merged_weights import BaseWeights, read_adapter
 from custom_components.models import lora
 from custom_components.models.dora import DoRALinear
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.weights import hugging_face_writing as hugging_face_export
 from custom_components.weights import safetensors_writing as safetensors_streaming
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint

@@ -105,6 +105,13 @@ def test_L28_L29_without_network_everything_works_and_writes_only_where_it_is_to
     adapter = [f"checkpoint_dir={checkpoint}", f"adapter_dir={output_dir}/adapter"]
     runs = {
         "lora_single_device": ([*training[1:], cached], [output_dir, cache_dir]),
+        "full_single_device": (
+            [
+                *("configs/tiny_full.yaml", f"checkpoint_dir={checkpoint}", f"output_dir={tmp_path / 'full'}", cached),
+                *(f"dataset.source={rows}", "val_fraction=0.4", "device=cpu", "max_steps=2"),
+            ],
+            [tmp_path / "full", cache_dir],
+        ),
         "preview": ([*training[1:], cached, f"output_file={results}/rows.html"], [results, cache_dir]),
         "generate": (["configs/generate.yaml", *adapter, "prompt=Who?", "max_new_tokens=5", "device=cpu"], []),
         "evaluate": (

@@ -50,6 +50,7 @@ COMMANDS = {
         *(*ON_TINY, "max_steps_per_epoch=2", "epochs=1", "sample_prompts=[Who]", ROWS),
         "optimizer={_component_: bitsandbytes.optim.AdamW8bit, lr: 1e-4}",
     ],
+    "full_single_device": ["--config", "configs/tiny_full.yaml", "cache_dir=null", "max_steps=2", ROWS],
     "preview": [*ON_TINY, ROWS],
     "estimate": [*ON_TINY, "batch_size=2"],
     "generate": ["--config", "configs/generate.yaml", CHECKPOINT, "prompt=Who?", "max_new_tokens=3", "device=cpu"],
@@ -63,7 +64,7 @@ def test_a_recipe_prints_what_is_ours_only(recipe, adapter, tmp_path):
     overrides = []
     if recipe in ("generate", "evaluate", "merge"):
         overrides += [f"adapter_dir={adapter}"]
-    if recipe in ("merge", "lora_single_device"):
+    if recipe in ("merge", "lora_single_device", "full_single_device"):
         overrides += [f"output_dir={tmp_path / 'out'}"]
     result = tune_run(*COMMANDS[recipe], *overrides, recipe=recipe)
     assert result.returncode == 0, result.stderr

@@ -21,7 +21,7 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.forked_tune import ForkedTune
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT
-from tests.support.recipe_runs import arguments, tune_run
+from tests.support.recipe_runs import arguments, full_arguments, tune_run
 from tests.support.rows import random_dialogs, write_dialogs
 from tests.support.run_results import assert_equal, outcome
 
@@ -39,7 +39,7 @@ def num_records(output_dir):
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
-def kill_chain(run, output_dir, num_kills, seed):
+def kill_chain(run, output_dir, num_kills, seed, recipe="lora_single_device"):
     """Kill a run again and again, each time a random moment after it got further, and let it finish at last."""
     generator = random.Random(seed)
 
@@ -51,13 +51,13 @@ def kill_chain(run, output_dir, num_kills, seed):
         flag = resumes_or_begins()
         (output_dir / "metrics.jsonl").unlink(missing_ok=True) if flag.startswith("overwrite") else None
         before = num_records(output_dir)
-        process = ForkedTune(*TRAINING, *run, flag)
+        process = ForkedTune("run", f"recipes/{recipe}.py", *run, flag)
         while process.poll() is None and num_records(output_dir) <= before:
             time.sleep(0.001)
         time.sleep(generator.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.result()
-    result = tune_run(*run, resumes_or_begins())
+    result = tune_run(*run, resumes_or_begins(), recipe=recipe)
     assert result.returncode == 0, result.stderr
 
 
@@ -68,6 +68,29 @@ def test_L17_killed_anywhere_and_resumed_is_bit_equal_to_never_stopped(make_chec
     result = tune_run(*arguments(checkpoint, many_rows, whole, *RUN))
     assert result.returncode == 0, result.stderr
     kill_chain(arguments(checkpoint, many_rows, killed, *RUN), killed, num_kills, seed=num_kills)
+    assert_equal(outcome(whole), outcome(killed))
+
+
+# The best is a checkpoint of its own, and the optimizer's step is in the backward or not.
+FULL_RUN = ["epochs=3", "save_every_n_steps=2", "val_fraction=0.2", "run_val_every_n_steps=3", "batch_size=8"]
+
+
+@pytest.mark.parametrize(
+    ("num_kills", "overrides"),
+    [
+        (1, ()),
+        pytest.param(10, ("gradient_accumulation_steps=2",), marks=pytest.mark.slow),
+        pytest.param(5, ("optimizer_in_backward=true", "clip_grad_norm=null"), marks=pytest.mark.slow),
+    ],
+)
+def test_L17_a_killed_full_fine_tuning_ends_as_one_never_stopped(
+    make_checkpoint, many_rows, tmp_path, num_kills, overrides
+):
+    checkpoint, whole, killed = make_checkpoint(), tmp_path / "whole", tmp_path / "killed"
+    result = tune_run(*full_arguments(checkpoint, many_rows, whole, *FULL_RUN, *overrides), recipe="full_single_device")
+    assert result.returncode == 0, result.stderr
+    run = full_arguments(checkpoint, many_rows, killed, *FULL_RUN, *overrides)
+    kill_chain(run, killed, num_kills, num_kills, recipe="full_single_device")
     assert_equal(outcome(whole), outcome(killed))
 
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from custom_components.export.hugging_face import config_of_shape
 from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
 
 from custom_components import models
-from custom_components.export.hugging_face import config_of_shape
 from custom_components.generation.incremental import KeyValueCache, made_for_inference
 from custom_components.models import shapes
 from custom_components.models.rotary import RotaryPositions

@@ -54,6 +54,20 @@ def preference_arguments(checkpoint: Path, pairs: Path, output_dir: Path, *overr
     ]
 
 
+def full_arguments(checkpoint: Path, rows: Path, output_dir: Path, *overrides: str) -> list[str]:
+    """A small full fine-tuning of `checkpoint` on the dialogs in `rows`."""
+    return [
+        *(
+            "--config",
+            str(PROJECT / "configs/tiny_full.yaml"),
+            f"checkpoint_dir={checkpoint}",
+            f"dataset.source={rows}",
+        ),
+        *("device=cpu", f"output_dir={output_dir}", "batch_size=2", "cache_dir=null", "dataset_val=null"),
+        *("overwrite_output_dir=false", "run_val_every_n_steps=null", *overrides),
+    ]
+
+
 def run_here(recipe: str, *arguments: str) -> tuple[int, str, str]:
     """Run a recipe in this process: exit code, stdout and stderr."""
     recipe_main = importlib.import_module(f"recipes.{recipe}").recipe_main

@@ -17,12 +17,13 @@ def records(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def outcome(output_dir: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], str, dict[str, Any]]:
-    """What a run leaves, but for the clock's and the memory's: metrics, adapter, last checkpoint and its state."""
+    """What a run leaves, but for the clock's and the memory's: metrics, weights, last checkpoint and its state."""
     metrics = [{key: value for key, value in record.items() if key not in TIMING} for record in records(output_dir)]
     checkpoint = sorted((output_dir / "checkpoints").iterdir())[-1]
     state = torch.load(checkpoint / "state.pt", weights_only=True)
     state["progress"].pop("seconds")
-    return metrics, load_file(output_dir / "adapter/adapter_model.safetensors"), checkpoint.name, state
+    [weights] = [*output_dir.glob("adapter/*.safetensors"), *output_dir.glob("model/*.safetensors")]
+    return metrics, load_file(weights), checkpoint.name, state
 
 
 def assert_equal(first: object, second: object) -> None:

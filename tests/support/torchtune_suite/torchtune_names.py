@@ -25,7 +25,7 @@ from torchtune.models.llama2._model_utils import scale_hidden_dim_for_mlp
 from torchtune.modules import KVCache
 
 from custom_components.models.attention import SelfAttention
-from custom_components.models.builders import trained_llama
+from custom_components.models.builders import full_llama
 from custom_components.models.dora import DoRALinear
 from custom_components.models.feed_forward import FeedForward
 from custom_components.models.llama import lora_llama
@@ -90,7 +90,7 @@ def shape(
 
 
 def llama2(**sizes: Any) -> nn.Module:
-    return trained_llama(shape(**sizes))
+    return full_llama(shape(**sizes))
 
 
 def lora_llama2(

@@ -1,7 +1,7 @@
 """A Llama model as a Hugging Face directory, which transformers, vLLM and llama.cpp's converter load as it is."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,8 @@ from torch import Tensor
 from torchtune.models.convert_weights import get_mapped_key
 
 from custom_components.models.shapes import LlamaShape
+from custom_components.runtime.json_files import read_json_object
 from custom_components.runtime.terminal import say
-from custom_components.transforms.added_tokens import read_json
-from custom_components.transforms.tokenizer_files import ExportedTokenizer
 from custom_components.weights.checkpoint_files import BaseCheckpoint
 from custom_components.weights.names import HUGGING_FACE_NAMES, halve_rope_rows
 from custom_components.weights.safetensors_writing import DEFAULT_MAX_SHARD_BYTES, write_safetensors
@@ -27,23 +26,24 @@ def write_weights(
     tensors: Iterable[tuple[str, Tensor]],
     shapes: Mapping[str, tuple[int, ...]],
     shape: LlamaShape,
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
 ) -> None:
     """Write tensors of torchtune's names and row order under Hugging Face's, see :func:`write_safetensors`."""
 
     def in_hugging_face_order(name: str, tensor: Tensor) -> Tensor:
         if name.endswith("q_proj.weight"):
-            return halve_rope_rows(tensor.to(dtype), shape.num_heads)
+            return halve_rope_rows(tensor.to(dtypes[name]), shape.num_heads)
         if name.endswith("k_proj.weight"):
-            return halve_rope_rows(tensor.to(dtype), shape.num_kv_heads)
+            return halve_rope_rows(tensor.to(dtypes[name]), shape.num_kv_heads)
         return tensor
 
+    names = {name: get_mapped_key(name, HUGGING_FACE_NAMES) for name in shapes}
     write_safetensors(
         directory,
-        ((get_mapped_key(name, HUGGING_FACE_NAMES), in_hugging_face_order(name, tensor)) for name, tensor in tensors),
-        {get_mapped_key(name, HUGGING_FACE_NAMES): tensor_shape for name, tensor_shape in shapes.items()},
-        dtype,
+        ((names[name], in_hugging_face_order(name, tensor)) for name, tensor in tensors),
+        {names[name]: tensor_shape for name, tensor_shape in shapes.items()},
+        {names[name]: dtype for name, dtype in dtypes.items()},
         max_shard_bytes,
     )
 
@@ -52,23 +52,28 @@ def write_config(
     directory: Path,
     base: BaseCheckpoint,
     shape: LlamaShape,
-    tokenizer: ExportedTokenizer,
     dtype: torch.dtype,
+    *,
+    bos_id: int | None,
+    stop_ids: Sequence[int],
+    pad_id: int | None,
 ) -> None:
     """Write config.json and generation_config.json: the base's, or made from the shape for Meta's layout.
 
     Args:
         shape: of the written model: its embeddings may be apart where the source's are tied.
-        tokenizer: its stop tokens are what generation ends at.
+        dtype: of its matrices.
+        stop_ids: what generation ends at.
     """
-    bos_id = tokenizer.tokenizer.bos_id
     config = dict(base.config) or config_of_shape(shape, bos_id)
     # transformers 5 reads and writes `dtype`, and still reads `torch_dtype`, the only one that version 4 knows.
     config["dtype" if "dtype" in config else "torch_dtype"] = _CONFIG_DTYPES[dtype]
     config["tie_word_embeddings"] = shape.tied_embeddings
     config["vocab_size"] = shape.vocab_size  # with new tokens larger than the base's
     config.pop("_name_or_path", None)  # it names another model than this one
-    generation_config = read_json(base.directory / "generation_config.json") or {"bos_token_id": bos_id}
+    stated = base.directory / "generation_config.json"
+    generation_config = read_json_object(stated) if stated.exists() else {}
+    generation_config = generation_config or {"bos_token_id": bos_id}
     # Llama 2 came so in 2023; Meta mended it in this way.
     if not generation_config.get("do_sample") and (drawing := sorted(_DRAWING & generation_config.keys())):
         generation_config["do_sample"] = True
@@ -76,10 +81,9 @@ def write_config(
             f"generation_config.json: do_sample is set to true; without it {', '.join(drawing)} has no effect, and "
             "transformers refuses to save the model again"
         )
-    stop_tokens = list(tokenizer.stop_tokens)
-    ids = {"eos_token_id": stop_tokens[0] if len(stop_tokens) == 1 else stop_tokens}
-    if tokenizer.pad_id is not None:
-        ids["pad_token_id"] = tokenizer.pad_id
+    ids: dict[str, Any] = {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)}
+    if pad_id is not None:
+        ids["pad_token_id"] = pad_id
     _write(directory / "config.json", config | ids)
     _write(directory / "generation_config.json", generation_config | ids)
 
