@@ -108,7 +108,7 @@ def trained_tokenizer(settings: EvaluationSettings) -> ChatTransform:
             settings.on_uneven_turns,
             settings.on_empty_answer,
             settings.max_seq_len,
-            settings.prompt_template,
+            None if settings.prompt_template is None else tokenizer.prompt_template,
             settings.system_prompt,
         )
         return open_origin(settings.adapter_dir).validation_tokenizer(tokenizer, draw, trained)

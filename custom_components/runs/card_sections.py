@@ -10,6 +10,7 @@ from custom_components.runs.metrics import read_metrics
 from custom_components.training.state import Progress
 from custom_components.transforms.dialogs import chat_messages
 from custom_components.transforms.jinja_dialogs import JinjaTemplate
+from custom_components.transforms.marked_template import MarkedTemplate
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.transforms.templates import dialog_turns, prompt_template
 from custom_components.transforms.turns import text_of
@@ -65,8 +66,10 @@ def prompt_format_section(prompt_format: PromptFormat) -> str:
     ends = next((f"`{token}`" for token in prompt_format.stop_tokens if token in text), "`</s>`")
     name = f"`{template}`" if isinstance(template, str) else "One of its own"
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    names_tokens = isinstance(written, JinjaTemplate) or (isinstance(written, MarkedTemplate) and written.names_ends)
+    stand_for = "stand for the tokenizer's BOS and EOS" if names_tokens else "are the tokenizer's control tokens"
     return (
-        f"\n{name}. A dialog of two questions; `<s>` and `</s>` are the tokenizer's control tokens, and {ends} ends an "
+        f"\n{name}. A dialog of two questions; `<s>` and `</s>` {stand_for}, and {ends} ends an "
         f"answer:\n\n{fence}text\n{text}\n{fence}\n"
     )
 

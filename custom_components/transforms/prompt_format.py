@@ -3,7 +3,6 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -73,14 +72,11 @@ def tokenizer_with_format(
     Raises:
         UserError: there is no tokenizer, the template is unknown, or the tokenizer does not have the stop tokens.
     """
-    chosen: dict[str, Any] = {}
-    for name, told, default in (("prompt_template", prompt_template, "auto"), ("system_prompt", system_prompt, None)):
-        trained_value = getattr(trained, name) if trained else default
-        if trained and told is not None and told != trained_value:
-            say(f"warning: {name} is {told!r}, it was trained with {trained_value!r}", sys.stderr)
-        chosen[name] = trained_value if told is None else told
+    of_training = trained or PromptFormat("auto", None, [])
+    template = of_training.prompt_template if prompt_template is None else prompt_template
+    system = of_training.system_prompt if system_prompt is None else system_prompt
     try:
-        tokenizer = ChatTransform(checkpoint_dir, adapter_dir=adapter_dir, **chosen)
+        tokenizer = ChatTransform(checkpoint_dir, None, system, template, adapter_dir=adapter_dir)
     except UserError as error:  # the recipes that ask here have no key of that name
         raise UserError(
             *(message.replace("tokenizer.path:", "checkpoint_dir:") for message in error.messages)
@@ -89,6 +85,11 @@ def tokenizer_with_format(
         stated = stated_ids(checkpoint_dir, "eos_token_id")
         stop_tokens = [token for token in stated if tokenizer.tokenizer.piece(token) is not None]
         return tokenizer.replace(stop_tokens=tuple(dict.fromkeys((*stop_tokens, *tokenizer.stop_tokens))))
+    # By what was chosen: "mistral" is the template of the tokenizer's version.
+    told = {"prompt_template": (prompt_template, tokenizer.prompt_template), "system_prompt": (system_prompt, system)}
+    for name, (value, found) in told.items():
+        if value is not None and found != getattr(trained, name):
+            say(f"warning: {name} is {value!r}, it was trained with {getattr(trained, name)!r}", sys.stderr)
     return tokenizer.replace(stop_tokens=tuple(tokenizer.ids_of_pieces(trained.stop_tokens)), format_note="")
 
 

@@ -177,3 +177,14 @@ def test_random_dialogs_through_a_jinja_template_are_those_of_the_built_in_one(w
             [(role, " ".join(draw.choices([" a", "b\n", "<|eot_id|>", "é"], k=4))) for role in roles]
         )
         assert itself({"messages": messages}) == built_in({"messages": messages})
+
+
+def test_a_template_told_by_another_name_is_not_another(with_template, capsys):
+    directory = with_template("tiny", None)
+    trained = PromptFormat("mistral_v1", None, ["</s>"])
+    assert tokenizer_with_format(directory, trained, prompt_template="mistral").prompt_template == "mistral_v1"
+    assert capsys.readouterr().err == ""
+    tokenizer_with_format(directory, trained, prompt_template="zephyr", system_prompt="Be.")
+    said = capsys.readouterr().err
+    assert "warning: prompt_template is 'zephyr', it was trained with 'mistral_v1'" in said
+    assert "warning: system_prompt is 'Be.', it was trained with None" in said
