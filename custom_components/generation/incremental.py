@@ -15,6 +15,7 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from custom_components.generation.inference_linear import InferenceLinear
 from custom_components.models import nf4
+from custom_components.models.attention import attend
 from custom_components.models.lora import FrozenLinear, adapter_modules, lora_linears, merged_weight
 from custom_components.models.rotary import rotate
 from custom_components.runtime.errors import UserError
@@ -151,14 +152,7 @@ class IncrementalLayer(nn.Module):
             output = F.scaled_dot_product_attention(query, key_BKLH, value_BKLH, attn_mask=mask)
             output_BSD = output.reshape(batch_size, 1, -1)  # not view: some CUDA kernels give another memory layout
         else:
-            output_BNSH = F.scaled_dot_product_attention(
-                query_BNSH,
-                key_BKLH,
-                value_BKLH,
-                attn_mask=None if mask_BSL is None else mask_BSL.unsqueeze(1),
-                is_causal=mask_BSL is None,
-                enable_gqa=self.num_heads != self.num_kv_heads,
-            )
+            output_BNSH = attend(query_BNSH, key_BKLH, value_BKLH, mask_BSL)
             output_BSD = output_BNSH.transpose(1, 2).reshape(batch_size, num_new_tokens, -1)
         return self.attention_output(output_BSD.flatten(0, 1)).view_as(input_BSD)
 
