@@ -100,15 +100,15 @@ def _check_is_directory(key: str, path: Path, folder: str, configs: Iterable[str
         where = f"; name its directory, {str(path.parent)!r}" if _holds(path.parent, configs) else ""
         hint = f", which only llama.cpp and Ollama read; name {_origin(key)}" if path.suffix == ".gguf" else where
         raise UserError(f"{key}: {str(path)!r} is {kind}, not a directory{hint}")
-    hub_name = _HUB_NAME.fullmatch(str(path))
-    if (near := _nearest_directory(path)) is not None:
-        todo = f"did you mean {str(near)!r}?"
-    elif hub_name and _is_of_hub(hub_name[1]) and not Path(path.parts[0]).is_dir():
+    hub_name, near = _HUB_NAME.fullmatch(str(path)), _nearest_directory(path)
+    if hub_name and near is None and _is_of_hub(hub_name[1]) and not Path(path.parts[0]).is_dir():
         target = f"{folder}/{Path(hub_name[1]).name}"
         todo = f"download it with `{_download(key, hub_name[1], target)}`, then set {key}={target}"
     else:
         run = "" if key == "checkpoint_dir" else "name the adapter/ of a run, or "
         todo = f"{run}download {_origin(key)} with `{_download(key, 'REPOSITORY', str(path))}`"
+    if near is not None:
+        todo = f"did you mean {str(near)!r}? If not, {todo}"
     raise UserError(f"{key}: {str(path)!r} is not a directory; {todo}")
 
 
@@ -178,7 +178,8 @@ def _stated(path: Path, key: str) -> str | None:
 
 def _check_no_pointers(key: str, directory: Path) -> None:
     """Refuse a clone whose large files are still Git LFS's pointers: texts of three lines."""
-    files = [path for pattern in _WEIGHTS for path in directory.glob(pattern)]
+    # note: a link of the hub's cache may lead nowhere.
+    files = [path for pattern in _WEIGHTS for path in directory.glob(pattern) if path.is_file()]
     pointers = [path for path in files if path.stat().st_size < _MAX_LFS_POINTER_BYTES and _is_pointer(path)]
     if pointers:
         raise UserError(
@@ -202,12 +203,16 @@ def _named(paths: list[Path]) -> str:
 
 
 def _nearest_directory(path: Path) -> Path | None:
-    """Find the directory whose name is most like the first part of a path that is not there, and the rest below it."""
+    """Find the directory whose name is most like the first part of a path that is not there, and the rest below it.
+
+    Names with other numbers are not alike: 7b is not a typo of 13b.
+    """
     for parent in reversed([path, *path.parents]):
         if parent.is_dir():
             continue
-        siblings = [other.name for other in parent.parent.glob("*/")] if parent.parent.is_dir() else []
-        near = nearest_name(parent.name, siblings)
+        others = parent.parent.glob("*/") if parent.parent.is_dir() else ()
+        numbers = re.findall(r"\d+", parent.name)
+        near = nearest_name(parent.name, [other.name for other in others if re.findall(r"\d+", other.name) == numbers])
         found = parent.parent / near / path.relative_to(parent) if near else None
         return found if found is not None and found.is_dir() else None
     return None

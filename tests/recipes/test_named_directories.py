@@ -14,7 +14,11 @@ from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT
 from tests.support.recipe_runs import run_here
 
-TRAINING = ["lora_single_device", "preview", "estimate"]
+TRAINING = ["lora_single_device", "lora_dpo_single_device", "preview", "estimate"]
+CONFIGS = {
+    "lora_dpo_single_device": "tiny_dpo",
+    **dict.fromkeys(("lora_single_device", "preview", "estimate"), "llama_qlora"),
+}
 RECIPES = [*TRAINING, "generate", "evaluate", "merge"]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476\n"
 
@@ -32,7 +36,7 @@ def folder(tmp_path, monkeypatch):
 
 def error_of(recipe, **directories):
     """The one error line of a recipe, before anything is written."""
-    config = str(PROJECT / f"configs/{'llama_qlora' if recipe in TRAINING else recipe}.yaml")
+    config = str(PROJECT / f"configs/{CONFIGS.get(recipe, recipe)}.yaml")
     overrides = {
         **dict.fromkeys(TRAINING, {"output_dir": "out", "cache_dir": "null", "dataset.source": "rows.jsonl"}),
         **{"generate": {"prompt": "Who?"}, "evaluate": {"dataset": "null", "tasks": "[hellaswag]"}},
@@ -68,6 +72,10 @@ def not_downloaded_yet(_):
 
 def mistyped(_):
     return "models/Llama-2-7b-fh", "is not a directory; did you mean 'models/Llama-2-7b-hf'?"
+
+
+def of_another_size(_):
+    return "models/Llama-2-13b-hf", "is not a directory; download a model with `tune download REPOSITORY --output-dir "
 
 
 def mistyped_folder(_):
@@ -170,7 +178,16 @@ def empty(folder):
 @pytest.mark.parametrize(
     "mistake",
     [
-        *(hub_name, address_on_the_hub, not_downloaded_yet, mistyped, mistyped_folder, folder_of_models, hub_cache),
+        *(
+            hub_name,
+            address_on_the_hub,
+            not_downloaded_yet,
+            mistyped,
+            of_another_size,
+            mistyped_folder,
+            folder_of_models,
+            hub_cache,
+        ),
         *(a_run_of_transformers, file_of_weights, unfetched_clone, gguf_file, gguf_directory, an_adapter, a_run, empty),
         *(quantized_by_bitsandbytes, quantized_by_gptq, quantized_by_awq, quantized_to_fp8),
     ],
