@@ -4,6 +4,7 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from custom_components.runtime.errors import UserError
 
 # Of .csv files; where two give as many columns, the first.
 _DELIMITERS = (",", ";", "\t")
+_DELIMITER_HINT = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # the first line of some, for Excel
 # Lines of a larger file are not counted: that takes as long as reading it.
 _MOST_BYTES_COUNTED = 2**26
 
@@ -101,15 +103,19 @@ def _read_csv(path: Path) -> Iterator[Row | BadRow]:
     # note: cells hold whole documents; csv's own limit is 128 KiB.
     csv.field_size_limit(2**30)
     lines = _text_lines(path)
-    first_line = next(lines, "")
-    delimiter = "\t" if file_kind(path) == ".tsv" else _delimiter(first_line)
+    first_line, num_lines_before = next(lines, ""), 0
+    if hint := _DELIMITER_HINT.fullmatch(first_line):
+        first_line, num_lines_before = next(lines, ""), 1
+        delimiter = hint[1]
+    else:
+        delimiter = "\t" if file_kind(path) == ".tsv" else _delimiter(first_line)
     reader = csv.reader(chain([first_line], lines), delimiter=delimiter, strict=True)
-    line_number = 1
+    line_number = 1 + num_lines_before
     try:
         header = [name if name.strip() else f"column {number}" for number, name in enumerate(next(reader, []), 1)]
         if repeated := [name for name, count in Counter(header).items() if count > 1]:
-            raise UserError(f"{path}:1: the header has {repeated[0]!r} more than once")
-        line_number = reader.line_num + 1
+            raise UserError(f"{path}:{line_number}: the header has {repeated[0]!r} more than once")
+        line_number = num_lines_before + reader.line_num + 1
         for cells in reader:
             location = f"{path}:{line_number}"
             is_blank = not any(cell.strip() for cell in cells)  # spreadsheets end with lines of separators
@@ -118,7 +124,7 @@ def _read_csv(path: Path) -> Iterator[Row | BadRow]:
             elif not is_blank:
                 start = delimiter.join(cells)[:60]
                 yield BadRow(f"{location}: has {len(cells)} cells, the header has {len(header)}: {start!r}")
-            line_number = reader.line_num + 1
+            line_number = num_lines_before + reader.line_num + 1
     except csv.Error as error:
         # The record's first line: an open quote runs on to the end of the file.
         raise UserError(f"{path}:{line_number}: not valid CSV ({error}) from this record on") from None

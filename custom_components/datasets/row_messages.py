@@ -79,7 +79,12 @@ def row_messages(value: Any, column: str, notes: RowNotes) -> list[RowMessage]:
 
 
 def answer_text(value: Any, notes: RowNotes) -> Any:
-    """Give an answer that is a number or a truth value, such as a classifier's label, as its text in JSON."""
+    """Give an answer that is a number or a truth value, such as a classifier's label, as its text in JSON.
+
+    An answer that is null is empty.
+    """
+    if value is None:
+        return ""
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         notes.counted.append("answer{s} given as a number or as true or false, trained as text")
         return json.dumps(value)

@@ -14,7 +14,7 @@ from custom_components.runtime.errors import UserError
 from custom_components.runtime.terminal import say
 
 # Part of every key: raise it whenever the same inputs would give other tokens or other arrays.
-_VERSION = 6
+_VERSION = 7
 _SUMMARY_NAME, _DIGESTS_NAME = "summary.json", "digests.json"
 
 

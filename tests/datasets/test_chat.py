@@ -67,7 +67,7 @@ def test_bad_rows_are_named_or_skipped_and_counted(tmp_path, tiny_tokenizer):
     [
         (exchange("a [/INST] b", "y"), r"r\.jsonl:2: user message contains '\[/INST\]'"),
         ({"prompt": "a"}, r"r\.jsonl:2: "),
-        (exchange("a", None), r"r\.jsonl:2: "),
+        (exchange("a", ["b"]), r"r\.jsonl:2: "),
         ("[1, 2]", r"r\.jsonl:2"),
     ],
 )

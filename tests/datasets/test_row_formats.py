@@ -93,7 +93,7 @@ def test_a_published_spelling_is_recognised_and_read(row, expected):
             "message 1 has the keys 'from', it needs 'role' and 'content', or 'from' and 'value'",
         ),
         ({"instruction": "", "output": "x"}, "'instruction' is empty"),
-        ({"instruction": "x", "output": None}, "'output' holds None where text is due"),
+        ({"instruction": "x", "output": {"a": 1}}, "'output' holds \{'a': 1\} where text is due"),
         (
             {"instruction": "x", "output": "y", "history": [["a"]]},
             "'history' holds \\['a'\\] where \\[question, answer\\]",
@@ -317,7 +317,9 @@ def test_columns_of_a_format_as_they_are_come_before_others_in_capitals(tmp_path
     assert str(dataset.summaries[0]).endswith("columns not used: System, Prompt")
 
 
-@pytest.mark.parametrize("header", ["Question,Answer", "Question;Answer", "\ufeffQuestion;Answer;;"])
+@pytest.mark.parametrize(
+    "header", ["Question,Answer", "Question;Answer", "\ufeffQuestion;Answer;;", "sep=;\nQuestion;Answer"]
+)
 def test_L27_the_columns_of_a_spreadsheet_are_offered_as_they_are_spelled(tmp_path, tiny_tokenizer, header):
     separator = ";" if ";" in header else ","
     extra = separator * header.count(";;") * 2
@@ -325,6 +327,8 @@ def test_L27_the_columns_of_a_spreadsheet_are_offered_as_they_are_spelled(tmp_pa
     (tmp_path / "rows.csv").write_text("\r\n".join(lines) + "\r\n", encoding="utf-8")
     with pytest.raises(UserError) as raised:
         chat_dataset(tiny_tokenizer, str(tmp_path / "rows.csv"))
+    first_line = 2 + header.startswith("sep")
+    assert f"rows.csv:{first_line}: no format has the columns 'Question', 'Answer'" in str(raised.value)
     assert "'dataset.column_map={prompt: Question, completion: Answer}'" in str(raised.value)
     mapped = chat_dataset(
         tiny_tokenizer, str(tmp_path / "rows.csv"), column_map={"prompt": "Question", "completion": "Answer"}

@@ -80,6 +80,8 @@ def test_L02_an_empty_answer_in_a_dialog_is_shown_and_not_trained(tmp_path, name
         {"instruction": "a", "output": ""},
         {"instruction": "a", "input": "b", "output": " \n"},
         {"prompt": "a", "completion": ""},
+        {"prompt": "a", "completion": None},
+        {"instruction": "a", "output": None},
     ],
 )
 def test_L06_a_row_with_an_empty_answer_is_dropped_or_refused_by_its_column(tmp_path, row):
