@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Twice: once leaves pip's warnings, such as that of an extra that torchtune asks of huggingface_hub and that is gone.
 QUIET := --quiet --quiet
 
-.PHONY: setup demo test test-long lint clean
+.PHONY: setup demo test test-long lint docs clean
 
 setup: .venv/installed
 
@@ -21,6 +21,15 @@ setup: .venv/installed
 	@echo "installing the packages for tests into .venv: about 0.3 GB, a minute"
 	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check $(PIP_INSTALL_ARGS) -c constraints.txt -e '.[dev]'
 	touch $@
+
+.venv/installed-docs: .venv/installed
+	@echo "installing the packages for the documentation into .venv: about 0.1 GB"
+	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check $(PIP_INSTALL_ARGS) -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: .venv/installed-docs
+	@$(BIN)/zensical build --strict --clean >.venv/docs.log 2>&1 || { cat .venv/docs.log; exit 1; }
+	@echo "the documentation is in site/index.html"
 
 demo: setup
 	$(BIN)/python -m examples.tiny_llama.demo

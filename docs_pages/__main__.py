@@ -4,11 +4,18 @@ import re
 import sys
 from collections.abc import Callable
 
-from docs_pages import cards
+from docs_pages import cards, moving, pictures, settings
 from docs_pages.blocks import DOCS, PROJECT, write_blocks
 
 
 def main() -> None:
+    """Write the pages that are named, or all.
+
+    Raises:
+        SystemExit: there is no such page.
+    """
+    if unknown := [page for page in sys.argv[1:] if page not in PAGES]:
+        sys.exit(f"error: {', '.join(unknown)}: not one of {', '.join(PAGES)}")
     for page in sys.argv[1:] or PAGES:
         PAGES[page]()
 
@@ -25,7 +32,20 @@ def write_cards() -> None:
             path.write_text(text, encoding="utf-8")
 
 
-PAGES: dict[str, Callable[[], None]] = {"cards": write_cards}
+def write_moving() -> None:
+    write_blocks(DOCS / "moving.md", moving.blocks())
+
+
+def write_settings() -> None:
+    (DOCS / "settings.md").write_text(settings.page(), encoding="utf-8")
+
+
+PAGES: dict[str, Callable[[], None]] = {
+    "settings": write_settings,
+    "moving": write_moving,
+    "pictures": pictures.write_pictures,
+    "cards": write_cards,
+}
 
 if __name__ == "__main__":
     main()

@@ -32,9 +32,12 @@ def write_blocks(page: Path, blocks: dict[str, str]) -> bool:
     return after != before
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Write a Markdown table; columns after the first are aligned to the right."""
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return (
-        "\n" + "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines) + "\n"
-    )
+def table(heads: list[str], rows: list[list[str]], *, numbers: bool = False) -> str:
+    """Write a Markdown table.
+
+    Args:
+        numbers: columns after the first are aligned to the right.
+    """
+    rules = ["---", *["---:" if numbers else "---"] * (len(heads) - 1)]
+    lines = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in (heads, rules, *rows))
+    return "\n" + "".join(f"| {line} |\n" for line in lines) + "\n"

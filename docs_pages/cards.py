@@ -26,6 +26,8 @@ CONFIGS = (
     "llama2_7b_chat_t4",
     "codellama_7b_qlora",
     "llama2_7b_lora",
+    "llama3_2_1b_qlora",
+    "llama3_1_8b_qlora",
     "llama2_13b_qlora",
     "llama2_70b_qlora",
 )
@@ -136,10 +138,12 @@ def blocks(configs: Mapping[str, ConfigOnCards]) -> dict[str, str]:
         "memory": table(
             ["config", "rows × tokens", "trained", "base, GiB", "peak, GiB", "all layers recomputed, GiB"],
             [memory_row(name, config) for name, config in configs.items()],
+            numbers=True,
         ),
         "fits": table(
             ["config", *CARDS],
             [[f"`{name}.yaml`", *map(config.verdict, CARDS)] for name, config in configs.items()],
+            numbers=True,
         ),
         "largest-forward": table(
             ["config", *CARDS],
@@ -157,6 +161,7 @@ def blocks(configs: Mapping[str, ConfigOnCards]) -> dict[str, str]:
                     *(_duration(configs[name].run_seconds(card, num_tokens)) for card in CARDS),
                 ]
                 for name, num_tokens in RUN_TOKENS.items()
+                if name in configs
             ],
         ),
     }

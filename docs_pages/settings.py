@@ -41,8 +41,10 @@ def _recipe_section(recipe: Path) -> str:
     settings_type = settings_type.for_config(written)
     keys = list(described_keys(settings_type, written))
     if issubclass(settings_type, TrainingSettings) and recipe.stem != _TRAINS:
-        absent = [name for name in LoRASettings.model_fields if name not in settings_type.model_fields]
-        keys = [key for key in keys if key.name.partition(".")[0] not in LoRASettings.model_fields]
+        of_lora, fields = LoRASettings.model_fields, settings_type.model_fields
+        absent = [name for name in of_lora if name not in fields]
+        own = {name for name in fields if name not in of_lora or fields[name].metadata != of_lora[name].metadata}
+        keys = [key for key in keys if key.name.partition(".")[0] in own]
         text += f"It has the keys of [recipes/{_TRAINS}.py](#recipes{_TRAINS}py)"
         text += f", without {', '.join(map(_code, absent))}" if absent else ""
         return text + (f", and these:\n{_table(keys, config)}" if keys else ".\n")

@@ -1,7 +1,8 @@
-"""The README's commands run as they are written, and what it names is there."""
+"""The commands of README.md and docs/ run as they are written, links lead somewhere, and what is named is there."""
 
 import re
 import shlex
+from typing import NamedTuple
 
 import pytest
 
@@ -11,18 +12,55 @@ from tests.support.forked_tune import ForkedTune
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, TINY_LLAMA
 
-README = (PROJECT / "README.md").read_text()
-COMMANDS = [
-    " ".join(line.replace("\\\n", " ").split())
-    for block in re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    for line in re.findall(r"^ *(tune run (?:.*\\\n)*.*)$", block, re.MULTILINE)
-]
+README = PROJECT / "README.md"
+PAGES = [README, PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+# What a block may be instead of commands to run: output, data, code, or commands that a test cannot have.
+NOT_RUN = re.compile(r'(text|json|python)$|sh title="needs [\w ]+"$')
+# Commands that other tests run, or that are for people who have just arrived.
+RUN_ELSEWHERE = {
+    "git clone <this repository> && cd llama-lora-recipes": "",
+    "make setup && source .venv/bin/activate": "",
+    "make demo": "tests/recipes/test_demo.py",
+    "make test": ".ci/run",
+    "make docs": "tests/test_docs.py",
+    "tune ls": "tests/config/test_tune_command.py",
+    "tune cp recipes/lora_single_device.py recipes/my_lora.py": "tests/config/test_tune_command.py",
+    "tune run recipes/my_lora.py --config configs/tiny_qlora.yaml": "tests/config/test_tune_command.py",
+    "tune run recipes/lora_single_device.py --help": "tests/config/test_recipe_help.py",
+}
 # What a test cannot have: the real weights and the reader's own file. Later overrides win over those of the command.
 IN_PLACE_OF_7B = [
     "dtype=fp32",
     *(f"model.checkpoint_dir={TINY_LLAMA}/checkpoint", f"dataset.source={TINY_LLAMA}/data/train.jsonl"),
     *("max_steps_per_epoch=1", "device=cpu", "cache_dir=null"),
 ]
+
+
+class Block(NamedTuple):
+    page: str
+    kind: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [" ".join(line.partition("   #")[0].split()) for line in lines if line.strip()]
+
+
+BLOCKS = [
+    Block(page.name, match[1], match[2])
+    for page in PAGES
+    for match in re.finditer(r"^```(.*)\n((?:.*\n)*?)^```$", page.read_text(), re.MULTILINE)
+]
+COMMANDS = list(
+    dict.fromkeys(
+        command
+        for block in BLOCKS
+        if not NOT_RUN.match(block.kind)
+        for command in block.commands
+        if command.startswith("tune run ") and command not in RUN_ELSEWHERE
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +88,9 @@ def in_place(command, adapter, tmp_path):
         overrides += ["dataset.max_rows=8", "device=cpu", "cache_dir=null"]
     elif recipe == "merge":
         overrides += [f"output_dir={tmp_path / 'merged'}"]
+    elif recipe == "lora_dpo_single_device":
+        overrides += ["init_adapter_from=null", "max_steps=1", "dataset.max_rows=8", "device=cpu", "cache_dir=null"]
+        overrides += [f"output_dir={tmp_path / 'out'}"]
     else:
         if recipe == "full_single_device":
             # note: compiling the config's optimizer takes a minute.
@@ -57,7 +98,11 @@ def in_place(command, adapter, tmp_path):
         builder = "llama_from_config" if recipe == "full_single_device" else "lora_llama_from_config"
         overrides += [f"model._component_=custom_components.models.{builder}"]
         overrides += [*IN_PLACE_OF_7B, f"output_dir={tmp_path / 'out'}"]
-        overrides += [f"output_file={tmp_path / 'rows.html'}"] if recipe == "preview" else []
+        if ".csv" in command:
+            (tmp_path / "faq.csv").write_text("question,answer\nWho?,Nobody.\nWhere?,Here.\n")
+            overrides += [f"dataset.source={tmp_path / 'faq.csv'}"]
+    if recipe == "preview" and "output_file" in command:
+        overrides += [f"output_file={tmp_path / 'rows.html'}"]
     return overrides
 
 
@@ -73,16 +118,60 @@ def test_a_command_runs_as_written(command, adapter, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_what_the_tree_and_the_table_name_is_there():
-    names = set(re.findall(r"[\w/*]+\.(?:py|yaml)\b", README)) - {
-        "prompt_format.yaml",
-        "config.yaml",
-        "recipes/my_lora.py",
+def test_every_other_command_is_run_by_a_test_or_marked():
+    others = {
+        command
+        for block in BLOCKS
+        if not NOT_RUN.match(block.kind) and block.page != "CONTRIBUTING.md"
+        for command in block.commands
+        if command not in COMMANDS and not (block.page == "README.md" and command.startswith("tune download "))
     }
-    assert len(names) > 12
+    results = {command for command in others if command.startswith("exact match on ")}
+    assert others - results == set(RUN_ELSEWHERE)
+    for test in RUN_ELSEWHERE.values():
+        assert (PROJECT / test).exists(), test
+
+
+def test_the_example_in_python_runs(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    [example] = [block.text for block in BLOCKS if (block.page, block.kind) == ("api.md", "python")]
+    names: dict[str, object] = {}
+    exec(example, names)
+    row = names["row"]
+    assert row["tokens"][0] == 1 and row["labels"][0] == -100 and row["labels"][-1] == row["tokens"][-1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            linked = (page.parent / path) if path else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
+
+
+def anchors(page):
+    """A heading's anchor, as GitHub and the site make it: lower case, words joined by dashes, no other marks."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_what_the_tree_and_the_pages_name_is_there():
+    text = "\n".join(page.read_text() for page in PAGES if page.name != "moving.md")
+    names = set(re.findall(r"[\w/*]+\.(?:py|yaml)\b", text)) - {
+        *("prompt_format.yaml", "config.yaml", "recipes/my_lora.py", "recipes/NAME.py", "tests/recipes/test_NAME.py"),
+        *("NAME.py", "generation.py", "train.py"),
+    }
+    assert len(names) > 30
     for name in names:
         assert any(PROJECT.rglob(name)), name
 
 
 def test_no_figure_is_left_to_fill_in():
-    assert not re.search(r"\b[A-Z0-9]+_[A-Z_]+\b", README.replace("GOMP_SPINCOUNT", "").replace("PIP_INSTALL_ARGS", ""))
+    known = {"GOMP_SPINCOUNT", "PIP_INSTALL_ARGS"}
+    assert set(re.findall(r"\b[A-Z0-9]+_[A-Z_]+\b", README.read_text())) <= known
+
+
+def test_the_readme_is_two_screens():
+    assert len(README.read_text().splitlines()) <= 90

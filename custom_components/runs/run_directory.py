@@ -172,6 +172,7 @@ def begin_in(
     if overwrites:
         check_results(directory.path, overwrite=True, resumes=False, result_name=directory.result_name)
     replaced = directory.results() if overwrites else {}
+    replaced.pop(directory.reference, None)  # this run's own by now
     for path in directory.files_of_loggers:
         if replaced.pop(path, None) is not None:
             path.unlink()  # put back by run_directory if the logger fails
@@ -271,7 +272,8 @@ def check_results(path: Path, *, overwrite: bool, resumes: bool, result_name: st
         directory.checkpoints.is_symlink() or not directory.checkpoints.is_dir()
     ):
         foreign.append(directory.checkpoints)
-    if not resumes and results and directory.config not in results:
+    # A preference run's reference is written before the run begins, and is recognised by itself.
+    if not resumes and results.keys() - {directory.reference} and directory.config not in results:
         foreign += [path for path in results if path not in foreign][:1]
     if foreign:
         raise UserError(
