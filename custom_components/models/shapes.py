@@ -161,7 +161,7 @@ _MISSING = {
 
 
 def _what_is_missing(model_type: Any) -> str:
-    missing = f"{_MISSING[model_type]}, which is not built here; " if str(model_type) in _MISSING else ""
+    missing = f"{_MISSING[model_type]}, and that is not built here; " if str(model_type) in _MISSING else ""
     return f"{missing}this package trains the Llama and Mistral architectures, model_type llama or mistral"
 
 

@@ -68,7 +68,7 @@ def exported_tokenizer(transform: ChatTransform, chat_template: str | None) -> E
 
 def template_of_format(transform: ChatTransform, prompt_format: PromptFormat) -> str:
     """Write the chat template of the prompts that a model was trained on."""
-    added_tokens = [token.text for token in transform.tokenizer.added_tokens.tokens]
+    added_tokens = list(dict.fromkeys([*transform.tokenizer.added_tokens.ids, *transform.template_tokens]))
     pieces = transform.tokenizer.named_pieces
     return chat_template(prompt_format.prompt_template, prompt_format.system_prompt, pieces, added_tokens)
 

@@ -6,9 +6,8 @@ import pytest
 
 from custom_components.export.modelfile import modelfile
 from custom_components.transforms import ChatTransform
-from custom_components.transforms.jinja_template import chat_template
 from custom_components.transforms.prompt_format import PromptFormat
-from custom_components.transforms.tokenizer_files import ExportedTokenizer, write_tokenizer
+from custom_components.transforms.tokenizer_files import ExportedTokenizer, template_of_format, write_tokenizer
 from tests.support.dialogs import DIALOGS, messages_of
 from tests.support.go_template import rendered_in_python
 from tests.support.modelfile import ollama_prompt
@@ -49,7 +48,7 @@ def test_L40_prompts_have_the_tokens_of_training(checkpoints, tmp_path, kind, de
     ours = ChatTransform(checkpoints[kind], None, system_prompt, description)
     prompt_format = PromptFormat(ours.prompt_template, ours.system_prompt, ours.stop_pieces)
     pieces, added = ours.tokenizer.named_pieces, tuple(ours.tokenizer.control_ids)
-    template = chat_template(prompt_format.prompt_template, prompt_format.system_prompt, pieces, added)
+    template = template_of_format(ours, prompt_format)
     exported = ExportedTokenizer(ours.tokenizer, ours.stop_tokens, template, ours.begins_with_bos)
     write_tokenizer(tmp_path, exported, 512)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -62,5 +61,6 @@ def test_L40_prompts_have_the_tokens_of_training(checkpoints, tmp_path, kind, de
         asked = ollama_prompt(text, messages, rendered_in_python)
         bos = [ours.bos_id] if ours.begins_with_bos else []
         assert bos + theirs(asked, add_special_tokens=False).input_ids == expected, name
-    with pytest.raises(Exception, match="which is how the chat format marks its parts"):
-        theirs.apply_chat_template(messages_of([("user", f"a {ours.stop_pieces[0]}")]))
+    for token in [ours.stop_pieces[0], *ours.template_tokens]:
+        with pytest.raises(Exception, match="which is how the chat format marks its parts"):
+            theirs.apply_chat_template(messages_of([("user", f"a {token}")]))

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from custom_components.export.hugging_face import config_of_shape
 from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
 
 from custom_components import models
@@ -13,6 +12,7 @@ from custom_components.models import shapes
 from custom_components.models.rotary import RotaryPositions
 from custom_components.models.shapes import RopeScaling, shape_from_checkpoint
 from custom_components.runtime.errors import UserError
+from custom_components.weights.hugging_face_writing import config_of_shape
 from tests.support.checkpoints import as_meta_checkpoint
 from tests.support.models import TOKENS, loaded_model
 
@@ -111,7 +111,7 @@ def test_the_named_builders_have_the_published_sizes(builder, num_parameters):
     [
         (
             {"model_type": "qwen2"},
-            "model_type = 'qwen2' is not supported: its attention has biases, which is not built",
+            "model_type = 'qwen2' is not supported: its attention has biases, and that is not built",
         ),
         ({"model_type": "mixtral"}, "its feed-forward is of experts"),
         (
