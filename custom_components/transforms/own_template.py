@@ -1,7 +1,7 @@
 """The chat template that a checkpoint comes with: which of the built-in ones it is, or how it can be used itself."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tokenizers
@@ -73,14 +73,16 @@ def with_tokens_of(template: PromptTemplate, tokenizer: Tokenizer) -> PromptTemp
     """Make a template that names a tokenizer's control tokens; None: the tokenizer has not all that it needs."""
     if isinstance(template, MarkedTemplate) and set(template.control_tokens) - set(tokenizer.control_ids):
         return None
-    if isinstance(template, MarkedTemplate | JinjaTemplate):
+    if isinstance(template, MarkedTemplate):
         return template.with_names(tokenizer.bos_piece, tokenizer.eos_piece, tuple(tokenizer.control_ids))
+    if isinstance(template, JinjaTemplate):
+        return replace(template, names=named_tokens(tokenizer), control_tokens=tuple(tokenizer.control_ids))
     return template
 
 
 def named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """Give the texts of tokens by the names that transformers gives a template."""
-    return {"bos_token": "", **tokenizer.added_tokens.names, **tokenizer.named_pieces}
+    """Give the texts of tokens by the names that transformers gives a template: what the checkpoint calls so wins."""
+    return {"bos_token": "", **tokenizer.named_pieces, **tokenizer.added_tokens.names}
 
 
 @dataclass(frozen=True)

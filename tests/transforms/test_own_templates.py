@@ -188,3 +188,19 @@ def test_a_template_told_by_another_name_is_not_another(with_template, capsys):
     said = capsys.readouterr().err
     assert "warning: prompt_template is 'zephyr', it was trained with 'mistral_v1'" in said
     assert "warning: system_prompt is 'Be.', it was trained with None" in said
+
+
+def test_a_templates_eos_is_what_the_checkpoint_calls_so(with_template, tmp_path):
+    """Beside a SentencePiece model whose own EOS is another, as OpenHermes has it."""
+    transformers = pytest.importorskip("transformers")
+    directory = with_template("tiny", ZEPHYR_JINJA)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    assert ChatTransform(directory).prompt_template == "llama2"
+    transform = ChatTransform(directory, prompt_template="checkpoint")
+    assert transform.stop_pieces[0] == "<|im_end|>"
+    write_tokenizer(tmp_path, ExportedTokenizer(transform.tokenizer, transform.stop_tokens, ZEPHYR_JINJA), 512)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for dialog in DIALOGS.values():
+        messages, is_open = messages_of(dialog), dialog[-1][0] == "user"
+        expected = theirs.apply_chat_template(messages, return_dict=False, add_generation_prompt=is_open)
+        assert transform({"messages": messages}, inference=is_open)["tokens"] == expected
