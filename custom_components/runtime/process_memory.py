@@ -1,6 +1,7 @@
 """Peak memory of a run: what torch allocated on CUDA, sampled anonymous memory of the process on the CPU."""
 
 import threading
+import weakref
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ _USABLE_SHARE = 0.9
 
 
 class PeakMemory:
-    """Measures the peak from its construction on.
+    """Measures the peak from its construction on, as long as it is referred to.
 
     On the CPU it samples the process's anonymous memory, less the amount at its construction (the imports); pages of
     mapped checkpoint files are not anonymous, the system can reclaim them at any time. If the system has no
@@ -29,7 +30,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
         elif _STATUS.exists():
             self._baseline_bytes = self._peak_bytes = _anonymous_bytes()
-            threading.Thread(target=self._sample_forever, daemon=True).start()
+            threading.Thread(target=_sample, args=(weakref.ref(self),), daemon=True).start()
 
     def gib(self) -> float | None:
         """Give the peak so far, in GiB."""
@@ -37,13 +38,21 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self._device) / 2**30
         if not _STATUS.exists():
             return None
-        self._peak_bytes = max(self._peak_bytes, _anonymous_bytes())
+        self.sample()
         return (self._peak_bytes - self._baseline_bytes) / 2**30
 
-    def _sample_forever(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(_SAMPLING_INTERVAL_SECONDS):
-            self._peak_bytes = max(self._peak_bytes, _anonymous_bytes())
+    def sample(self) -> None:
+        """Take note of the anonymous memory as it is now."""
+        self._peak_bytes = max(self._peak_bytes, _anonymous_bytes())
+
+
+def _sample(reference: "weakref.ref[PeakMemory]") -> None:
+    pause = threading.Event()
+    while not pause.wait(_SAMPLING_INTERVAL_SECONDS):
+        if (memory := reference()) is None:
+            return
+        memory.sample()
+        del memory
 
 
 def usable_bytes(device: torch.device) -> int | None:
