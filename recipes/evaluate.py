@@ -100,7 +100,7 @@ def trained_tokenizer(settings: EvaluationSettings) -> ChatTransform:
         prompt_template=settings.prompt_template,
         system_prompt=settings.system_prompt,
     ).replace(max_seq_len=settings.max_seq_len)
-    if settings.val_fraction is not None and settings.adapter_dir is not None:
+    if settings.val_fraction is not None:
         draw = ValidationDraw(
             settings.val_fraction,
             settings.seed,
@@ -111,7 +111,9 @@ def trained_tokenizer(settings: EvaluationSettings) -> ChatTransform:
             None if settings.prompt_template is None else tokenizer.prompt_template,
             settings.system_prompt,
         )
-        return open_origin(settings.adapter_dir).validation_tokenizer(tokenizer, draw, trained)
+        return open_origin(settings.adapter_dir or settings.checkpoint_dir).validation_tokenizer(
+            tokenizer, draw, trained
+        )
     return tokenizer
 
 

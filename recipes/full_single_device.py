@@ -15,7 +15,6 @@ from custom_components.recipe_parts.full_run import full_run, new_full_state, sa
 from custom_components.recipe_parts.opening import directory_of_run, open_rows, open_training
 from custom_components.recipe_parts.training import (
     close_training,
-    leave_if_stopped,
     plan_of_run,
     supervised_losses,
     training_begun,
@@ -45,8 +44,7 @@ def recipe_main() -> None:
         with compiled_optimizer(run.device), training_begun(opening, run, plan, state) as logger:
             signal_number = train(run, data, plan, state, losses, logger)
         save_model_result(opening, run, plan, state, is_finished=signal_number is None)
-        leave_if_stopped(run, plan, state, signal_number, __file__)
-        close_training(opening, run, state, answers_before)
+        close_training(opening, run, plan, state, answers_before, signal_number, __file__)
 
 
 def train(

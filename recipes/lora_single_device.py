@@ -14,13 +14,13 @@ from custom_components.memory.step_limit import StepLimit
 from custom_components.recipe_parts.adapter_run import (
     adapter_run,
     adapter_to_begin_from,
+    base_unchanged,
     new_adapter_state,
     save_adapter_result,
 )
 from custom_components.recipe_parts.opening import directory_of_run, open_rows, open_training
 from custom_components.recipe_parts.training import (
     close_training,
-    leave_if_stopped,
     plan_of_run,
     supervised_losses,
     training_begun,
@@ -35,29 +35,22 @@ from custom_components.training.gradients import Losses, accumulate_gradients, v
 from custom_components.training.plan import Plan
 from custom_components.training.state import TrainingState
 from custom_components.training.step import begin_step, finish_step
-from custom_components.weights.checkpoint_loading import frozen_checksum
 
 
 def recipe_main() -> None:
     opening = open_training(load_settings(LoRASettings, sys.argv[1:]), open_rows)
-    settings, model, data = opening.settings, opening.model, opening.data
+    data = opening.data
     start = adapter_to_begin_from(opening)
     with directory_of_run(opening) as directory:
         run, options = adapter_run(opening, directory, start)
-        answers_before = answer_sample_prompts(model, data.tokenizer, settings.sample_prompts)
-        checksum_before = frozen_checksum(model) if settings.verify_base else None
-
+        answers_before = answer_sample_prompts(run.weights.model, data.tokenizer, run.settings.sample_prompts)
         plan = plan_of_run(run.settings, data)
         state = new_adapter_state(run, data.train.digest)
         losses = supervised_losses(run, options)
-        with training_begun(opening, run, plan, state) as logger:
+        with base_unchanged(run), training_begun(opening, run, plan, state) as logger:
             signal_number = train(run, data, plan, state, losses, logger)
-
-        if checksum_before is not None and frozen_checksum(model) != checksum_before:
-            raise AssertionError("verify_base: the frozen base has changed")
         save_adapter_result(opening, run, plan, state, is_finished=signal_number is None)
-        leave_if_stopped(run, plan, state, signal_number, __file__)
-        close_training(opening, run, state, answers_before)
+        close_training(opening, run, plan, state, answers_before, signal_number, __file__)
 
 
 def train(

@@ -1,6 +1,7 @@
 """A run that trains an adapter: its beginning, its state, its result."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ from custom_components.weights.adapters import (
     save_adapter,
 )
 from custom_components.weights.card import CARD_NAME, TrainedSteps
-from custom_components.weights.checkpoint_loading import load_base_weights
+from custom_components.weights.checkpoint_loading import frozen_checksum, load_base_weights
 
 AdapterOpening = Opening[LoRASettings, RowsOfRun[Any]]
 SettingsType = TypeVar("SettingsType", bound=LoRASettings)
@@ -79,6 +80,15 @@ def new_adapter_state(run: Run[LoRASettings], data_digest: str) -> TrainingState
         scaler=torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16),
         data_digest=data_digest,
     )
+
+
+@contextlib.contextmanager
+def base_unchanged(run: Run[LoRASettings]) -> Iterator[None]:
+    """With `verify_base`, prove after the block that no byte of the frozen base has changed in it."""
+    before = frozen_checksum(run.weights.model) if run.settings.verify_base else None
+    yield
+    if before is not None and frozen_checksum(run.weights.model) != before:
+        raise AssertionError("verify_base: the frozen base has changed")
 
 
 def save_adapter_result(

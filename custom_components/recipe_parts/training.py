@@ -30,7 +30,7 @@ from custom_components.runs.run import Run
 from custom_components.runs.run_directory import RunDirectory, begin_in
 from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.host_allocator import return_freed_memory
-from custom_components.runtime.terminal import say, say_if_read
+from custom_components.runtime.terminal import say
 from custom_components.training.compiling import compiled_layers
 from custom_components.training.gradients import ForwardOptions, Losses, supervised_loss
 from custom_components.training.plan import Plan, long_warmup, plan_of
@@ -87,20 +87,26 @@ def training_begun(opening: Opening, run: Run, plan: Plan, state: TrainingState)
     DENSE_WEIGHT_MEMORY.release()
 
 
-def leave_if_stopped(run: Run, plan: Plan, state: TrainingState, signal_number: int | None, recipe: str) -> None:
-    """End a process that was asked to stop, with the signal's exit code, and say how to go on.
+def close_training(
+    opening: Opening,
+    run: Run,
+    plan: Plan,
+    state: TrainingState,
+    answers_before: Sequence[str],
+    signal_number: int | None,
+    recipe: str,
+) -> None:
+    """Say what the run took and left, with the answers to the config's sample prompts, before training and after.
+
+    A process that was asked to stop says how to go on, and ends here with the signal's exit code.
 
     Args:
-        signal_number: None: it was not asked to stop.
+        signal_number: of the signal that asked to stop; None: the run is finished.
         recipe: the recipe's file.
     """
     if signal_number is not None:
-        say_if_read(stopped_summary(run, state.progress, len(plan.steps), [recipe, *sys.argv[1:]]), sys.stdout)
+        say(stopped_summary(run, state.progress, len(plan.steps), [recipe, *sys.argv[1:]]))
         sys.exit(128 + signal_number)
-
-
-def close_training(opening: Opening, run: Run, state: TrainingState, answers_before: Sequence[str]) -> None:
-    """Show the answers to the config's sample prompts, before and after, and say what the run took and left."""
     prompts = run.settings.sample_prompts
     show_answers(prompts, answers_before, answer_sample_prompts(run.weights.model, opening.data.tokenizer, prompts))
     say(closing_summary(run, state.progress, time.perf_counter() - opening.machine.start_seconds))

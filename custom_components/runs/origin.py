@@ -102,10 +102,10 @@ class Origin:
         )
 
 
-def open_origin(adapter_dir: Path) -> Origin:
-    """Read the config of the run whose adapter/ this is, if it is one."""
+def open_origin(result_dir: Path) -> Origin:
+    """Read the config of the run whose adapter/ or model/ this is, if it is one."""
     try:
-        config = yaml.safe_load((adapter_dir.resolve().parent / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
+        config = yaml.safe_load((result_dir.resolve().parent / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return Origin({})
     return Origin(config if isinstance(config, dict) else {})
