@@ -18,7 +18,7 @@ from tests.support.adapters import saved_adapter
 from tests.support.checkpoints import write_checkpoint
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, snapshot
-from tests.support.recipe_runs import arguments, run_here, run_merge
+from tests.support.recipe_runs import arguments, full_arguments, run_here, run_merge
 from tests.support.rows import random_dialogs, write_dialogs
 
 TIMING = ("step_seconds", "tokens_per_second", "peak_memory_gib")
@@ -214,3 +214,25 @@ def test_the_trial_leaves_nothing(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("custom_components.recipe_parts.training.try_to_save", try_and_look)
     assert run_here(*training(inputs, tmp_path / "out", "max_steps_per_epoch=1", "epochs=1"))[0] == 0
     assert tried == [True]
+
+
+def full_training(inputs: Path, output_dir: Path, *overrides: str) -> list[str]:
+    steps = ("max_steps=6", "save_every_n_steps=2", "batch_size=4", "val_fraction=0.3")
+    arguments = full_arguments(inputs / "base", inputs / "rows.jsonl", output_dir, *steps, *overrides)
+    return ["full_single_device", *arguments]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99, pytest.param(0.7, marks=pytest.mark.slow)])
+def test_L30_a_disk_too_small_for_a_models_checkpoints_is_said_before_the_first_step(inputs, disk, tmp_path, share):
+    """The one that is kept, the one that is written and the best are there at a time."""
+    code, _, err = run_here(*full_training(inputs, tmp_path / "out"))
+    assert code == 0, err
+    num_bytes = size_on_disk(tmp_path / "out/checkpoints/step_000006")
+    folder = disk(int(share * 3 * num_bytes))
+    code, _, err = run_here(*full_training(inputs, folder / "out"))
+    assert_one_line(code, err, "output_dir")
+    assert "and up to 3 more are there at a time" in err and "step 1" not in err
+    assert not (folder / "out").exists()
+    disk(4 * num_bytes)
+    code, _, err = run_here(*full_training(inputs, folder / "out"))
+    assert code == 0, err

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from custom_components.config.components import instantiate
-from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
+from custom_components.config.training_kinds import AnyTrainingSettings
 from custom_components.memory.estimate import estimate_memory
 from tests.support.checkpoints import write_checkpoint
 from tests.support.recipe_runs import started_tune
@@ -30,25 +30,35 @@ def job(tmp_path_factory):
     return folder
 
 
+LORA = ("lora_single_device", "configs/llama_qlora.yaml")
+FULL = ("full_single_device", "configs/tiny_full.yaml")
+KEPT = "enable_activation_checkpointing=false"
+
+
 @pytest.mark.parametrize(
-    "choices",
+    ("recipe", "choices"),
     [
-        ("quantize_base=true", "enable_activation_checkpointing=false"),
-        pytest.param(("quantize_base=false", "enable_activation_checkpointing=false"), marks=pytest.mark.slow),
+        (LORA, ("quantize_base=true", KEPT)),
+        pytest.param(LORA, ("quantize_base=false", KEPT), marks=pytest.mark.slow),
+        pytest.param(FULL, (KEPT, "gradient_accumulation_steps=2"), marks=pytest.mark.slow),
+        pytest.param(FULL, (KEPT, "optimizer_in_backward=true", "clip_grad_norm=null"), marks=pytest.mark.slow),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value),
 )
-def test_L31_the_estimate_is_within_a_tenth_of_the_measured_peak(job, tmp_path, choices):
+def test_L31_the_estimate_is_within_a_tenth_of_the_measured_peak(job, tmp_path, recipe, choices):
+    name, config = recipe
     arguments = [
-        *("--config", "configs/llama_qlora.yaml", f"checkpoint_dir={job / 'checkpoint'}", f"output_dir={tmp_path}/out"),
-        *(f"dataset.source={job / 'rows.jsonl'}", f"max_seq_len={ROW_TOKENS}", f"batch_size={NUM_ROWS}", "device=cpu"),
-        *("gradient_accumulation_steps=1", "dtype=bf16", "cache_dir=null", *choices),
+        *("--config", config, f"checkpoint_dir={job / 'checkpoint'}", f"output_dir={tmp_path}/out", "device=cpu"),
+        *(f"dataset.source={job / 'rows.jsonl'}", f"max_seq_len={ROW_TOKENS}", f"batch_size={NUM_ROWS}"),
+        *("gradient_accumulation_steps=1", "dtype=bf16", "cache_dir=null", "dataset_val=null"),
+        *("run_val_every_n_steps=null", *choices),
     ]
-    result = started_tune("run", "recipes/lora_single_device.py", *arguments)
+    result = started_tune("run", f"recipes/{name}.py", *arguments)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert {record["tokens"] for record in records} == {NUM_ROWS * ROW_TOKENS}
-    settings = load_settings(LoRASettings, arguments)
+    settings = load_settings(AnyTrainingSettings, arguments)
+    num_step_tokens = settings.gradient_accumulation_steps * NUM_ROWS * ROW_TOKENS
+    assert num_step_tokens in {record["tokens"] for record in records}
     with torch.device("meta"):
         model = instantiate(settings.model)
     estimate = estimate_memory(model, settings, torch.bfloat16, "cpu", [ROW_TOKENS] * NUM_ROWS)
