@@ -19,6 +19,7 @@ from custom_components.models.token_rows import train_token_rows
 from custom_components.runs.resuming import AUTO, ResumedRun, open_run_to_resume
 from custom_components.runs.run_directory import RunDirectory, check_results, run_directory
 from custom_components.runtime.devices import resolved_device, resolved_dtype
+from custom_components.runtime.errors import UserError
 from custom_components.runtime.host_allocator import keep_freed_memory
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.runtime.terminal import say
@@ -148,7 +149,16 @@ def open_training(
 
 
 def model_without_weights(settings: TrainingSettings, tokenizer: ChatTransform) -> TransformerDecoder:
-    """Build the model of a config on the meta device, with room for the tokens that are trained."""
+    """Build the model of a config on the meta device, with room for the tokens that are trained.
+
+    Raises:
+        UserError: tokens are to be trained beside an adapter, and there is none.
+    """
+    if tokenizer.trainable_ids and "trainable_tokens" not in type(settings).model_fields:
+        raise UserError(
+            "tokenizer.trainable_tokens: are rows beside an adapter, and here the model's own weights are trained; "
+            "delete the key"
+        )
     with torch.device("meta"):
         model = instantiate(settings.model)
     if tokenizer.trainable_ids:

@@ -10,6 +10,7 @@ from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint
 from tests.support.models import inference_model
+from tests.support.paths import PROJECT
 from tests.support.recipe_runs import arguments, run_here, run_merge, tune_run
 from tests.support.run_results import assert_equal, outcome
 
@@ -117,12 +118,11 @@ def test_tokens_that_nothing_would_train_are_refused(chatml_run, overrides, word
     assert code == 2 and words in err and err.count("\n") == 1, err
 
 
-def test_a_token_of_the_base_is_trained_without_being_added(chatml_run, tmp_path):
-    _, run = chatml_run
-    own = ["prompt_template=llama2", "trainable_tokens=['</s>']", "max_steps=1", "quantize_base=false"]
-    code, out, err = run_here("lora_single_device", *run("own", *own))
-    assert code == 0, err
-    assert "new tokens" not in out and open_adapter(tmp_path / "own/adapter").config.token_ids["output"] == [2]
+def test_tokens_are_rows_beside_an_adapter_only(many_rows, tmp_path):
+    full = ["--config", str(PROJECT / "configs/tiny_full.yaml"), f"dataset.source={many_rows}", "device=cpu"]
+    full += [f"output_dir={tmp_path / 'full'}", "cache_dir=null", "tokenizer.trainable_tokens=['</s>']"]
+    code, _, err = run_here("full_single_device", *full)
+    assert code == 2 and "tokenizer.trainable_tokens: are rows beside an adapter" in err
 
 
 def test_the_estimate_counts_the_rows(chatml_run):
