@@ -41,3 +41,9 @@ def table(heads: list[str], rows: list[list[str]], *, numbers: bool = False) -> 
     rules = ["---", *["---:" if numbers else "---"] * (len(heads) - 1)]
     lines = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in (heads, rules, *rows))
     return "\n" + "".join(f"| {line} |\n" for line in lines) + "\n"
+
+
+def plain(words: str) -> str:
+    """Write what Markdown would read as a tag, an escape or emphasis in a way that it leaves alone."""
+    escaped = words.replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"[\\*]|(?<!\w)_|_(?!\w)", lambda match: "\\" + match[0], escaped)

@@ -1,7 +1,7 @@
 """docs/moving.md: the keys of other tools beside ours, looked up in config/foreign_names.py, which errors use."""
 
 from custom_components.config.foreign_names import FOREIGN_COMPONENT_KEYS, FOREIGN_COMPONENTS, FOREIGN_KEYS
-from docs_pages.blocks import table
+from docs_pages.blocks import plain, table
 
 # The keys that their own examples set, in the order of their documentation. Each is in FOREIGN_KEYS; where a name has
 # several answers there, the training recipe's comes first.
@@ -58,6 +58,6 @@ def blocks() -> dict[str, str]:
 
 def _row(name: str) -> list[str]:
     if name in SAME:
-        return [f"`{name}`", "the same", SAME[name]]
+        return [f"`{name}`", "the same", plain(SAME[name])]
     answer = FOREIGN_KEYS.get(name) or FOREIGN_KEYS[name.rpartition(".")[2]]
-    return [f"`{name}`", f"`{answer[0].key}`" if answer[0].key else "–", answer[0].note]
+    return [f"`{name}`", f"`{answer[0].key}`" if answer[0].key else "–", plain(answer[0].note)]

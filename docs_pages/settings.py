@@ -1,13 +1,12 @@
 """docs/settings.md: every key of every recipe, from the settings classes and the comments of the configs."""
 
-import re
 from pathlib import Path
 
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.recipe_files import config_named_in, docstring
 from custom_components.config.recipe_help import DescribedKey, described_keys, settings_type_of, written_keys
 from custom_components.config.training_settings import TrainingSettings
-from docs_pages.blocks import PROJECT
+from docs_pages.blocks import PROJECT, plain
 
 _INTRODUCTION = """# Every key of a config
 
@@ -47,35 +46,28 @@ def _recipe_section(recipe: Path) -> str:
         keys = [key for key in keys if key.name.partition(".")[0] in own]
         text += f"It has the keys of [recipes/{_TRAINS}.py](#recipes{_TRAINS}py)"
         text += f", without {', '.join(map(_code, absent))}" if absent else ""
-        return text + (f", and these:\n{_table(keys, config)}" if keys else ".\n")
+        return text + (f", and these:\n{_table(keys)}" if keys else ".\n")
     for section in dict.fromkeys(key.section for key in keys):
-        text += f"\n### {section}\n{_table([key for key in keys if key.section == section], config)}"
+        text += f"\n### {section}\n{_table([key for key in keys if key.section == section])}"
     return text
 
 
-def _table(keys: list[DescribedKey], config: str) -> str:
-    example = Path(config).name
-    lines = ["", f"| key | values | default | in `{example}` | effect |", "| --- | --- | --- | --- | --- |"]
+def _table(keys: list[DescribedKey]) -> str:
+    lines = ["", "| key | values | default | effect |", "| --- | --- | --- | --- |"]
     for key in keys:
-        here = "" if key.here in (None, key.default) else _code(key.here)
-        cells = [
-            _code(key.name),
-            _plain(key.type_words),
-            "" if key.default is None else _code(key.default),
-            here,
-            _plain(key.effect),
-        ]
+        cells = [_code(key.name), plain(key.type_words), _default(key), plain(key.effect)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         if key.also:
             also = ", ".join(map(_code, key.also))
-            lines.append(f"| | | | | further arguments of the component: {also} |")
+            lines.append(f"| | | | further arguments of the component: {also} |")
     return "\n".join([*lines, ""])
+
+
+def _default(key: DescribedKey) -> str:
+    if key.default is not None:
+        return _code(key.default)
+    return f"must be set, such as {_code(key.here)}" if key.here else "must be set"
 
 
 def _code(text: str) -> str:
     return f"`{text}`" if text else ""
-
-
-def _plain(effect: str) -> str:
-    """Escape what Markdown would read as a tag or as emphasis."""
-    return re.sub(r"[<>*]|(?<!\w)_|_(?!\w)", lambda match: "\\" + match[0], effect)
