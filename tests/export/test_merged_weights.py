@@ -145,7 +145,7 @@ def wrong_adapter(make_checkpoint, tmp_path, **changes):
         ("another rank", "lora_rank"),
         ("missing tensor", "is missing"),
         ("not finite", "is not finite"),
-        ("no adapter", "adapter_config.json"),
+        ("no adapter", "is not a directory"),
         ("no checkpoint", "is not a directory"),
         ("output is the base", "output_dir"),
         ("output in the base", "output_dir"),
