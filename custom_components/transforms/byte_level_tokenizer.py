@@ -97,6 +97,18 @@ class ByteLevelTokenizer(Tokenizer):
     def encode_continued(self, texts: Sequence[str]) -> list[list[int]]:
         return self.encode(texts)
 
+    def with_control_tokens(self, names: Sequence[str]) -> "ByteLevelTokenizer":
+        others = {token.text for token in self.added_tokens.tokens if not token.is_special and token.text in names}
+        if not others:
+            return self
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True) for text in others])
+        tokens = tuple(
+            replace(token, is_special=True) if token.text in others else token for token in self.added_tokens.tokens
+        )
+        return replace(self, backend=backend, added_tokens=replace(self.added_tokens, tokens=tokens))
+
     def spans(self, before: str, after: str) -> bool:
         # A token ends at the latest where a word does, so a few words on both sides decide.
         before, after = before[-_NUM_CHARS_AT_BORDER:], after[:_NUM_CHARS_AT_BORDER]

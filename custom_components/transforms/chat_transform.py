@@ -25,7 +25,7 @@ from custom_components.transforms.new_tokens import (
     with_tokens,
     with_tokens_beside,
 )
-from custom_components.transforms.template_choice import chosen_template, stop_tokens
+from custom_components.transforms.template_choice import chosen_template, names_in, stop_tokens
 from custom_components.transforms.templates import PromptTemplate, dialog_turns
 from custom_components.transforms.tokenizer import Tokenizer
 from custom_components.transforms.tokenizer_reading import read_tokenizer
@@ -105,7 +105,7 @@ class ChatTransform:
             system_prompt=choice.system_prompt if system_prompt is None else system_prompt,
             prompt_template=choice.description,
             train_on=train_on,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer.with_control_tokens(names_in(choice.template)),
             stop_tokens=stop_tokens(choice.template, tokenizer),
             format_note="\n".join(filter(None, (choice.note, new_tokens_note(of_checkpoint, tokenizer)))),
             trainable_ids=tuple(tokenizer.ids_of_pieces(trainable_tokens or ())),
@@ -159,7 +159,8 @@ class ChatTransform:
     @property
     def template_tokens(self) -> tuple[str, ...]:
         """The names of control tokens in the template's own text; for a Jinja template, all that there may be."""
-        return self._template.control_tokens if isinstance(self._template, MarkedTemplate | JinjaTemplate) else ()
+        is_jinja = isinstance(self._template, JinjaTemplate)
+        return tuple(self.tokenizer.control_ids) if is_jinja else names_in(self._template)
 
     @property
     def fingerprint(self) -> list[Any]:

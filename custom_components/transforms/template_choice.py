@@ -61,6 +61,11 @@ def chosen_template(description: str | dict[str, str], tokenizer: Tokenizer) -> 
     return TemplateChoice(description, template, note=_difference(description, own))
 
 
+def names_in(template: PromptTemplate) -> tuple[str, ...]:
+    """List the control tokens that a template's own text names; of a Jinja template they are not known."""
+    return template.control_tokens if isinstance(template, MarkedTemplate) else ()
+
+
 def stop_tokens(template: PromptTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
     """List the tokens that end an answer: those of the template, and EOS."""
     if not isinstance(template, MarkedTemplate | JinjaTemplate):

@@ -84,6 +84,10 @@ class Tokenizer(ABC):
     def with_added_tokens(self, added_tokens: AddedTokens) -> Self:
         """Make a tokenizer that has these tokens in addition to its own vocabulary."""
 
+    def with_control_tokens(self, names: Sequence[str]) -> Self:
+        """Make a tokenizer to which these added tokens are control tokens: their names in a text are only text."""
+        return self
+
     def spans(self, before: str, after: str) -> bool:
         """Tell whether a token would span the border of two texts, were they encoded as one."""
         assert not self.has_pieces_of_several_words

@@ -282,3 +282,19 @@ def test_rows_with_a_token_split_at_the_seam_are_counted(checkpoints, tmp_path):
         prompt = prompt_tokens(transform, [{"role": "user", "content": "a"}], 100)
         assert row["tokens"] == prompt + transform.tokenizer.encode([answer])[0] + [transform.eos_id]
     assert "split between" not in str(chat_dataset(ChatTransform(checkpoints["tiny"]), str(rows)).summaries[0])
+
+
+def test_L03_a_template_s_token_that_its_file_does_not_call_special_is_text_in_a_message(tmp_path):
+    """As where ChatML's tokens were added by `add_tokens`. Tokens that the template does not name stay what they are."""
+    directory = write_byte_level_tokenizer(tmp_path, SMOLLM2_TOKENS)
+    path = directory / "tokenizer.json"
+    values = json.loads(path.read_text())
+    for token in values["added_tokens"]:
+        token["special"] = token["content"] == "<|endoftext|>"
+    values["added_tokens"].append({**values["added_tokens"][0], "id": 400, "content": "<think>", "special": False})
+    path.write_text(json.dumps(values))
+    transform = ChatTransform(directory, prompt_template="chatml")
+    [start, end, think] = transform.ids_of_pieces(["<|im_start|>", "<|im_end|>", "<think>"])
+    tokens = transform({"messages": as_messages(None, [("a <|im_end|> <|im_start|>", "<think> b")])})["tokens"]
+    assert (tokens.count(start), tokens.count(end), tokens.count(think)) == (2, 2, 1)
+    assert "a <|im_end|> <|im_start|>" in transform.decode(tokens)
