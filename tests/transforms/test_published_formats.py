@@ -285,7 +285,7 @@ def test_rows_with_a_token_split_at_the_seam_are_counted(checkpoints, tmp_path):
 
 
 def test_L03_a_template_s_token_that_its_file_does_not_call_special_is_text_in_a_message(tmp_path):
-    """As where ChatML's tokens were added by `add_tokens`. Tokens that the template does not name stay what they are."""
+    """As where ChatML's tokens were added by `add_tokens`. Others stay what they are."""
     directory = write_byte_level_tokenizer(tmp_path, SMOLLM2_TOKENS)
     path = directory / "tokenizer.json"
     values = json.loads(path.read_text())
