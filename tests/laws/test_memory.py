@@ -40,7 +40,7 @@ KEPT = "enable_activation_checkpointing=false"
     [
         (LORA, ("quantize_base=true", KEPT)),
         pytest.param(LORA, ("quantize_base=false", KEPT), marks=pytest.mark.slow),
-        pytest.param(FULL, (KEPT, "gradient_accumulation_steps=2"), marks=pytest.mark.slow),
+        pytest.param(FULL, (KEPT,), marks=pytest.mark.slow),
         pytest.param(FULL, (KEPT, "optimizer_in_backward=true", "clip_grad_norm=null"), marks=pytest.mark.slow),
     ],
     ids=lambda value: " ".join(value),
