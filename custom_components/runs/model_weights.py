@@ -42,8 +42,9 @@ class ModelWeights:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the weights on disk."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        """The size of the directory on disk."""
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        return weights + sum(map(len, self.files.values()))
 
     def save(self, directory: Path) -> None:
         parameters = dict(self.model.named_parameters())
