@@ -5,6 +5,7 @@ tune run recipes/lora_dpo_single_device.py --config configs/llama2_7b_dpo.yaml i
 
 import sys
 import time
+from functools import partial
 
 from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import load_settings
@@ -47,7 +48,7 @@ def recipe_main() -> None:
         losses = preference_losses(run, options)
         with base_unchanged(run), training_begun(opening, run, plan, state) as logger:
             if reference is not None:
-                reference.keep(directory)
+                logger.at_begin(partial(reference.keep, directory))
                 data = reference.rated(data)
             signal_number = train(run, data, plan, state, losses, logger)
         save_adapter_result(opening, run, plan, state, is_finished=signal_number is None)

@@ -6,8 +6,8 @@ is put on the path and the recipe's path is written relative to it. What is torc
 """
 
 import argparse
+import errno
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -134,22 +134,27 @@ def copy(arguments: Sequence[str], project: Project) -> None:
     source = project.named(options.name)
     if source is None or unknown:
         return
+    if not options.destination.strip():
+        raise UserError(f"tune cp: the destination {options.destination!r} is empty: a shell variable may be unset")
     destination = Path(options.destination)
     if destination.is_dir() or options.destination.endswith("/"):
         destination = destination / source.name
     elif destination.suffix != source.suffix:
         destination = destination.with_name(destination.name + source.suffix)
-    if options.make_parents:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-    if not destination.parent.is_dir():
-        raise UserError(f"{destination.parent}: no such directory; --make-parents makes it")
-    if destination.exists():
-        if not options.no_clobber:
-            raise UserError(f"{destination} is there already; copy to another name")
-        say(f"{destination} is there already: not copied")
-    else:
-        shutil.copyfile(source, destination)
+    try:
+        if options.make_parents:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+        if not destination.parent.is_dir():
+            raise UserError(f"{destination.parent}: no such directory; --make-parents makes it")
+        with destination.open("xb") as file:  # note: "x" goes through no link, a dangling one included
+            file.write(source.read_bytes())
         say(f"copied to {destination}")
+    except OSError as error:
+        if error.errno != errno.EEXIST or not os.path.lexists(destination):
+            raise UserError(f"{destination} cannot be written ({error.strerror}); copy to another name") from None
+        if not options.no_clobber:
+            raise UserError(f"{destination} is there already; copy to another name") from None
+        say(f"{destination} is there already: not copied")
     leave(0)
 
 

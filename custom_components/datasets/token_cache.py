@@ -58,7 +58,7 @@ class TokenCache:
                 return arrays, json.loads(files[_SUMMARY_NAME].read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError, KeyError):
             pass
-        print(f"cache_dir: the tokens in {str(self._directory)!r} are damaged: they are made again")
+        say(f"cache_dir: the tokens in {str(self._directory)!r} are damaged: they are made again")
         return None
 
     def store(self, arrays: dict[str, np.ndarray], counts: dict[str, Any]) -> None:

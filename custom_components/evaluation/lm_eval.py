@@ -13,6 +13,7 @@ import os
 os.environ["HF_EVALUATE_OFFLINE"] = "1"
 os.environ["DISABLE_MULTIPROC"] = "1"  # its standard errors would fork a process that holds a model and its threads
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ from custom_components.models.attention import RowLengths
 from custom_components.models.hidden_states import final_hidden_states
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.chat_transform import ChatTransform
+
+# Its notes on tasks and on how it was called: nobody here can act on them.
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 _MAX_ANSWER_TOKENS = 256  # where a task sets no limit, as in huggingface.py, `max_gen_toks`
 _NUM_BOOTSTRAPS = 1000  # resamplings for the standard error of metrics that have no formula for it
@@ -186,7 +190,7 @@ class LlamaLM(TemplateLM):
         return answers
 
     def _batches(self, items: Sequence[Any], what: str, disable_tqdm: bool) -> Iterator[Sequence[Any]]:
-        with tqdm(total=len(items), desc=what, leave=False, delay=2, disable=disable_tqdm) as progress:
+        with tqdm(total=len(items), desc=what, leave=False, delay=2, disable=disable_tqdm or None) as progress:
             for start in range(0, len(items), self._batch_size):
                 batch = items[start : start + self._batch_size]
                 yield batch

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from custom_components.export.merge_record import RECORD_NAME, merge_in
-from custom_components.runtime.atomic_files import sweep_unfinished, whole_directory
+from custom_components.runtime.atomic_files import check_renames_directories, sweep_unfinished, whole_directory
 from custom_components.runtime.disk_errors import disk_errors_of
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.ownership import OwnDirectory
@@ -94,6 +94,14 @@ def merge_directory(output_dir: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written, or not any more.
     """
+    try:
+        with disk_errors_of("output_dir", output_dir, _ADVICE):
+            check_renames_directories(output_dir.parent)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {str(output_dir)!r} cannot be written ({error.strerror}), as on file systems that rename no "
+            "directories; name a directory on another disk"
+        ) from None
     try:
         with (
             disk_errors_of("output_dir", output_dir, _ADVICE),

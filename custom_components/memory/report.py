@@ -96,7 +96,7 @@ def card_table(
         largest_tokens = line.largest_forward_tokens(usable_bytes)
         verdict = card_verdict(this_config, usable_bytes, checkpointing)
         lines.append(f"{card:16}{verdict:24}{largest_tokens // row_tokens:15,}{largest_tokens:22,}")
-    lines.append(f"largest batch of rows of {row_tokens} tokens, most tokens of a forward: with all layers recomputed")
+    lines.append(f"largest batch (rows of {row_tokens} tokens), tokens of a forward: all layers recomputed")
     return "\n".join(lines)
 
 

@@ -81,7 +81,7 @@ def training_begun(opening: Opening, run: Run, plan: Plan, state: TrainingState)
     _try_disk(run, plan, state)
     run_so_far = None if resumed is None else resumed.directory
     with metric_logger(run.settings.metric_logger, run.directory, run_so_far) as logger:
-        logger.begin = partial(_begin, opening, run, logger, state.progress.num_steps)
+        logger.at_begin(partial(_begin, opening, run, logger, state.progress.num_steps))
         with compiled_layers(run.weights.model, run.settings.compile, run.device, plan.num_forwards):
             yield logger
     DENSE_WEIGHT_MEMORY.release()

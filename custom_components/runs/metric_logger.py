@@ -26,15 +26,22 @@ class MetricLogger:
         wandb_id: of the run at Weights & Biases.
 
     Attributes:
-        begin: is called once, when there is a first step to record: it begins the run in its directory.
         has_begun: whether the config was logged.
     """
 
     def __init__(self, logger: Any = None, wandb_id: str | None = None) -> None:
         self._logger = logger
         self._wandb_id = wandb_id
-        self.begin: Callable[[], None] = lambda: None
+        self._at_begin: list[Callable[[], None]] = []
         self.has_begun = False
+
+    def at_begin(self, action: Callable[[], None]) -> None:
+        """Have something done when there is a first step to record, and a run may replace what is in its directory."""
+        self._at_begin.append(action)
+
+    def begin(self) -> None:
+        for action in self._at_begin:
+            action()
 
     def log_config(self, config: str, directory: RunDirectory) -> None:
         """Log the resolved config, and keep the id under which a resumed run goes on.

@@ -51,7 +51,7 @@ def closing_summary(run: Run, progress: Progress, seconds: float) -> str:
         f"\n{progress.num_steps} steps"
         + (f" ({progress.num_skipped_steps} skipped, fp16 overflowed)" if progress.num_skipped_steps else "")
         + f", {progress.num_tokens} tokens in {progress.seconds:.1f} s of training "
-        f"({progress.num_tokens / progress.seconds:.0f} tokens/s), {seconds:.1f} s in all"
+        f"({progress.num_tokens / progress.seconds:.0f} tokens/s), {seconds:.1f} s since the program began"
         + (f", peak memory {peak_gib:.2f} GiB" if peak_gib is not None else "")
         + f"\n{run.weights.name:7} {run.directory.result}, {which_step(progress)}"
         + f"\nplot    {run.directory.plot}\nmetrics {run.directory.metrics}"

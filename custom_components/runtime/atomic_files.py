@@ -50,6 +50,22 @@ def whole_directory(path: Path, replaces: OwnDirectory | None = None) -> Iterato
                 own.remove(aside, by_name=True)
 
 
+def check_renames_directories(folder: Path) -> None:
+    """Try on a small directory what :func:`whole_directory` does in `folder` when all is written.
+
+    Raises:
+        OSError: its file system cannot.
+    """
+    before, after = (folder / f".trial-{os.getpid()}{end}" for end in ("", "-renamed"))
+    try:
+        before.mkdir(parents=True)
+        (before / "file").touch()  # note: gcsfuse renames empty ones
+        before.rename(after)
+    finally:
+        for path in (before, after):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def check_replaceable(path: Path, own: OwnDirectory) -> None:
     """Refuse to replace a directory that holds something else.
 

@@ -55,7 +55,8 @@ def run_recipe(recipe_main: Callable[[], None]) -> None:
         sys.exit(EXIT_CODE_CLOSED_STDOUT)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, leave_at_once)  # threads may still have to end
-        say(STOPPED_LINE, sys.stderr)
+        # A terminal has shown `^C`, and stays on that line.
+        say(f"\n{STOPPED_LINE}" if sys.stderr.isatty() else STOPPED_LINE, sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 

@@ -13,6 +13,10 @@ from pathlib import Path
 if Path("recipes/__init__.py").is_file():
     sys.path.insert(0, str(Path.cwd()))
 
+# Bars of libraries, as those of datasets and lm-eval, are for terminals: in a file they are one endless line.
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
 # OpenMP threads wait for each other by spinning, by default for milliseconds. If another program takes a core, an
 # operation can then last as long as the scheduler's time slice. This short spin costs an idle machine almost nothing; a
 # third of it would cost time, because the threads are woken again and again (benchmarks/README.md).

@@ -60,7 +60,7 @@ class QuantizedCache:
         return None
 
     def say_damaged(self) -> None:
-        print(f"quantized_cache: {str(self.path)!r} is damaged: the base is quantized again")
+        say(f"quantized_cache: {str(self.path)!r} is damaged: the base is quantized again")
 
     def store(self, weights: Mapping[str, NF4Tensor]) -> None:
         """Keep weights; if the folder cannot be written, nothing is kept and the run continues."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from custom_components.config.recipe_files import Project, find_recipe, torchtune_names
-from custom_components.config.tune_command import Run, run_of
+from custom_components.config.tune_command import Run, copy, run_of
 from custom_components.runtime.errors import UserError
 from tests.support.paths import PROJECT, TINY_LLAMA
 from tests.support.tune_process import python_process, write_tune
@@ -186,6 +186,31 @@ def test_cp_copies_a_recipe_and_overwrites_nothing(tune, tmp_path, name):
     assert "no such directory" in tune("cp", name, f"{tmp_path}/a/b/").stderr
     assert tune("cp", name, f"{tmp_path}/a/b/", "--make-parents").returncode == 0
     assert (tmp_path / "a/b" / source.name).exists()
+
+
+def test_L33_cp_writes_through_no_link_and_to_no_empty_name(tmp_path, capsys, monkeypatch):
+    def leave(exit_code):
+        raise SystemExit(exit_code)
+
+    monkeypatch.setattr("custom_components.config.tune_command.leave", leave)
+    target, link = tmp_path / "elsewhere.py", tmp_path / "mine.py"
+    link.symlink_to(target)
+
+    def cp(*arguments):
+        copy(["recipes/generate.py", *map(str, arguments)], Project.around(PROJECT))
+
+    with pytest.raises(UserError, match="is there already"):
+        cp(link)
+    with pytest.raises(SystemExit):
+        cp(link, "--no-clobber")
+    assert "not copied" in capsys.readouterr().out
+    assert link.is_symlink() and not target.exists()
+    for empty in ("", " "):
+        with pytest.raises(UserError, match="the destination '.?' is empty"):
+            cp(empty)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written \(File exists\)"):
+        cp(tmp_path / "file/mine.py", "--make-parents")
 
 
 def test_cp_of_torchtunes_own_goes_on(tune, tmp_path):

@@ -3,12 +3,14 @@
 import re
 
 import pytest
+import yaml
 
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapters import save_adapter
+from tests.support.forked_tune import ForkedTune
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, TINY_LLAMA
-from tests.support.recipe_runs import tune_run
+from tests.support.terminal import Terminal
 from tests.support.tune_process import python_process
 
 RECIPES = sorted(path.stem for path in PROJECT.glob("recipes/[!_]*.py"))
@@ -51,22 +53,69 @@ COMMANDS = {
         "optimizer={_component_: bitsandbytes.optim.AdamW8bit, lr: 1e-4}",
     ],
     "full_single_device": ["--config", "configs/tiny_full.yaml", "cache_dir=null", "max_steps=2", ROWS],
+    "lora_single_device, compiled": [*ON_TINY, "max_steps=1", "dataset.max_rows=8", "compile=true"],
+    "lora_single_device, logged": [
+        *(*ON_TINY, "max_steps=1", "dataset.max_rows=8"),
+        "metric_logger={_component_: torchtune.training.metric_logging.TensorBoardLogger, log_dir: OUT/logs}",
+    ],
+    "lora_dpo_single_device": [
+        *("--config", "configs/tiny_dpo.yaml", "device=cpu", "cache_dir=null", "max_steps=1", "dataset.max_rows=8"),
+    ],
     "preview": [*ON_TINY, ROWS],
     "estimate": [*ON_TINY, "batch_size=2"],
     "generate": ["--config", "configs/generate.yaml", CHECKPOINT, "prompt=Who?", "max_new_tokens=3", "device=cpu"],
     "evaluate": ["--config", "configs/evaluate.yaml", CHECKPOINT, ROWS, "dataset.max_rows=8", "cache_dir=null"],
+    "evaluate, tasks": [*("--config", "configs/evaluate.yaml", CHECKPOINT, "dataset=null"), "tasks=[OUT/task.yaml]"],
     "merge": ["--config", "configs/merge.yaml", CHECKPOINT],
+    "merge, gguf": ["--config", "configs/merge.yaml", CHECKPOINT, "format=gguf", "prove=false"],
 }
+SLOW = ["lora_single_device, compiled"]
+PACKAGES = {
+    "evaluate, tasks": "lm_eval",
+    "lora_single_device, logged": "tensorboard",
+    "merge, gguf": "gguf",
+}
+# Words that no terminal could break: paths, tables and commands, which are indented.
+UNBROKEN = re.compile(r"\s.*|\S*")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_prints_what_is_ours_only(recipe, adapter, tmp_path):
+def test_every_recipe_is_tried():
+    assert {name.partition(",")[0] for name in COMMANDS} == set(RECIPES)
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A task of lm-eval, `task.yaml`."""
+    (tmp_path / "docs.jsonl").write_text('{"question": "Who?", "answer": "Nobody."}\n')
+    task = {
+        **{"task": "who", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/docs.jsonl"}}},
+        **{"test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}"},
+        **{"doc_to_target": "{{answer}}", "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4}},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+
+
+@pytest.mark.usefixtures("task")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in COMMANDS]
+)
+def test_a_recipe_prints_what_is_ours_only_in_80_columns(name, adapter, tmp_path):
+    """To a terminal; stderr is a file."""
+    pytest.importorskip(PACKAGES.get(name, "torch"))
+    recipe = name.partition(",")[0]
     overrides = []
     if recipe in ("generate", "evaluate", "merge"):
         overrides += [f"adapter_dir={adapter}"]
-    if recipe in ("merge", "lora_single_device", "full_single_device"):
+    if recipe == "merge" or recipe.endswith("_single_device"):
         overrides += [f"output_dir={tmp_path / 'out'}"]
-    result = tune_run(*COMMANDS[recipe], *overrides, recipe=recipe)
+    command = [argument.replace("OUT", str(tmp_path)) for argument in COMMANDS[name]]
+    terminal = Terminal()
+    result = ForkedTune("run", f"recipes/{recipe}.py", *command, *overrides, stdout=terminal.descriptor).result()
+    printed = terminal.text()
     assert result.returncode == 0, result.stderr
     assert of_libraries(result.stderr) == []
-    assert "warn" not in result.stdout.lower()
+    assert "warn" not in printed.lower()
+    if recipe == "preview":
+        printed = printed.rpartition("\n----\n")[2]  # after the rows, which are shown as they are
+    assert [line for line in printed.splitlines() if len(line) > 80 and not UNBROKEN.fullmatch(line)] == []

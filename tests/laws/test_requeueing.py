@@ -45,23 +45,64 @@ def stopped(command, output_dir, number, num_steps=2):
     return process.result(timeout_seconds=120)
 
 
+def is_saving(output_dir):
+    """Whether a checkpoint is written at this moment."""
+    return any(output_dir.glob("checkpoints/.step_*.writing-*"))
+
+
+def wait_until(process, has_come):
+    """Wait until something has come, looking all the time; False: the process ended before."""
+    while process.poll() is None:
+        if has_come():
+            return True
+        time.sleep(0.0002)
+    return False
+
+
+def stop_at(process, output_dir, moment, number, seconds):
+    """Send a signal at a moment: some time after the start, or after a step, or while a checkpoint is written."""
+    if moment == "any":
+        time.sleep(seconds)
+    elif moment == "step":
+        before = num_records(output_dir)
+        wait_until(process, lambda: num_records(output_dir) > before)
+        time.sleep(seconds / 20)
+    else:
+        # What an earlier kill left is swept away before the first save.
+        wait_until(process, lambda: not is_saving(output_dir))
+        while wait_until(process, lambda: is_saving(output_dir)):
+            process.send_signal(signal.SIGSTOP)
+            if is_saving(output_dir):
+                break
+            process.send_signal(signal.SIGCONT)
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+
+
 @pytest.mark.parametrize("num_stops", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_L35_one_command_stopped_by_anything_ends_as_if_never_stopped(run_in, tmp_path, num_stops):
-    assert tune_run(*run_in("whole")).returncode == 0
+    """A chain of processes, each ended by a signal: random ones at random moments, in the middle of a save too."""
+    long_enough = ("epochs=1000", f"max_steps={8 * num_stops}")
+    assert tune_run(*run_in("whole", *long_enough)).returncode == 0
     generator = random.Random(num_stops)
-    command = run_in("stopped")
-    for _ in range(num_stops):
-        number = generator.choice([*STOP_SIGNALS, signal.SIGKILL, signal.SIGKILL])
+    output_dir, command = tmp_path / "stopped", run_in("stopped", *long_enough)
+    kinds = list(zip(["save", "step", "any"] * num_stops, [signal.SIGKILL, *STOP_SIGNALS] * num_stops, strict=False))
+    kinds = generator.sample(kinds[:num_stops], num_stops)
+    num_torn_saves = 0
+    for moment, number in kinds:
         process = ForkedTune(*TRAINING, *command)
-        before, limit = num_records(tmp_path / "stopped"), time.monotonic() + 20
-        while process.poll() is None and num_records(tmp_path / "stopped") == before and time.monotonic() < limit:
-            time.sleep(0.001)
-        time.sleep(generator.random() * 0.2)
-        process.send_signal(number)
-        assert process.result().returncode in (0, -signal.SIGKILL, *(128 + number for number in STOP_SIGNALS))
+        stop_at(process, output_dir, moment, number, generator.uniform(0, 2))
+        result = process.result(timeout_seconds=120)
+        # Before the recipe begins, a signal does what it always does.
+        by_default = {-number} if number == signal.SIGKILL or moment == "any" else set()
+        assert result.returncode in {128 + number, *by_default}, (moment, result)
+        assert "Traceback" not in result.stderr
+        num_torn_saves += is_saving(output_dir)
+    assert num_torn_saves >= 1
     result = tune_run(*command)
     assert result.returncode == 0, result.stderr
-    assert_equal(outcome(tmp_path / "whole"), outcome(tmp_path / "stopped"))
+    assert "going on from" in result.stdout
+    assert_equal(outcome(tmp_path / "whole"), outcome(output_dir))
 
 
 def test_L35_auto_on_a_finished_run_says_so(run_in, tmp_path):

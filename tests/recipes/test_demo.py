@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from tests.support.paths import PROJECT
+from custom_components.runtime.errors import UserError
+from examples.tiny_llama import demo
+from tests.support.paths import PROJECT, snapshot
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,30 @@ def test_the_demo_teaches_the_tiny_llama_to_answer(tmp_path, overrides):
     assert report["train_seconds"] > 0
     for words in ("    base   ", "    tuned  ", "loss.png", "report.json"):
         assert words in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["text", "json", "directory", "link"])
+def test_L33_a_report_that_is_not_the_demos_stays_and_nothing_is_trained(tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(sys, "argv", ["demo", f"output_dir={tmp_path}"])
+    monkeypatch.setattr(demo, "returncode_of", lambda command: pytest.fail(str(command)))
+    report = tmp_path / "report.json"
+    if kind == "directory":
+        report.mkdir()
+    elif kind == "link":
+        report.symlink_to(tmp_path / "elsewhere")
+    else:
+        report.write_text({"text": "mine", "json": '{"mine": 1}'}[kind])
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match="report.json' is not the report of a demo"):
+        demo.main()
+    assert snapshot(tmp_path) == before
+    assert capsys.readouterr().out == ""
+
+
+def test_a_demo_replaces_the_report_of_an_earlier_one(tmp_path):
+    (tmp_path / "report.json").write_text('{"exact_match_tuned": 0.5}')
+    demo.check_no_other_file(tmp_path / "report.json")
 
 
 def test_no_question_is_about_what_training_asked():

@@ -126,33 +126,3 @@ def test_out_of_memory_reckons_with_the_steps_that_fitted(monkeypatch):
     memory = StepLimit(cuda, batch_size=8)
     memory.add_step(1000)
     assert "set batch_size=3 " in str(memory.error(step=9, largest_forward_tokens=8000))
-
-
-def test_a_logger_gets_validations_and_one_that_cannot_start_leaves_the_results_alone(tmp_path, monkeypatch):
-    """The earlier run's results are there as before, although they were to be overwritten."""
-    monkeypatch.chdir(PROJECT)
-    common = [
-        *("--config", "configs/tiny_qlora.yaml", "cache_dir=null", "max_steps_per_epoch=2", "epochs=1"),
-        *(f"output_dir={tmp_path / 'run'}", "sample_prompts=['Who?']", "save_every_n_steps=1"),
-    ]
-    disk = "torchtune.training.metric_logging.DiskLogger"
-    logs = tmp_path / "logs"
-    result = tune_run(*common, f"metric_logger={{_component_: {disk}, log_dir: {logs}, filename: log.txt}}")
-    assert result.returncode == 0, result.stderr
-    steps = (logs / "log.txt").read_text()
-    for key in ("loss:", "lr:", "tokens_per_second:", "val_loss:", "val_perplexity:"):
-        assert f" {key}" in steps
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert tmp_path / "run/torchtune_config.yaml" in before
-
-    (tmp_path / "file").touch()
-    broken = f"metric_logger={{_component_: {disk}, log_dir: {tmp_path / 'file'}, filename: log.txt}}"
-    for override in ("overwrite_output_dir=true", "resume_from_checkpoint=true"):
-        result = tune_run(*common, broken, override)
-        assert result.returncode == 2
-        [line] = [line for line in result.stderr.splitlines() if "error" in line]
-        assert line.startswith(f"error: metric_logger: {disk} cannot start (")
-        assert before == {path: path.read_bytes() for path in before}
-    result = tune_run(*common, "overwrite_output_dir=true", "metric_logger=null")
-    assert result.returncode == 0, result.stderr
-    assert not (tmp_path / "run/torchtune_config.yaml").exists()

@@ -78,6 +78,6 @@ def test_an_error_begins_its_own_line_on_a_terminal(monkeypatch, leave, error):
 
     with pytest.raises(SystemExit):
         run_recipe(recipe_main)
-    line = "error: step 2 does not fit\n" if isinstance(error, UserError) else "stopped by SIGINT\n"
+    line = "error: step 2 does not fit\n" if isinstance(error, UserError) else "\nstopped by SIGINT\n"
     assert "0/2" in stream.getvalue()
     assert stream.getvalue().endswith(f"\n{line}" if leave else f" \r{line}")

@@ -23,6 +23,7 @@ from typing import NamedTuple, NoReturn
 
 import custom_components.runtime.tune_startup  # noqa: F401  what llama_lora_recipes.pth does for `tune`
 from custom_components.runtime.quiet_bitsandbytes import import_bitsandbytes
+from custom_components.runtime.starting import start_command
 
 
 class Command(NamedTuple):
@@ -67,6 +68,7 @@ def take_the_place_of_a_command(stdin: int, stdout: int, stderr: int, report: in
             os.dup2(descriptor, number)
             os.close(descriptor)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        start_command()
         return
     for descriptor in (stdin, stdout, stderr):
         os.close(descriptor)
