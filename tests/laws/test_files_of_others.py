@@ -19,7 +19,7 @@ from tests.support.recipe_runs import run_here
 DISK_LOGGER = "torchtune.training.metric_logging.DiskLogger"
 TRAINING_PATHS = [
     *("checkpoint_dir", "output_dir", "init_adapter_from", "resume_from_checkpoint", "cache_dir"),
-    *("model.checkpoint_dir", "tokenizer.path", "dataset.source", "dataset.cache_dir"),
+    *("model.checkpoint_dir", "tokenizer.path", "tokenizer.adapter_dir", "dataset.source", "dataset.cache_dir"),
     *("dataset_val.source", "dataset_val.cache_dir", "metric_logger.log_dir", "metric_logger.filename"),
 ]
 # Every path of every recipe.
