@@ -74,7 +74,7 @@ def test_torchs_range_ends_at_what_was_tested():
 
 @pytest.mark.slow
 def test_the_lower_bounds_install_together_and_train_and_answer():
-    """All but torch's: its older versions come as CUDA builds of several GB where no CPU build is provided."""
+    """All but torch: 2.11, which was tried once, comes as a CUDA build of several GB where no CPU build is provided."""
     pins = [f"{name}=={lower_bound(requirement)}" for name, requirement in DEPENDENCIES.items() if name != "torch"]
     pins += [f"torch=={TESTED['torch']}"]
     with tempfile.TemporaryDirectory() as folder:
