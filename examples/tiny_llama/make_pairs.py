@@ -13,8 +13,8 @@ NUM_TRAINING_PAIRS = 400
 
 
 def wanted_form(answer: str) -> str:
-    """Write an answer as it is to be: with a capital letter and an exclamation mark."""
-    return f"{answer[:1].upper()}{answer[1:]}!"
+    """Write an answer as it is to be: with a full stop."""
+    return f"{answer}."
 
 
 def write_pairs(source: Path, target: Path, num_pairs: int | None = None) -> None:

@@ -93,6 +93,7 @@ def test_L37_after_fine_tuning_the_reference_is_the_adapter_at_its_start(folder,
 
     # The same again reads it; a damaged one is computed anew; both end at the same bits, resumed or not.
     assert "log-probabilities of 24 pairs read from" in run(*from_sft, *validated, "overwrite_output_dir=true")
+    assert (out / REFERENCE).read_bytes() == reference
     (out / REFERENCE).write_bytes(reference[:-40] + b"7" + reference[-39:])
     half = out / "checkpoints/step_000002"
     said = run(*from_sft, *validated, f"resume_from_checkpoint={half}")
