@@ -48,7 +48,7 @@ class RotaryPositions(RotaryPositionalEmbeddings):
 def frequency_divisors_P(frequencies_P: Tensor, scaling: RopeScaling) -> Tensor:
     """Give what each frequency is divided by so that a model reads longer texts than it was pretrained on.
 
-    Linear: Chen et al. 2023, arXiv 2306.15595. llama3: meta-llama/llama-models @1b5c3a3, models/llama3/model.py,
+    Linear: Chen et al. 2023, arXiv 2306.15595. llama3: meta-llama/llama-models @43e87a3, models/llama3/model.py,
     `apply_scaling`: high frequencies stay, low ones are divided by the factor, and those between by something between.
     """
     if scaling.kind == "linear":

@@ -119,6 +119,8 @@ def sweep_unfinished(folder: Path, names: Mapping[str, OwnDirectory]) -> None:
                 removed = entry.with_name(entry.name.replace(".replaced-", ".writing-"))
                 entry.rename(removed)  # see above
                 own.remove(removed, by_name=True)
+                if removed.exists():
+                    removed.rename(entry)  # it holds what others put there
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -43,12 +43,12 @@ _ALPACA_SYSTEM_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
-# FastChat: lm-sys/FastChat @587d5cf, fastchat/conversation.py, "vicuna_v1.1".
+# FastChat: lm-sys/FastChat, fastchat/conversation.py, "vicuna_v1.1".
 _VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# meta-llama/llama3 @a0940f9, llama/tokenizer.py, ChatFormat.
+# meta-llama/llama3 @0053e6b, llama/tokenizer.py, ChatFormat.
 _LLAMA3 = MarkedTemplate(
     start="{bos}",
     system="<|start_header_id|>system<|end_header_id|>\n\n{content}<|eot_id|>",

@@ -242,10 +242,11 @@ def test_a_recipe_copied_and_changed_runs(tune, tmp_path):
 def test_a_recipe_copied_to_a_folder_of_ones_own_runs(tune, tmp_path):
     shutil.copy(PROJECT / "recipes/preview.py", tmp_path / "my_preview.py")
     result = tune("run", "my_preview.py", "--config", "tiny_qlora", directory=tmp_path)
-    assert result.returncode == 2 and "examples/tiny_llama/checkpoint/tokenizer.model" in result.stderr
+    assert result.returncode == 2 and "'examples/tiny_llama/checkpoint' is not a directory" in result.stderr
     options = [
         f"checkpoint_dir={TINY_LLAMA}/checkpoint",
         f"dataset.source={TINY_LLAMA}/data/val.jsonl",
+        "dataset_val=null",
         "cache_dir=null",
     ]
     result = tune("run", "my_preview.py", "--config", "tiny_qlora", *options, directory=tmp_path)

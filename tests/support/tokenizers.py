@@ -25,7 +25,7 @@ LLAMA3_TOKENS = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
 )
 SMOLLM2_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# meta-llama/Meta-Llama-3-8B, tokenizer.json; meta-llama/llama3 @a0940f9, llama/tokenizer.py, pat_str.
+# meta-llama/Meta-Llama-3-8B, tokenizer.json; meta-llama/llama3 @0053e6b, llama/tokenizer.py, pat_str.
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
