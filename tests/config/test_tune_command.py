@@ -246,7 +246,7 @@ def test_a_recipe_copied_to_a_folder_of_ones_own_runs(tune, tmp_path):
     options = [
         f"checkpoint_dir={TINY_LLAMA}/checkpoint",
         f"dataset.source={TINY_LLAMA}/data/val.jsonl",
-        "dataset_val=null",
+        f"dataset_val.source={TINY_LLAMA}/data/val.jsonl",
         "cache_dir=null",
     ]
     result = tune("run", "my_preview.py", "--config", "tiny_qlora", *options, directory=tmp_path)
