@@ -118,6 +118,8 @@ def sweep_unfinished(folder: Path, names: Mapping[str, OwnDirectory]) -> None:
             else:
                 removed = entry.with_name(entry.name.replace(".replaced-", ".writing-"))
                 entry.rename(removed)  # see above
+                # What is written in it may have been aside too: the adapter of a checkpoint.
+                sweep_unfinished(removed, own.directories)
                 own.remove(removed, by_name=True)
                 if removed.exists():
                     removed.rename(entry)  # it holds what others put there

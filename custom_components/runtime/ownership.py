@@ -20,6 +20,11 @@ class OwnDirectory:
 
     entries: Mapping[str, Union[Recognises, "OwnDirectory"]]
 
+    @property
+    def directories(self) -> dict[str, "OwnDirectory"]:
+        """The directories in it, by the expressions for their names."""
+        return {name: own for name, own in self.entries.items() if isinstance(own, OwnDirectory)}
+
     def first_foreign(self, path: Path) -> Path | None:
         """Find what is not ours at a path: something in the directory, or all of it, a link for example."""
         if path.is_symlink() or not path.is_dir():

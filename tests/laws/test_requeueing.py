@@ -102,6 +102,7 @@ def test_L35_one_command_stopped_by_anything_ends_as_if_never_stopped(run_in, tm
     result = tune_run(*command)
     assert result.returncode == 0, result.stderr
     assert "going on from" in result.stdout
+    assert not is_saving(output_dir)  # nor is anything left of a torn save
     assert_equal(outcome(tmp_path / "whole"), outcome(output_dir))
 
 

@@ -114,3 +114,13 @@ def test_killed_at_any_call_of_writing_or_sweeping_there_is_the_old_or_the_new_a
             break
         num_calls += 1
     assert num_calls >= 10
+
+
+def test_what_was_aside_inside_of_what_was_aside_is_swept(tmp_path):
+    """The adapter of a checkpoint, whose process was killed while it was written."""
+    inner = tmp_path / ".step_000004.writing-1/.adapter.writing-1"
+    inner.mkdir(parents=True)
+    (inner / "weights").touch()
+    adapter = OwnDirectory({"weights": lambda path: True})
+    sweep_unfinished(tmp_path, {r"step_\d+": OwnDirectory({"state": lambda path: True, "adapter": adapter})})
+    assert list(tmp_path.iterdir()) == []
