@@ -31,8 +31,9 @@ from custom_components.runs.origin import ValidationDraw, open_origin
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.terminal import say
-from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
+from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.prompt_format import stated_prompt_format, tokenizer_with_format
+from custom_components.transforms.tokenizer_fitting import fit_tokenizer
 from custom_components.weights.adapted_model import load_model_for_inference, model_for_adapter
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint

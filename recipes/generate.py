@@ -33,8 +33,9 @@ from custom_components.generation.sampling import Sampling
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.terminal import say
-from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
+from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.prompt_format import stated_prompt_format, tokenizer_with_format
+from custom_components.transforms.tokenizer_fitting import fit_tokenizer
 from custom_components.weights.adapted_model import load_model_for_inference
 from custom_components.weights.adapter_files import StoredAdapter, open_adapter
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint

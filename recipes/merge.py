@@ -44,7 +44,7 @@ from custom_components.runs.origin import open_origin
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.runtime.terminal import say
-from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
+from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.own_template import source_template
 from custom_components.transforms.prompt_format import (
     PromptFormat,
@@ -58,6 +58,7 @@ from custom_components.transforms.tokenizer_files import (
     template_of_format,
     write_tokenizer,
 )
+from custom_components.transforms.tokenizer_fitting import fit_tokenizer
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.card import CARD_NAME
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint

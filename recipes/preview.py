@@ -24,7 +24,8 @@ from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.paths import is_or_holds
 from custom_components.runtime.terminal import say
 from custom_components.training.plan import long_warmup, plan_of
-from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
+from custom_components.transforms.chat_transform import ChatTransform
+from custom_components.transforms.tokenizer_fitting import fit_tokenizer
 from custom_components.weights.checkpoint_files import open_checkpoint
 
 # What reads the rows of our data sets, to look at them one by one.

@@ -61,6 +61,11 @@ def test_imports_run_one_way(name):
         assert [imported for imported in sorted(imports) if room(imported) not in allowed] == []
 
 
+def test_a_file_is_short_enough_for_one_responsibility():
+    lengths = {name: len(path.read_text().splitlines()) for name, path in SOURCES.items()}
+    assert {name: length for name, length in lengths.items() if length > 300} == {}
+
+
 def test_the_table_of_rooms_has_no_circle_and_no_arrow_that_nobody_uses():
     above: set[str] = set()
     for name, allowed in ROOMS.items():

@@ -24,9 +24,10 @@ from custom_components.runtime.host_allocator import keep_freed_memory
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.runtime.terminal import say
 from custom_components.training.plan import plan_of
-from custom_components.transforms.chat_transform import ChatTransform, fit_tokenizer
+from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.transforms.tokenizer_files import exported_tokenizer, template_of_format, tokenizer_texts
+from custom_components.transforms.tokenizer_fitting import fit_tokenizer
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
 from custom_components.weights.checkpoint_loading import check_base_weights
 

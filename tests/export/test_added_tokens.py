@@ -12,10 +12,10 @@ import tokenizers
 from custom_components.runtime.errors import UserError
 from custom_components.transforms import ChatTransform
 from custom_components.transforms.added_tokens import read_added_tokens
-from custom_components.transforms.chat_transform import fit_tokenizer
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format, tokenizer_with_format
 from custom_components.transforms.sentencepiece_tokenizer import SentencePieceTokenizer
+from custom_components.transforms.tokenizer_fitting import fit_tokenizer
 from custom_components.transforms.tokenizer_json import fast_tokenizer
 from custom_components.transforms.turns import Markup, Turn
 from tests.support.adapters import saved_adapter

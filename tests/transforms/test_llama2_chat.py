@@ -8,9 +8,9 @@ import sentencepiece
 from torchtune.data import Message
 
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.chat_transform import fit_tokenizer
 from custom_components.transforms.dialogs import chat_messages
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.tokenizer_fitting import fit_tokenizer
 from tests.support.models import loaded_model
 from tests.support.paths import TINY_TOKENIZER
 

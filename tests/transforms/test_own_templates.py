@@ -7,10 +7,10 @@ import pytest
 
 from custom_components.runtime.errors import UserError
 from custom_components.transforms import ChatTransform
-from custom_components.transforms.chat_transform import fit_tokenizer
 from custom_components.transforms.jinja_template import chat_template
 from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format, tokenizer_with_format
 from custom_components.transforms.tokenizer_files import ExportedTokenizer, write_tokenizer
+from custom_components.transforms.tokenizer_fitting import fit_tokenizer
 from tests.support.chat_templates import (
     CHATML_JINJA,
     LLAMA2_JINJA,

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from custom_components.models.builders import lora_llama2_7b, lora_llama_from_config, lora_open_llama_3b
 from custom_components.models.nf4 import is_quantized
 from custom_components.runtime.errors import UserError
-from custom_components.transforms.chat_transform import fit_tokenizer
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
+from custom_components.transforms.tokenizer_fitting import fit_tokenizer
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import load_base_weights, unquantized_modules
