@@ -35,7 +35,10 @@ def of_libraries(text):
 
 @pytest.mark.parametrize(
     "first",
-    ["recipes", "examples.tiny_llama.demo", "benchmarks", "custom_components.runtime.tune_startup"],
+    [
+        *("recipes", "custom_components.runtime.tune_startup"),
+        *(pytest.param(first, marks=pytest.mark.slow) for first in ("examples.tiny_llama.demo", "benchmarks")),
+    ],
 )
 def test_importing_everything_prints_nothing(first):
     """`first` is what a command imports before any library; torchao warned before it could be told not to."""
