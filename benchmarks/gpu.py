@@ -27,6 +27,7 @@ from custom_components.models import nf4
 from custom_components.models import shapes as llama_shapes
 from custom_components.models.llama import lora_llama
 from custom_components.models.lora import FrozenLinear
+from custom_components.recipe_parts.step_choices import step_parts
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.training.compiling import compiled_layers
@@ -122,7 +123,7 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[float
     shape = getattr(llama_shapes, case.shape)
     with torch.device("meta"):
         model = lora_llama(shape, ALL_ATTENTION, True, lora_rank=16, lora_alpha=32, quantize_base=case.quantized)
-    estimate = estimate_memory(model, settings, dtype, device.type, [case.row_tokens] * case.num_rows)
+    estimate = estimate_memory(model, step_parts(settings), dtype, device.type, [case.row_tokens] * case.num_rows)
     give_random_weights(model, dtype, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)

@@ -13,6 +13,7 @@ from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
 from custom_components.memory.estimate import MemoryEstimate, estimate_memory
 from custom_components.memory.report import CARDS_GIB, MANY_TOKENS, USABLE_CARD_SHARE, MemoryLine, card_verdict
+from custom_components.recipe_parts.step_choices import step_parts
 from docs_pages.blocks import PROJECT, table
 
 # In this order; the configs whose model's sizes need no checkpoint.
@@ -97,7 +98,7 @@ def on_cards(name: str) -> ConfigOnCards:
     row_tokens = min(settings.max_seq_len or model.max_seq_len, model.max_seq_len)
     assert settings.batch_size != "auto"
     dtype = torch.float16 if settings.dtype == "fp16" else torch.bfloat16
-    estimate = partial(estimate_memory, model, settings, dtype, "cuda")
+    estimate = partial(estimate_memory, model, step_parts(settings), dtype, "cuda")
     many = max(2, MANY_TOKENS // row_tokens)
     line = MemoryLine(many * row_tokens, estimate([row_tokens] * many), estimate([row_tokens] * 2 * many))
     return ConfigOnCards(settings, row_tokens, estimate([row_tokens] * settings.batch_size), line)

@@ -14,6 +14,7 @@ from custom_components.config.training_kinds import AnyTrainingSettings
 from custom_components.memory.estimate import estimate_memory
 from custom_components.memory.report import MANY_TOKENS, MemoryLine, card_table, memory_table
 from custom_components.models.token_rows import train_token_rows
+from custom_components.recipe_parts.step_choices import step_parts
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import run_recipe
 from custom_components.runtime.terminal import say
@@ -37,10 +38,11 @@ def recipe_main() -> None:
     rows = "packs" if settings.packed else "rows"
     say(f"{batch_size} {rows} of {row_tokens} tokens a forward, every token supervised; dtype {dtype_words}")
 
-    estimate = estimate_memory(model, settings, dtype, device.type, [row_tokens] * batch_size)
+    parts = step_parts(settings)
+    estimate = estimate_memory(model, parts, dtype, device.type, [row_tokens] * batch_size)
     print(memory_table(estimate, device.type, settings.enable_activation_checkpointing))
     card_dtype = torch.bfloat16 if settings.dtype == "auto" else dtype
-    on_card = partial(estimate_memory, model, settings, card_dtype, "cuda")
+    on_card = partial(estimate_memory, model, parts, card_dtype, "cuda")
     this_config = on_card([row_tokens] * batch_size)
     many = max(2, MANY_TOKENS // row_tokens)
     line = MemoryLine(many * row_tokens, on_card([row_tokens] * many), on_card([row_tokens] * 2 * many))

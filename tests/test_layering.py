@@ -15,7 +15,7 @@ ROOMS = {
     "datasets": "runtime transforms",
     "weights": "runtime models",
     "training": "runtime config datasets models",
-    "memory": "runtime config datasets models training",
+    "memory": "runtime datasets models training",
     "runs": "runtime config transforms datasets weights training",
     "generation": "runtime transforms models",
     "evaluation": "runtime transforms datasets models generation",

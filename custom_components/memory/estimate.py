@@ -1,21 +1,20 @@
 """Estimate of the memory that a training run needs, by kind, before anything is loaded."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torchtune.modules import RMSNorm, TransformerDecoder
 
-from custom_components.config.components import instantiate
-from custom_components.config.training_settings import TrainingSettings
 from custom_components.memory.simulated_step import StepMemory, simulated_step
 from custom_components.models import nf4
 from custom_components.models.hidden_states import num_layers_with_backward
 from custom_components.models.lora import FrozenLinear
 from custom_components.models.trained import trained_base_parameters
 from custom_components.runtime.devices import NUM_LOADING_THREADS
+from custom_components.training.loss import LinearCrossEntropy
 from custom_components.training.weights_dtype import weights_dtype_with_compiler
 
 # Memory besides our tensors, measured after imports: on the CPU machine code from oneDNN, bitsandbytes where weights
@@ -27,6 +26,25 @@ _BITSANDBYTES_BYTES = 50 * 2**20
 _HEAP_SHARE = {"cpu": 1.35, "cuda": 1.0}
 # AdamW8bit and similar optimizers keep small tensors in 32 bits; this many parameters are enough to see the ratio.
 _OPTIMIZER_PROBE_SIZE = 2**16
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What takes memory in a training step, besides the model and the rows.
+
+    Attributes:
+        loss_function: gives the losses of supervised positions.
+        new_optimizer: makes the optimizer of some parameters.
+        neftune_noise_alpha: None: no noise.
+        frees_gradients: the backward frees each gradient when it is complete, because the optimizer has used it.
+        accumulates: a step has more than one forward.
+    """
+
+    loss_function: LinearCrossEntropy
+    new_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    neftune_noise_alpha: float | None
+    frees_gradients: bool
+    accumulates: bool
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,7 @@ class MemoryEstimate:
 
 def estimate_memory(
     model: TransformerDecoder,
-    settings: TrainingSettings,
+    parts: StepParts,
     dtype: torch.dtype,
     device_type: str,
     row_lengths: Sequence[int],
@@ -103,7 +121,7 @@ def estimate_memory(
     num_matrix_weights = sum(parameter.numel() for parameter in matrices)
     # Adapters and norms are trained in fp32.
     trained_bytes = 4 * (num_trained - num_matrix_weights) + trained_dtype.itemsize * num_matrix_weights
-    gradient_bytes = 0 if settings.frees_gradients else trained_bytes
+    gradient_bytes = 0 if parts.frees_gradients else trained_bytes
     num_quantized = sum(
         parameter.numel() for module, parameter in frozen if isinstance(module, FrozenLinear) and module.quantize_base
     )
@@ -124,16 +142,16 @@ def estimate_memory(
         trains_adapter=not matrices,
         gradient_bytes=gradient_bytes,
         # From a step's second forward on, all of them. The first forward's own are those of its `step`.
-        standing_gradient_bytes=gradient_bytes if not matrices or settings.gradient_accumulation_steps > 1 else 0,
-        optimizer_bytes=optimizer_bytes(settings, trained, trained_dtype if matrices else torch.float32),
+        standing_gradient_bytes=gradient_bytes if not matrices or parts.accumulates else 0,
+        optimizer_bytes=optimizer_bytes(parts.new_optimizer, trained, trained_dtype if matrices else torch.float32),
         loading_bytes=NUM_LOADING_THREADS * largest_bytes,
         step=simulated_step(
             model,
             dtype,
             device_type,
             tuple(row_lengths),
-            instantiate(settings.position_loss),
-            settings.neftune_noise_alpha,
+            parts.loss_function,
+            parts.neftune_noise_alpha,
             trained_dtype,
         ),
         num_layers=num_layers_with_backward(model),
@@ -142,10 +160,15 @@ def estimate_memory(
     )
 
 
-def optimizer_bytes(settings: TrainingSettings, trained: Sequence[torch.Tensor], dtype: torch.dtype) -> int:
-    """Measure what the config's optimizer keeps, by letting it take a step of a small parameter.
+def optimizer_bytes(
+    new_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    trained: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+) -> int:
+    """Measure what an optimizer keeps, by letting it take a step of a small parameter.
 
     Args:
+        new_optimizer: makes the optimizer of some parameters.
         trained: the parameters, on any device.
         dtype: of their matrices.
     """
@@ -153,7 +176,7 @@ def optimizer_bytes(settings: TrainingSettings, trained: Sequence[torch.Tensor],
     # note: compiling the step, as torchao's optimizers do, would take a minute.
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")  # paged optimizers say that they do not page on the CPU
-        optimizer = instantiate(settings.optimizer, [parameter])
+        optimizer = new_optimizer([parameter])
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]

@@ -16,6 +16,7 @@ from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.datasets.training_data import Data, RowsOfRun
 from custom_components.memory.fitting import Fit, fit_to_device
 from custom_components.models.token_rows import train_token_rows
+from custom_components.recipe_parts.step_choices import step_choices, step_parts, step_rows
 from custom_components.runs.resuming import AUTO, ResumedRun, open_run_to_resume
 from custom_components.runs.run_directory import RunDirectory, check_results, run_directory
 from custom_components.runtime.devices import resolved_device, resolved_dtype
@@ -144,8 +145,8 @@ def open_training(
         settings = resumed.checked_settings(settings)
         _leave_if_finished(settings, data, resumed)
     check_base_weights(model, base)
-    pack_capacity_tokens = data.pack_capacity_tokens
-    fit = fit_to_device(settings, model, data.lengths, pack_capacity_tokens, machine.dtype, machine.device)
+    rows = step_rows(settings, data.lengths, data.pack_capacity_tokens)
+    fit = fit_to_device(step_choices(settings), model, rows, step_parts(settings), machine.dtype, machine.device)
     return Opening(settings, machine, model, data, base, resumed, _overwrites(settings, resumed), fit)
 
 

@@ -11,10 +11,17 @@ from custom_components.config.components import instantiate
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.generation.sample_answers import answer_sample_prompts, show_answers
 from custom_components.memory.estimate import optimizer_bytes
-from custom_components.memory.fitting import describe_fit, fitted_settings, forward_options, tried_fit
+from custom_components.memory.fitting import describe_fit, tried_fit
 from custom_components.models.hidden_states import num_layers_with_backward
 from custom_components.models.nf4_product import DENSE_WEIGHT_MEMORY
 from custom_components.recipe_parts.opening import Opening, Rows
+from custom_components.recipe_parts.step_choices import (
+    fitted_settings,
+    forward_options,
+    step_choices,
+    step_parts,
+    step_rows,
+)
 from custom_components.runs.checkpoints import (
     check_room,
     delete_checkpoints_after,
@@ -42,10 +49,12 @@ def fitted_run(opening: Opening, weights: TrainedWeights, directory: RunDirector
 
     What `auto` has chosen is tried on CUDA, made smaller until it fits, and said.
     """
-    settings, machine, data = opening.settings, opening.machine, opening.data
+    settings, machine, model, data = opening.settings, opening.machine, opening.model, opening.data
     return_freed_memory()
-    fit = tried_fit(opening.fit, opening.model, settings, data.lengths, data.pack_capacity_tokens, machine.device)
-    describe_fit(fit, settings, num_layers_with_backward(opening.model))
+    choices, parts, options = step_choices(settings), step_parts(settings), forward_options(settings, opening.fit)
+    rows = step_rows(settings, data.lengths, data.pack_capacity_tokens)
+    fit = tried_fit(opening.fit, choices, model, rows, parts, options, machine.device)
+    describe_fit(fit, choices, num_layers_with_backward(model))
     run = Run(fitted_settings(settings, fit), weights, machine.device, machine.dtype, directory, machine.memory)
     return run, forward_options(settings, fit)
 
@@ -122,7 +131,9 @@ def _try_disk(run: Run, plan: Plan, state: TrainingState) -> None:
         try_to_save(run.directory.path, run.weights, state, run.config)
         return
     trained = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    num_bytes = run.weights.num_bytes + optimizer_bytes(run.settings, trained, matrix_dtype(run.weights.model))
+    num_bytes = run.weights.num_bytes + optimizer_bytes(
+        partial(instantiate, run.settings.optimizer), trained, matrix_dtype(run.weights.model)
+    )
     to_come = [step for step in plan.steps[state.progress.num_steps :] if step.saves or step.validates]
     has_best = any(step.validates for step in plan.steps)
     # The one that is written, those that are kept, and the best.

@@ -12,9 +12,10 @@ from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
 from custom_components.memory import fitting
 from custom_components.memory.estimate import estimate_memory
-from custom_components.memory.fitting import Fit, first_fitting, fit_to_device, largest_forward
+from custom_components.memory.fitting import Fit, first_fitting, fit_to_device
 from custom_components.memory.simulated_step import simulated_step
 from custom_components.models.lora import adapter_modules
+from custom_components.recipe_parts.step_choices import step_choices, step_parts, step_rows
 from custom_components.training.loss import LinearCrossEntropy
 from tests.support.models import CPU
 from tests.support.paths import PROJECT
@@ -41,7 +42,8 @@ def model():
 def fit(model, monkeypatch, usable_gib, *overrides):
     monkeypatch.setattr(fitting, "usable_bytes", lambda device: int(usable_gib * 2**30))
     settings = training_settings("gradient_accumulation_steps=6", *overrides)
-    return fit_to_device(settings, model, LENGTHS, 256, torch.bfloat16, CPU)
+    rows = step_rows(settings, LENGTHS, 256)
+    return fit_to_device(step_choices(settings), model, rows, step_parts(settings), torch.bfloat16, CPU)
 
 
 def test_batch_size_auto_keeps_the_rows_of_a_step(model, monkeypatch):
@@ -50,7 +52,7 @@ def test_batch_size_auto_keeps_the_rows_of_a_step(model, monkeypatch):
     assert (roomy.batch_size, roomy.gradient_accumulation_steps, roomy.num_recomputed_layers) == (6, 1, 0)
     settings = training_settings(*auto)
     peak_gib = {
-        size: estimate_memory(model, settings, torch.bfloat16, "cpu", [30] * size).peak_bytes(0) / 2**30
+        size: estimate_memory(model, step_parts(settings), torch.bfloat16, "cpu", [30] * size).peak_bytes(0) / 2**30
         for size in (1, 3, 6)
     }
     assert peak_gib[1] < peak_gib[3] < peak_gib[6]
@@ -65,7 +67,7 @@ def test_batch_size_auto_keeps_the_rows_of_a_step(model, monkeypatch):
 def test_only_what_does_not_fit_is_recomputed(model, monkeypatch):
     overrides = ("batch_size=8", "packed=true", "enable_activation_checkpointing=auto")
     settings = training_settings(*overrides)
-    estimate = estimate_memory(model, settings, torch.bfloat16, "cpu", [256] * 8)
+    estimate = estimate_memory(model, step_parts(settings), torch.bfloat16, "cpu", [256] * 8)
     num_layers = len(model.layers)
     peaks = [estimate.peak_bytes(number) for number in range(num_layers + 1)]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > peaks[-1]
@@ -108,9 +110,9 @@ def test_nothing_is_chosen_where_the_config_says_it_all(model, monkeypatch):
 
 
 def test_the_largest_forward():
-    assert largest_forward(training_settings(), LENGTHS, 256, 3) == (30, 30, 30)
+    assert step_rows(training_settings(), LENGTHS, 256).largest_forward(3) == (30, 30, 30)
     packed = training_settings("packed=true", "max_seq_len=256")
-    assert largest_forward(packed, LENGTHS, 256, 2) == (256, 256)
+    assert step_rows(packed, LENGTHS, 256).largest_forward(2) == (256, 256)
 
 
 @pytest.mark.parametrize(
