@@ -27,7 +27,7 @@ RUN = [
 def run_in(make_checkpoint, tmp_path):
     """The command of a run by the directory that it writes."""
     checkpoint = make_checkpoint()
-    write_dialogs(tmp_path / "rows.jsonl", random_dialogs(40))
+    write_dialogs(tmp_path / "rows.jsonl", random_dialogs(24))
     return lambda name, *overrides: arguments(checkpoint, tmp_path / "rows.jsonl", tmp_path / name, *RUN, *overrides)
 
 

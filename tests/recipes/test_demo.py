@@ -10,11 +10,17 @@ from custom_components.runtime.errors import UserError
 from examples.tiny_llama import demo
 from tests.support.paths import PROJECT, snapshot
 
+BEGINNING = ["epochs=1", "max_steps_per_epoch=45", "run_val_every_n_steps=null", "dataset_val=null"]
+
 
 @pytest.mark.parametrize(
-    "overrides", [["epochs=1"], pytest.param([], marks=pytest.mark.slow)], ids=["half of it", "as it is"]
+    ("overrides", "least_share"),
+    [
+        pytest.param(BEGINNING, 0.4, id="its beginning"),
+        pytest.param([], 0.8, id="as it is", marks=pytest.mark.slow),
+    ],
 )
-def test_the_demo_teaches_the_tiny_llama_to_answer(tmp_path, overrides):
+def test_the_demo_teaches_the_tiny_llama_to_answer(tmp_path, overrides, least_share):
     arguments = [f"output_dir={tmp_path / 'out'}", "cache_dir=null", *overrides]
     command = [sys.executable, "-m", "examples.tiny_llama.demo", *arguments]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=400)
@@ -24,7 +30,7 @@ def test_the_demo_teaches_the_tiny_llama_to_answer(tmp_path, overrides):
     assert set(report) == {"exact_match_base", "exact_match_tuned", "num_questions", "train_seconds"}
     assert report["num_questions"] >= 300
     assert report["exact_match_base"] <= 0.1
-    assert report["exact_match_tuned"] >= 0.8
+    assert report["exact_match_tuned"] >= least_share
     assert report["train_seconds"] > 0
     for words in ("    base   ", "    tuned  ", "loss.png", "report.json"):
         assert words in result.stdout

@@ -16,8 +16,8 @@ from tests.support.run_results import assert_equal, outcome
 
 DEMO_RUN = [
     *("run", "recipes/lora_single_device.py"),
-    *("--config", "configs/tiny_qlora.yaml", "max_steps_per_epoch=6", "run_val_every_n_steps=4", "lora_rank=32"),
-    *("sample_prompts=['Who?']", "cache_dir=null"),
+    *("--config", "configs/tiny_qlora.yaml", "max_steps_per_epoch=3", "run_val_every_n_steps=2", "lora_rank=32"),
+    *("sample_prompts=['Who?']", "dataset_val.max_rows=32", "cache_dir=null"),
 ]
 
 
@@ -35,11 +35,11 @@ def test_a_run_writes_what_it_says(finished_run):
     records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     metrics = [record for record in records if "loss" in record]
     validations = [record for record in records if "val_loss" in record]
-    assert [record["step"] for record in validations] == [4, 6, 8, 12]
+    assert [record["step"] for record in validations] == [2, 3, 4, 6]
     assert all(record["val_perplexity"] == math.exp(record["val_loss"]) for record in validations)
     assert f"step {min(validations, key=lambda record: record['val_loss'])['step']}'s, the best by" in result.stdout
-    assert [record["step"] for record in metrics] == list(range(1, 13))
-    assert [record["epoch"] for record in metrics] == [0] * 6 + [1] * 6
+    assert [record["step"] for record in metrics] == list(range(1, 7))
+    assert [record["epoch"] for record in metrics] == [0] * 3 + [1] * 3
     assert set(metrics[0]) == {
         *("step", "epoch", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "step_seconds"),
         *("tokens_per_second", "peak_memory_gib"),
@@ -57,7 +57,7 @@ def test_a_run_writes_what_it_says(finished_run):
     for words in (
         "1200 rows, 1200 kept",
         "trained parameters in fp32 over a base in NF4",
-        "12 steps",
+        "6 steps",
         "before  ",
         "after   ",
     ):

@@ -18,6 +18,10 @@ from tests.support.paths import PROJECT
 TUNE = Path(sys.executable).with_name("tune")
 
 
+# `auto` would estimate the memory of each of these small runs, a third of a second.
+WITHOUT_ESTIMATE = "enable_activation_checkpointing=false"
+
+
 def tune_run(*arguments: str, recipe: str = "lora_single_device") -> subprocess.CompletedProcess[str]:
     """`tune run` of a recipe in the project's directory, until it ends."""
     return ForkedTune("run", f"recipes/{recipe}.py", *arguments).result()
@@ -40,7 +44,7 @@ def arguments(checkpoint: Path, rows: Path, output_dir: Path, *overrides: str) -
     return [
         *("--config", "configs/llama_qlora.yaml", f"checkpoint_dir={checkpoint}", f"dataset.source={rows}"),
         *("device=cpu", f"output_dir={output_dir}", "batch_size=2", "gradient_accumulation_steps=1", "cache_dir=null"),
-        *overrides,
+        *(WITHOUT_ESTIMATE, *overrides),
     ]
 
 
@@ -50,7 +54,7 @@ def preference_arguments(checkpoint: Path, pairs: Path, output_dir: Path, *overr
     return [
         *("--config", "configs/tiny_dpo.yaml", *(f"{key}={value}" for key, value in names.items())),
         *("~dataset_val", "run_val_every_n_steps=null", f"output_dir={output_dir}", "overwrite_output_dir=false"),
-        *("device=cpu", "batch_size=2", "cache_dir=null", *overrides),
+        *("device=cpu", "batch_size=2", "cache_dir=null", WITHOUT_ESTIMATE, *overrides),
     ]
 
 
@@ -64,6 +68,7 @@ def full_arguments(checkpoint: Path, rows: Path, output_dir: Path, *overrides: s
             f"dataset.source={rows}",
         ),
         *("device=cpu", f"output_dir={output_dir}", "batch_size=2", "cache_dir=null", "dataset_val=null"),
+        WITHOUT_ESTIMATE,
         *("overwrite_output_dir=false", "run_val_every_n_steps=null", *overrides),
     ]
 
