@@ -148,15 +148,27 @@ def _shape_from_hugging_face(config: dict[str, Any], path: Path) -> LlamaShape:
 
 # What a model of each kind has that no Llama has, for those that people try: transformers, models/*/modeling_*.py.
 _MISSING = {
-    "qwen2": "its attention has biases",
-    **dict.fromkeys(("qwen3", "olmo2", "gemma3", "gemma3_text"), "it normalizes queries and keys"),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "llama4"), "its feed-forward is of experts"),
-    **dict.fromkeys(("gemma", "gemma2"), "its embeddings and norms are scaled in another way"),
-    **dict.fromkeys(("phi3", "phi4"), "its projections are joined in one weight"),
-    **dict.fromkeys(
-        ("phi", "gpt2", "gpt_neox", "falcon", "bloom", "mpt", "opt"), "its layers are put together otherwise"
-    ),
-    **dict.fromkeys(("mllama", "llava", "mistral3", "pixtral"), "it reads images"),
+    model_type: what
+    for what, model_types in {
+        "its attention has biases": "qwen2 seed_oss",
+        "it normalizes queries and keys": "qwen3 olmo2 olmo3 gemma3 gemma3_text exaone4 apertus",
+        "its feed-forward is of experts": (
+            "mixtral qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 llama4 llama4_text gpt_oss phimoe jamba"
+        ),
+        "its feed-forward has no gate": "starcoder2 nemotron arcee",
+        "its embeddings and norms are scaled in another way": "gemma gemma2 granite",
+        "its projections are joined in one weight": "phi3 phi4 internlm2 baichuan chatglm qwen",
+        "some of its layers have no rotary positions": "smollm3 cohere2",
+        "some of its layers see a window only": "ministral",
+        "its layers are put together otherwise": (
+            "phi gpt2 gptj gpt_neox falcon bloom mpt opt cohere olmo stablelm glm4"
+        ),
+        "it reads images": "mllama llava llava_next mistral3 pixtral idefics3 qwen2_vl qwen2_5_vl qwen3_vl",
+        "it is not a decoder of text alone": "bert roberta t5 whisper voxtral",
+        "it has layers other than attention": "mamba mamba2 falcon_mamba falcon_h1 rwkv lfm2 qwen3_next",
+        "its weights are of three values": "bitnet",
+    }.items()
+    for model_type in model_types.split()
 }
 
 
@@ -197,13 +209,14 @@ def _refuse(refusals: dict[str, Any], path: Path) -> None:
 
 def _shape_from_meta(params: dict[str, Any], path: Path) -> LlamaShape:
     """Read Meta's params.json; for the feed-forward's width see meta-llama/llama @689c7f2, model.py, FeedForward."""
-    # Llama 3.2's quantized models and those with images; Mistral's names for windows and experts.
+    # Llama 3.2's quantized models and those with images; Mistral's names for windows and experts; Llama 4's.
     refused = ("quantization_args", "lora_args", "sliding_window", "moe", "vision_chunk_size")
+    refused += ("moe_args", "vision_args", "use_qk_norm", "nope_layer_interval")
     _refuse({key: params.get(key) for key in refused}, path)
     keys = checked_keys(MetaKeys, params, path)
     intermediate_dim = int((keys.ffn_dim_multiplier or 1.0) * int(2 * (4 * keys.dim) / 3))
     rounded_dim = keys.multiple_of * ((intermediate_dim + keys.multiple_of - 1) // keys.multiple_of)
-    shape = LlamaShape(
+    return LlamaShape(
         # Llama 2's params.json has -1 and CodeLlama's has none, because the tokenizer states the size.
         vocab_size=keys.vocab_size if keys.vocab_size > 0 else _num_rows_of_meta_embedding(path.parent),
         num_layers=keys.n_layers,
@@ -215,12 +228,8 @@ def _shape_from_meta(params: dict[str, Any], path: Path) -> LlamaShape:
         rope_base=keys.rope_theta,
         norm_eps=keys.norm_eps,
         rope_scaling=_rope_scaling_of_meta(keys),
+        own_head_dim=keys.head_dim if keys.head_dim not in (None, keys.dim / keys.n_heads) else None,
     )
-    if keys.head_dim not in (None, shape.head_dim):
-        raise UserError(
-            f"{path}: head_dim {keys.head_dim} times {keys.n_heads} heads is not dim {keys.dim}: not supported"
-        )
-    return shape
 
 
 def _context_of_meta(keys: MetaKeys) -> int:

@@ -97,7 +97,7 @@ def go_template(
 
     Args:
         description: a template's name or parts, as :func:`prompt_template` takes them.
-        control_pieces: see :func:`control_pieces_of`.
+        control_pieces: see :attr:`Tokenizer.named_pieces`.
         system_prompt: for dialogs that have none of their own; None: they get none.
         added_tokens: the texts of the tokens that the checkpoint's files add.
 

@@ -5,9 +5,6 @@ The rendered text has the tokens of :class:`ChatTransform`, with the tokenizer o
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
-
-import sentencepiece
 
 from custom_components.transforms.jinja_dialogs import JinjaTemplate
 from custom_components.transforms.marked_template import MarkedTemplate
@@ -99,7 +96,7 @@ def chat_template(
     Args:
         description: a template's name or parts, as :func:`prompt_template` takes them.
         system_prompt: for dialogs that have none of their own.
-        control_pieces: see :func:`control_pieces_of`.
+        control_pieces: see :attr:`Tokenizer.named_pieces`.
         added_tokens: the texts of the tokens that the checkpoint's files add.
 
     Raises:
@@ -141,13 +138,6 @@ def _named_turn(template: MarkedTemplate) -> str:
     for word, text in words.items():
         turn = turn.replace(word, text)
     return turn
-
-
-def control_pieces_of(tokenizer_model: Path) -> dict[str, str]:
-    """Read the texts of a SentencePiece model's control tokens, by transformers' names for them."""
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_model))
-    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
-    return {name: processor.id_to_piece(index) for name, index in ids.items()}
 
 
 def _literal(value: str | None | list[str]) -> str:

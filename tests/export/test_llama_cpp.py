@@ -20,7 +20,7 @@ from custom_components.export.merged_weights import BaseWeights
 from custom_components.generation.decoding import generate
 from custom_components.generation.incremental import IncrementalLlama
 from custom_components.generation.sampling import Sampling
-from custom_components.transforms.jinja_template import chat_template, control_pieces_of
+from custom_components.transforms.jinja_template import chat_template
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.tokenizer_files import ExportedTokenizer
 from custom_components.transforms.turns import Markup, Turn
@@ -29,7 +29,7 @@ from tests.support.go_template import has_go, rendered_by_go, rendered_in_python
 from tests.support.modelfile import ollama_messages, read_modelfile
 from tests.support.models import inference_model, loaded_model
 from tests.support.paths import PROJECT, TINY_LLAMA
-from tests.support.tokenizers import exported_tokenizer
+from tests.support.tokenizers import control_pieces_of, exported_tokenizer
 
 pytestmark = pytest.mark.slow
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not there: pip install llama-cpp-python")

@@ -5,7 +5,6 @@ import random
 import pytest
 
 from custom_components.export.modelfile import modelfile, write_modelfile
-from custom_components.transforms.jinja_template import control_pieces_of
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.transforms.tokenizer_files import write_tokenizer
@@ -16,7 +15,7 @@ from tests.support.modelfile import ollama_messages, ollama_prompt, read_modelfi
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import TINY_TOKENIZER
 from tests.support.recipe_runs import run_merge
-from tests.support.tokenizers import exported_tokenizer
+from tests.support.tokenizers import control_pieces_of, exported_tokenizer
 
 OPEN_SPACES = {"system": "{content} ", "user": "Q: {content} ", "assistant": " {content} "}
 # Names its own BOS and EOS, and needs no control tokens beside them.

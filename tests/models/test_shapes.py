@@ -139,3 +139,15 @@ def test_metas_layout_with_scaled_frequencies_is_that_of_hugging_face(make_check
     params = json.loads((directory / "params.json").read_text())
     (directory / "params.json").write_text(json.dumps(params | {"use_scaled_rope": True, "rope_theta": 500_000.0}))
     torch.testing.assert_close(loaded_model(directory)(TOKENS), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head_dim", [32, 16])
+def test_metas_layout_may_state_the_width_of_heads(make_checkpoint, head_dim):
+    """16 is the heads' share of the width."""
+    directory = make_checkpoint(head_dim=head_dim, intermediate_size=256)
+    expected = loaded_model(directory)(TOKENS)
+    as_meta_checkpoint(directory, 1)
+    params = json.loads((directory / "params.json").read_text())
+    (directory / "params.json").write_text(json.dumps(params | {"head_dim": head_dim}))
+    torch.testing.assert_close(loaded_model(directory)(TOKENS), expected)

@@ -1,5 +1,6 @@
 """A directory that is not what its key needs: every recipe says the same, first of all, and what to name instead."""
 
+import json
 import os
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT
 from tests.support.recipe_runs import run_here
 
-TRAINING = ["lora_single_device", "lora_dpo_single_device", "preview", "estimate"]
+TRAINING = ["lora_single_device", "full_single_device", "lora_dpo_single_device", "preview", "estimate"]
 CONFIGS = {
     "lora_dpo_single_device": "tiny_dpo",
+    "full_single_device": "tiny_full",
     **dict.fromkeys(("lora_single_device", "preview", "estimate"), "llama_qlora"),
 }
 RECIPES = [*TRAINING, "generate", "evaluate", "merge"]
@@ -204,6 +206,59 @@ def test_a_checkpoint_dir_that_is_not_a_model_s(folder, mistake):
 @pytest.mark.parametrize("mistake", [hub_name, quantized_by_gptq])
 def test_every_recipe_says_the_same_before_it_reads_the_tokenizer(folder, recipe, mistake):
     path, _ = mistake(folder)
+    with pytest.raises(UserError) as raised:
+        open_checkpoint(Path(path))
+    adapter = {} if recipe in TRAINING else {"adapter_dir": "run/adapter"}
+    assert error_of(recipe, checkpoint_dir=path, **adapter) == str(raised.value)
+
+
+OTHER_MODELS = {
+    "qwen2": "model_type = 'qwen2' is not supported: its attention has biases, and that is not built here",
+    **dict.fromkeys(("qwen3", "gemma3_text", "olmo2"), "it normalizes queries and keys"),
+    **dict.fromkeys(("mixtral", "llama4", "gpt_oss"), "its feed-forward is of experts"),
+    **dict.fromkeys(("gpt2", "falcon"), "its layers are put together otherwise"),
+    "gemma": "its embeddings and norms are scaled in another way",
+    "phi3": "its projections are joined in one weight",
+    "mllama": "it reads images",
+    "smollm3": "some of its layers have no rotary positions",
+    "someones_own": "this package trains the Llama and Mistral architectures, model_type llama or mistral",
+}
+
+
+def other_model(folder, model_type):
+    directory = folder / model_type
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text("not read")
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 64}))
+    return directory.name
+
+
+def scaled_otherwise(folder, kind):
+    write_checkpoint(folder / kind, rope_scaling={"rope_type": kind, "factor": 4.0})
+    return kind
+
+
+@pytest.mark.parametrize("model_type", OTHER_MODELS)
+def test_another_model_is_named_with_what_is_missing(folder, model_type):
+    with pytest.raises(UserError) as raised:
+        open_checkpoint(Path(other_model(folder, model_type)))
+    [message] = raised.value.messages
+    assert message.startswith(f"{model_type}/config.json: model_type = {model_type!r} is not supported: ")
+    assert OTHER_MODELS[model_type] in message
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope"])
+def test_other_rotary_scalings_are_named(folder, kind):
+    with pytest.raises(UserError) as raised:
+        open_checkpoint(Path(scaled_otherwise(folder, kind)))
+    words = f"{kind}/config.json: rope scaling = {kind!r} is not supported; default, linear and llama3 are"
+    assert raised.value.messages == (words,)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("make", "kind"), [(other_model, "mllama"), (scaled_otherwise, "yarn")])
+def test_every_recipe_says_so_of_another_model(folder, recipe, make, kind):
+    path = make(folder, kind)
     with pytest.raises(UserError) as raised:
         open_checkpoint(Path(path))
     adapter = {} if recipe in TRAINING else {"adapter_dir": "run/adapter"}

@@ -21,6 +21,11 @@ def exported_tokenizer(model: Path, chat_template: str | None = None) -> Exporte
     )
 
 
+def control_pieces_of(model: Path) -> dict[str, str]:
+    """The texts of a SentencePiece model's control tokens, by transformers' names for them."""
+    return exported_tokenizer(model).tokenizer.named_pieces
+
+
 LLAMA3_TOKENS = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
 )

@@ -5,12 +5,12 @@ import random
 import pytest
 import sentencepiece
 
-from custom_components.transforms.jinja_template import chat_template, control_pieces_of
+from custom_components.transforms.jinja_template import chat_template
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.tokenizer_files import write_tokenizer
 from tests.support.dialogs import CUSTOM, DIALOGS, messages_of
 from tests.support.paths import TINY_TOKENIZER
-from tests.support.tokenizers import exported_tokenizer
+from tests.support.tokenizers import control_pieces_of, exported_tokenizer
 
 # Names its own BOS and EOS.
 NAMED = {"start": "{bos}Chat\n", "user": "Q: {content}</s> ", "assistant": "{content} {eos}\n"}

@@ -220,7 +220,7 @@ def test_meta_s_params_say_what_they_say(make_checkpoint):
         logits(checkpoint)
     write(hidden_dim=192, use_scaled_rope=False)
     assert torch.equal(logits(checkpoint), expected)
-    for key, value in {"sliding_window": 4096, "moe": {"num_experts": 8}}.items():
+    for key, value in {"sliding_window": 4096, "moe": {"num_experts": 8}, "vision_args": {"patch_size": 14}}.items():
         write(hidden_dim=192, **{key: value})
         with pytest.raises(UserError, match=f"params.json: {key} = .* is not supported"):
             open_checkpoint(checkpoint)
