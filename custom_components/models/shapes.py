@@ -210,8 +210,10 @@ def _refuse(refusals: dict[str, Any], path: Path) -> None:
 def _shape_from_meta(params: dict[str, Any], path: Path) -> LlamaShape:
     """Read Meta's params.json; for the feed-forward's width see meta-llama/llama @689c7f2, model.py, FeedForward."""
     # Llama 3.2's quantized models and those with images; Mistral's names for windows and experts; Llama 4's.
-    refused = ("quantization_args", "lora_args", "sliding_window", "moe", "vision_chunk_size")
-    refused += ("moe_args", "vision_args", "use_qk_norm", "nope_layer_interval")
+    refused = (
+        *("quantization_args", "lora_args", "sliding_window", "moe", "vision_chunk_size"),
+        *("moe_args", "vision_args", "use_qk_norm", "nope_layer_interval"),
+    )
     _refuse({key: params.get(key) for key in refused}, path)
     keys = checked_keys(MetaKeys, params, path)
     intermediate_dim = int((keys.ffn_dim_multiplier or 1.0) * int(2 * (4 * keys.dim) / 3))
