@@ -11,6 +11,7 @@ from custom_components.weights.adapters import save_adapter
 from tests.support.forked_tune import ForkedTune
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, TINY_LLAMA
+from tests.support.written_runs import step_records, write_run
 
 README = PROJECT / "README.md"
 PAGES = [README, PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -75,6 +76,10 @@ def adapter(tmp_path_factory):
 def in_place(command, adapter, tmp_path):
     """Overrides that bring a command to the tiny model, and what it reads from standard input."""
     recipe = command.split()[2].removeprefix("recipes/").removesuffix(".py")
+    if recipe == "compare_runs":
+        runs = [write_run(tmp_path / name, records=step_records([3.0, 2.0])) for name in ("first", "second")]
+        page = [f"output_file={tmp_path / 'report.html'}"] if "output_file" in command else []
+        return [f"run_dirs=[{', '.join(map(str, runs))}]", "evaluations=[]", *page]
     overrides = [f"checkpoint_dir={TINY_LLAMA}/checkpoint"]
     if recipe in ("generate", "evaluate", "merge"):
         overrides += [f"adapter_dir={adapter}"]

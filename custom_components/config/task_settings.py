@@ -1,4 +1,4 @@
-"""Settings of generate.py, evaluate.py and merge.py: every key with its type, range and default."""
+"""Settings of generate, evaluate, merge and compare_runs.py: every key with its type, range and default."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,3 +161,11 @@ class MergeSettings(Settings):
     @property
     def gguf_quantization(self) -> Literal["f16", "q8_0", "q5_k_m", "q4_k_m"]:
         return self.quantization or "f16"
+
+
+class ComparisonSettings(Settings):
+    """Settings of recipes/compare_runs.py."""
+
+    run_dirs: Annotated[list[PathText], Field(min_length=1)]
+    evaluations: list[PathText] = []
+    output_file: PathText | None = None

@@ -46,8 +46,8 @@ def _written(value: float | int) -> str:
     return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
-# By these an earlier results file is known, which may be replaced.
-_RESULTS_KEYS = {"checkpoint_dir", "adapter_dir", "results", "answers"}
+# By these a results file is known: an earlier one may be replaced.
+RESULTS_KEYS = {"checkpoint_dir", "adapter_dir", "results", "answers"}
 
 
 @contextlib.contextmanager
@@ -72,4 +72,4 @@ def _is_results(path: Path) -> bool:
         results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(results, dict) and results.keys() >= _RESULTS_KEYS
+    return isinstance(results, dict) and results.keys() >= RESULTS_KEYS

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,10 @@ def plot_losses(metrics_path: Path, plot_path: Path) -> None:
 
     Records with a `reward_margin` are of a preference run, whose loss is per pair.
     """
-    # note: matplotlib keeps its list of fonts in the home directory, unless another is named before its import.
-    with tempfile.TemporaryDirectory() as font_list_dir:
-        os.environ.setdefault("MPLCONFIGDIR", font_list_dir)
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+    import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     records = read_metrics(metrics_path)
     has_pairs = any("reward_margin" in record for record in records)
@@ -62,7 +60,23 @@ def plot_losses(metrics_path: Path, plot_path: Path) -> None:
         figure.savefig(aside, dpi=120, format="png", metadata={"Author": PLOT_AUTHOR})
 
 
-def points_of(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def import_matplotlib() -> None:
+    """Import matplotlib in a way that leaves no file behind and needs no window.
+
+    note: it keeps its list of fonts in the home directory, unless another is named before its import. And in a command
+    that a notebook starts, MPLBACKEND names a backend of the notebook's own environment, which may not be there.
+    """
+    with tempfile.TemporaryDirectory() as font_list_dir:
+        os.environ.setdefault("MPLCONFIGDIR", font_list_dir)
+        backend = os.environ.pop("MPLBACKEND", None)
+        try:
+            import matplotlib.backends.backend_agg  # noqa: F401
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
+
+
+def points_of(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Collect the steps at which `key` is a number, and the numbers."""
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]

@@ -25,7 +25,7 @@ STEP_DIRECTORY = r"step_\d{6,}"
 TRIAL_NAME = ".trial"  # a checkpoint that is written before the first step, and deleted again
 
 # Of every training config, whatever the recipe and its version.
-_CONFIG_KEYS = {
+RUN_CONFIG_KEYS = {
     "checkpoint_dir",
     "output_dir",
     "overwrite_output_dir",
@@ -65,7 +65,7 @@ def is_run_config(path: Path) -> bool:
     """A config as a run writes it, every key resolved; not one that a person wrote, which has comments or spaces."""
     text = path.read_text(encoding="utf-8")
     values = yaml.safe_load(text)
-    return values.keys() >= _CONFIG_KEYS and yaml.safe_dump(values, sort_keys=False, allow_unicode=True) == text
+    return values.keys() >= RUN_CONFIG_KEYS and yaml.safe_dump(values, sort_keys=False, allow_unicode=True) == text
 
 
 def _has_records(path: Path, is_record: Callable[[dict[str, Any]], bool]) -> bool:
@@ -107,7 +107,7 @@ def is_logged_config(path: Path) -> bool:
 
     text = path.read_text(encoding="utf-8")
     config = OmegaConf.create(text)
-    return config.keys() >= _CONFIG_KEYS and OmegaConf.to_yaml(config) == text
+    return config.keys() >= RUN_CONFIG_KEYS and OmegaConf.to_yaml(config) == text
 
 
 @_or_no

@@ -14,6 +14,7 @@ from custom_components.config.settings import Settings
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.runs.checkpoints import is_run_checkpoint, run_checkpoints
 from custom_components.runs.recognition import RESULTS, RUN_CONFIG_NAME, STATE_NAME
+from custom_components.runs.run_config import flat_config
 from custom_components.runs.run_directory import RunDirectory
 from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.errors import UserError
@@ -110,7 +111,7 @@ class ResumedRun:
         Raises:
             UserError: for differences that change shapes or the order of the data, all at once.
         """
-        now = _flat(config)
+        now = flat_config(config)
         refusals = []
         for key in sorted(self.config.keys() | now.keys()):
             before, value = self.config.get(key), now.get(key)
@@ -214,7 +215,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load((path / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
         rename_components(values)
-        return _flat(values)
+        return flat_config(values)
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"resume_from_checkpoint: {str(path / RUN_CONFIG_NAME)!r} cannot be read ({error})") from None
 
@@ -223,13 +224,3 @@ def _is_default(key: str, value: Any, settings_type: type[Settings]) -> bool:
     """Tell whether a value, of a key or passed on to a node by that name, is the setting's default."""
     field = settings_type.model_fields.get(key.rpartition(".")[2])
     return field is not None and not field.is_required() and field.get_default() == value
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -11,7 +11,12 @@ from custom_components.config.foreign_names import FOREIGN_COMPONENTS, FOREIGN_K
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import load_settings
-from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
+from custom_components.config.task_settings import (
+    ComparisonSettings,
+    EvaluationSettings,
+    GenerationSettings,
+    MergeSettings,
+)
 from custom_components.runtime.errors import UserError
 from tests.support.paths import PROJECT
 
@@ -21,6 +26,7 @@ CONFIGS = {
     EvaluationSettings: "configs/evaluate.yaml",
     GenerationSettings: "configs/generate.yaml",
     MergeSettings: "configs/merge.yaml",
+    ComparisonSettings: "configs/compare_runs.yaml",
 }
 
 

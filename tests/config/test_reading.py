@@ -10,7 +10,12 @@ from custom_components.config.full_settings import FullSettings
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import config_text, load_settings
-from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
+from custom_components.config.task_settings import (
+    ComparisonSettings,
+    EvaluationSettings,
+    GenerationSettings,
+    MergeSettings,
+)
 from custom_components.config.training_kinds import AnyTrainingSettings, PreviewSettings
 from custom_components.runtime.errors import UserError
 from tests.support.forked_tune import ForkedTune
@@ -77,6 +82,12 @@ def test_evaluation_config_is_right_and_complete():
         assert "#" in line or not line.strip() or re.search(r"_component_|\$\{", line), line
 
 
+def test_comparison_config_is_right_and_complete():
+    load_settings(ComparisonSettings, ["--config", "configs/compare_runs.yaml"])
+    text = (PROJECT / "configs/compare_runs.yaml").read_text()
+    assert set(yaml.safe_load(text)) == set(ComparisonSettings.model_fields)
+
+
 @pytest.mark.parametrize("config", sorted(PROJECT.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_tune_validate_passes(config):
     result = ForkedTune("validate", str(config)).result()
@@ -87,7 +98,7 @@ def test_every_key_is_read_and_every_key_read_is_a_setting():
     """A key that no code reads would be a promise without effect."""
     readers = ["recipes/*.py", *(f"custom_components/{pattern}" for pattern in READERS)]
     code = "\n".join(path.read_text() for pattern in readers for path in PROJECT.glob(pattern))
-    tasks = (PreviewSettings, GenerationSettings, EvaluationSettings, MergeSettings)
+    tasks = (PreviewSettings, GenerationSettings, EvaluationSettings, MergeSettings, ComparisonSettings)
     for settings_type in (*SETTINGS.values(), *tasks):
         for name in settings_type.model_fields:
             passed_on = any(f"{name}: ${{{name}}}" in config.read_text() for config, _ in TRAINING_CONFIGS)

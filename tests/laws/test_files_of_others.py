@@ -10,7 +10,12 @@ from custom_components.config.full_settings import FullSettings
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import load_settings
-from custom_components.config.task_settings import EvaluationSettings, GenerationSettings, MergeSettings
+from custom_components.config.task_settings import (
+    ComparisonSettings,
+    EvaluationSettings,
+    GenerationSettings,
+    MergeSettings,
+)
 from custom_components.config.training_kinds import AnyTrainingSettings, PreviewSettings
 from custom_components.runtime.errors import UserError
 from tests.support.paths import PROJECT, snapshot
@@ -44,6 +49,7 @@ PATHS = {
         ["checkpoint_dir", "adapter_dir", "output_file", "cache_dir", "dataset.source", "dataset.cache_dir"],
     ),
     "merge": ("configs/merge.yaml", MergeSettings, ["checkpoint_dir", "adapter_dir", "output_dir"]),
+    "compare_runs": ("configs/compare_runs.yaml", ComparisonSettings, ["output_file"]),
 }
 LOGGER = f"metric_logger={{_component_: {DISK_LOGGER}, log_dir: logs, filename: log.txt}}"
 WORDS = "a shell variable may be unset"
@@ -98,6 +104,8 @@ def test_L33_an_empty_path_is_an_error(tmp_path, recipe, key, empty):
         ("lora_single_device", ["dataset_val.source=[{source: ''}]"]),
         ("evaluate", ["dataset.source=[{source: '', weight: 2}]"]),
         ("evaluate", ["tasks=[hellaswag, '']"]),
+        ("compare_runs", ["run_dirs=[outputs/a, '']"]),
+        ("compare_runs", ["evaluations=['']"]),
     ],
 )
 def test_L33_an_empty_path_in_a_list_is_an_error(recipe, overrides):
@@ -261,5 +269,6 @@ def test_the_shipped_configs_are_right():
             "generate": GenerationSettings,
             "evaluate": EvaluationSettings,
             "merge": MergeSettings,
+            "compare_runs": ComparisonSettings,
         }.get(config.stem, AnyTrainingSettings)
         load_settings(settings_type, ["--config", str(config)])

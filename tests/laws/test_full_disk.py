@@ -20,6 +20,7 @@ from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, snapshot
 from tests.support.recipe_runs import arguments, full_arguments, run_here, run_merge
 from tests.support.rows import random_dialogs, write_dialogs
+from tests.support.written_runs import step_records, write_run
 
 TIMING = ("step_seconds", "tokens_per_second", "peak_memory_gib")
 BLOCK_BYTES = 4096  # of a tmpfs
@@ -47,11 +48,12 @@ def disk(tmp_path):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A base, an adapter on it, and rows."""
+    """A base, an adapter on it, rows, and a run."""
     folder = tmp_path_factory.mktemp("inputs")
     base = write_checkpoint(folder / "base")
     write_dialogs(folder / "rows.jsonl", random_dialogs(12))
     saved_adapter(with_random_adapters(loaded_model(base)), folder / "adapter")
+    write_run(folder / "run", records=step_records([3.0, 2.0]))
     return folder
 
 
@@ -141,17 +143,19 @@ def test_L30_a_merge_on_a_full_disk(inputs, disk, tmp_path, monkeypatch, format,
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("recipe", ["evaluate", "generate", "preview"])
+@pytest.mark.parametrize("recipe", ["evaluate", "generate", "preview", "compare_runs"])
 def test_L30_an_output_file_on_a_full_disk(inputs, disk, recipe):
     folder = disk(BLOCK_BYTES)
     (folder / "filler").write_bytes(bytes(BLOCK_BYTES))
-    read = "prompts_file" if recipe == "generate" else "dataset.source"
-    config = {"preview": "llama_qlora"}.get(recipe, recipe)
-    code, _, err = run_here(
-        *(recipe, "--config", str(PROJECT / f"configs/{config}.yaml"), f"checkpoint_dir={inputs / 'base'}"),
-        *("device=cpu", f"{read}={inputs / 'rows.jsonl'}", f"output_file={folder / 'out'}"),
-        *(["max_new_tokens=1"] if recipe == "generate" else ["cache_dir=null"]),
-    )
+    base, rows = f"checkpoint_dir={inputs / 'base'}", inputs / "rows.jsonl"
+    config, *overrides = {
+        "evaluate": ("evaluate", base, f"dataset.source={rows}", "cache_dir=null", "device=cpu"),
+        "generate": ("generate", base, f"prompts_file={rows}", "max_new_tokens=1", "device=cpu"),
+        "preview": ("llama_qlora", base, f"dataset.source={rows}", "cache_dir=null", "device=cpu"),
+        "compare_runs": ("compare_runs", f"run_dirs=[{inputs / 'run'}]"),
+    }[recipe]
+    command = ["--config", str(PROJECT / f"configs/{config}.yaml"), *overrides, f"output_file={folder / 'out'}"]
+    code, _, err = run_here(recipe, *command)
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and line.startswith(f"error: output_file: the disk of '{folder / 'out'}' is full; free space")
 

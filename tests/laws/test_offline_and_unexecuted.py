@@ -122,6 +122,13 @@ def test_L28_L29_without_network_everything_works_and_writes_only_where_it_is_to
             [results, cache_dir],
         ),
         "merge": (["configs/merge.yaml", *adapter, f"output_dir={merged}/model"], [merged]),
+        "compare_runs": (
+            [
+                *("configs/compare_runs.yaml", f"run_dirs=[{output_dir}, {tmp_path / 'full'}]"),
+                f"output_file={results}/report.html",
+            ],
+            [results],
+        ),
     }
     commands = [
         [f"recipes/{name}.py", "--config", str(PROJECT / config), *rest] for name, ([config, *rest], _) in runs.items()

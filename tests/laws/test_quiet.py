@@ -12,6 +12,7 @@ from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, TINY_LLAMA
 from tests.support.terminal import Terminal
 from tests.support.tune_process import python_process
+from tests.support.written_runs import step_records, write_run
 
 RECIPES = sorted(path.stem for path in PROJECT.glob("recipes/[!_]*.py"))
 CHECKPOINT = f"checkpoint_dir={TINY_LLAMA}/checkpoint"
@@ -69,6 +70,10 @@ COMMANDS = {
     "generate": ["--config", "configs/generate.yaml", CHECKPOINT, "prompt=Who?", "max_new_tokens=3", "device=cpu"],
     "evaluate": ["--config", "configs/evaluate.yaml", CHECKPOINT, ROWS, "dataset.max_rows=8", "cache_dir=null"],
     "evaluate, tasks": [*("--config", "configs/evaluate.yaml", CHECKPOINT, "dataset=null"), "tasks=[OUT/task.yaml]"],
+    "compare_runs": [
+        *("--config", "configs/compare_runs.yaml", "run_dirs=[OUT/a_run, OUT/another_run]"),
+        "output_file=OUT/report.html",
+    ],
     "merge": ["--config", "configs/merge.yaml", CHECKPOINT],
     "merge, gguf": ["--config", "configs/merge.yaml", CHECKPOINT, "format=gguf", "prove=false"],
 }
@@ -108,6 +113,9 @@ def test_a_recipe_prints_what_is_ours_only_in_80_columns(name, adapter, tmp_path
     pytest.importorskip(PACKAGES.get(name, "torch"))
     recipe = name.partition(",")[0]
     overrides = []
+    if recipe == "compare_runs":
+        for number, run in enumerate(("a_run", "another_run"), start=1):
+            write_run(tmp_path / run, f"learning_rate={number}e-4", records=step_records([3.0, 2.0]))
     if recipe in ("generate", "evaluate", "merge"):
         overrides += [f"adapter_dir={adapter}"]
     if recipe == "merge" or recipe.endswith("_single_device"):

@@ -18,17 +18,19 @@ from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT, snapshot
 from tests.support.recipe_runs import run_here, run_merge
 from tests.support.rows import write_dialogs
+from tests.support.written_runs import step_records, write_run
 
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """A folder with a base, an adapter on it, a merge of both, and rows."""
+    """A folder with a base, an adapter on it, a merge of both, rows, and a run."""
     folder = tmp_path_factory.mktemp("adapted")
     base = write_checkpoint(folder / "base")
     saved_adapter(with_random_adapters(loaded_model(base, lora_rank=2)), folder / "adapter")
     code, _, err = run_merge(**merging(folder, folder / "merged"))
     assert code == 0, err
     write_dialogs(folder / "rows.jsonl", [("Who?", "Nobody.")])
+    write_run(folder / "run", records=step_records([3.0, 2.0]))
     return folder
 
 
@@ -130,13 +132,21 @@ def previewing(folder: Path, output_file: Path) -> list[str]:
     ]
 
 
-WRITERS = {"evaluate": evaluation, "generate": answering, "preview": previewing}
-CONFIGS = {"evaluate": "evaluate.yaml", "generate": "generate.yaml", "preview": "llama_qlora.yaml"}
+def comparing(folder: Path, output_file: Path) -> list[str]:
+    config = str(PROJECT / "configs/compare_runs.yaml")
+    return ["--config", config, f"run_dirs=[{folder / 'run'}]", f"output_file={output_file}"]
+
+
+WRITERS = {"evaluate": evaluation, "generate": answering, "preview": previewing, "compare_runs": comparing}
+CONFIGS = {
+    **{"evaluate": "evaluate.yaml", "generate": "generate.yaml"},
+    **{"preview": "llama_qlora.yaml", "compare_runs": "compare_runs.yaml"},
+}
 
 
 @pytest.mark.parametrize("recipe", WRITERS)
 def test_an_earlier_output_file(adapted, tmp_path, recipe):
-    """Results of an evaluation, and the page of a preview, are replaced by those of the next; answers never."""
+    """Results of an evaluation and the pages of a preview and a comparison make way for the next; answers never."""
     command = [recipe, *WRITERS[recipe](adapted, tmp_path / "out.json")]
     assert run_here(*command)[0] == 0
     before = snapshot(tmp_path)
@@ -173,6 +183,14 @@ def test_L33_an_output_file_is_never_what_is_read(adapted, tmp_path, recipe, nam
         code, _, err = run_here(recipe, *WRITERS[recipe](folder, folder / name))
         assert code == 2 and err.startswith("error: output_file: ") and len(err.splitlines()) == 1, err
         assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["run/config.yaml", "run/metrics.jsonl", "run"])
+def test_L33_no_comparison_is_written_over_what_a_run_wrote(adapted, name):
+    before = snapshot(adapted)
+    code, _, err = run_here("compare_runs", *comparing(adapted, adapted / name))
+    assert code == 2 and err.startswith("error: output_file: ") and len(err.splitlines()) == 1
+    assert snapshot(adapted) == before
 
 
 @pytest.mark.parametrize("recipe", WRITERS)

@@ -8,6 +8,10 @@ from matplotlib.figure import Figure
 
 from custom_components.runs.loss_plot import needs_log_axis, plot_losses, running_mean
 from custom_components.runs.recognition import is_plot
+from tests.support.tune_process import python_process
+
+# What ipykernel sets it to: kernelapp.py of 7.4.
+BACKEND = "module://matplotlib_inline.backend_inline"
 
 
 @pytest.fixture
@@ -83,3 +87,14 @@ def test_a_running_mean_is_the_mean_and_keeps_a_constant():
 @pytest.mark.parametrize(("losses", "is_log"), [([2, 1], False), ([20, 1], False), ([21, 1], True), ([5, 0], False)])
 def test_the_axis_is_logarithmic_where_the_range_needs_it(losses, is_log):
     assert needs_log_axis(losses) is is_log
+
+
+def test_a_backend_that_a_notebook_names_and_that_is_not_there_stops_no_plot(tmp_path):
+    """A cell's command inherits MPLBACKEND, which names a module of the notebook's environment."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record(1, 2.0)) + "\n")
+    code = f"import os, pathlib, sys; sys.modules['matplotlib_inline'] = None; os.environ['MPLBACKEND'] = {BACKEND!r}\n"
+    code += "from custom_components.runs.loss_plot import plot_losses\n"
+    code += "plot_losses(pathlib.Path('metrics.jsonl'), pathlib.Path('loss.png')); print(os.environ['MPLBACKEND'])"
+    result = python_process("-c", code, directory=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{BACKEND}\n", "")
+    assert is_plot(tmp_path / "loss.png")
