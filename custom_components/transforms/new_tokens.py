@@ -5,8 +5,8 @@ from pathlib import Path
 
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.added_tokens import AddedTokens, read_added_tokens
-from custom_components.transforms.byte_level_tokenizer import ByteLevelTokenizer
 from custom_components.transforms.jinja_dialogs import JinjaTemplate
+from custom_components.transforms.json_tokenizer import JsonTokenizer
 from custom_components.transforms.marked_template import MarkedTemplate
 from custom_components.transforms.templates import PromptTemplate
 from custom_components.transforms.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ def with_tokens_beside(tokenizer: Tokenizer, adapter_dir: Path) -> Tokenizer:
     Raises:
         UserError: a damaged file, or ids that this tokenizer cannot give.
     """
-    if isinstance(tokenizer, ByteLevelTokenizer):
+    if isinstance(tokenizer, JsonTokenizer):
         beside = read_added_tokens(adapter_dir, 0)
         extended = with_tokens(tokenizer, [token.text for token in beside.tokens])
         if other := [token for token in beside.tokens if extended.id_of(token.text) != token.index]:

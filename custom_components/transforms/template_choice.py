@@ -51,7 +51,7 @@ def chosen_template(description: str | dict[str, str], tokenizer: Tokenizer) -> 
         return _from_jinja(own, tokenizer)
     if description == "auto":
         why = "has no chat template" if own is None else "has a chat template that is none of those built in"
-        use = "" if own is None else "; prompt_template=checkpoint trains with that one"
+        use = _format_of_tokens(tokenizer) if own is None else "; prompt_template=checkpoint trains with that one"
         return TemplateChoice(
             "llama2", TEMPLATES["llama2"], note=f"prompt_template: llama2, for the checkpoint {why}{use}"
         )
@@ -59,6 +59,13 @@ def chosen_template(description: str | dict[str, str], tokenizer: Tokenizer) -> 
         description = "mistral_v3" if "[INST]" in tokenizer.control_ids else "mistral_v1"
     template = _bound(prompt_template(description), description, tokenizer)
     return TemplateChoice(description, template, note=_difference(description, own))
+
+
+def _format_of_tokens(tokenizer: Tokenizer) -> str:
+    """Say which format a tokenizer has the tokens of; Meta's layout has no chat template for it."""
+    if with_tokens_of(TEMPLATES["llama3"], tokenizer) is None:
+        return ""
+    return "; its tokenizer has the tokens of prompt_template=llama3"
 
 
 def names_in(template: PromptTemplate) -> tuple[str, ...]:

@@ -24,6 +24,11 @@ class Tokenizer(ABC):
     has_pieces_of_several_words: ClassVar[bool] = False
 
     @property
+    def begins_word_after_control_tokens(self) -> bool:
+        """Whether a text after a control token is encoded as the start of a text is."""
+        return True
+
+    @property
     @abstractmethod
     def bos_id(self) -> int | None:
         """The token that begins texts; None: there is none."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from custom_components.runtime.terminal import say
 from custom_components.transforms.added_tokens import NAMES, read_json, stated_ids
-from custom_components.transforms.byte_level_tokenizer import ByteLevelTokenizer
 from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.jinja_template import chat_template
+from custom_components.transforms.json_tokenizer import JsonTokenizer
 from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.transforms.sentencepiece_tokenizer import SentencePieceTokenizer
 from custom_components.transforms.tokenizer import Tokenizer
@@ -91,9 +91,9 @@ def tokenizer_texts(exported: ExportedTokenizer, max_seq_len: int) -> dict[str, 
     """
     tokenizer = exported.tokenizer
     texts = {}
-    if isinstance(tokenizer, ByteLevelTokenizer):
+    if isinstance(tokenizer, JsonTokenizer):
         texts["tokenizer.json"] = tokenizer.file_text
-        config = _byte_level_config(exported, max_seq_len)
+        config = _config_beside_json(exported, max_seq_len)
     else:
         assert isinstance(tokenizer, SentencePieceTokenizer)
         config = _tokenizer_config(exported, max_seq_len)
@@ -122,7 +122,7 @@ def _fast_tokenizer_text(tokenizer: SentencePieceTokenizer) -> str | None:
     return beside.read_bytes().decode() if equals_but_for_additions(beside, fast) else fast.to_str(pretty=True)
 
 
-def _byte_level_config(exported: ExportedTokenizer, max_seq_len: int) -> dict[str, Any]:
+def _config_beside_json(exported: ExportedTokenizer, max_seq_len: int) -> dict[str, Any]:
     """Give the checkpoint's own tokenizer_config.json, with the tokens and the template that the model has now."""
     config = read_json(exported.tokenizer.path.parent / "tokenizer_config.json")
     config.pop("chat_template", None)

@@ -21,12 +21,12 @@ class _Segment(NamedTuple):
     """A text between control tokens, or one of these.
 
     Attributes:
-        follows_text: and is encoded as a continuation of it.
+        is_continuation: it is encoded as the continuation of what is before it.
     """
 
     content: str | int
     is_supervised: bool
-    follows_text: bool = False
+    is_continuation: bool = False
 
 
 def encode_turns(
@@ -38,22 +38,22 @@ def encode_turns(
     are encoded apart, as the prompt is when it waits for an answer.
     """
     split = _markup_splitter(tokenizer)
-    segments_of_dialogs = [_segments(turns, split, tokenizer.bos_id, trains_prompts) for turns in dialogs]
+    segments_of_dialogs = [_segments(turns, split, tokenizer, trains_prompts) for turns in dialogs]
     ids = {}
-    for follows_text, encode in ((False, tokenizer.encode), (True, tokenizer.encode_continued)):
+    for is_continuation, encode in ((False, tokenizer.encode), (True, tokenizer.encode_continued)):
         texts = [
             segment.content
             for segments in segments_of_dialogs
             for segment in segments
-            if isinstance(segment.content, str) and segment.follows_text is follows_text
+            if isinstance(segment.content, str) and segment.is_continuation is is_continuation
         ]
-        ids[follows_text] = iter(encode(texts))
+        ids[is_continuation] = iter(encode(texts))
     encoded_dialogs = []
     for segments in segments_of_dialogs:
         encoded = EncodedDialog([], [])
         for segment in segments:
             content = segment.content
-            tokens = next(ids[segment.follows_text]) if isinstance(content, str) else [content]
+            tokens = next(ids[segment.is_continuation]) if isinstance(content, str) else [content]
             encoded.tokens.extend(tokens)
             encoded.is_supervised.extend([segment.is_supervised] * len(tokens))
         encoded_dialogs.append(encoded)
@@ -68,15 +68,15 @@ def splits_a_token(tokenizer: Tokenizer, turns: Sequence[Turn]) -> bool:
     """
     if not tokenizer.has_pieces_of_several_words:
         return False
-    segments = _segments(turns, _markup_splitter(tokenizer), tokenizer.bos_id, trains_prompts=False)
-    borders = [(before, after) for before, after in pairwise(segments) if after.follows_text]
+    segments = _segments(turns, _markup_splitter(tokenizer), tokenizer, trains_prompts=False)
+    borders = [(before, after) for before, after in pairwise(segments) if after.is_continuation]
     return any(tokenizer.spans(str(before.content), str(after.content)) for before, after in borders)
 
 
 def _segments(
     turns: Sequence[Turn],
     split: Callable[[Markup], Sequence[str | int]],
-    bos_id: int | None,
+    tokenizer: Tokenizer,
     trains_prompts: bool,
 ) -> list[_Segment]:
     segments: list[_Segment] = []
@@ -96,12 +96,13 @@ def _segments(
     def add_text(run: str, is_supervised: bool) -> None:
         if run:
             follows_text = bool(segments) and isinstance(segments[-1].content, str)
-            segments.append(_Segment(run, is_supervised, follows_text))
+            is_continuation = follows_text or (bool(segments) and not tokenizer.begins_word_after_control_tokens)
+            segments.append(_Segment(run, is_supervised, is_continuation))
 
     for turn in turns:
         start = len(segments)
         add(turn.prompt, trains_prompts and not turn.is_prompt_masked)
-        if len(segments) > start and segments[start].content == bos_id:
+        if len(segments) > start and segments[start].content == tokenizer.bos_id:
             segments[start] = segments[start]._replace(is_supervised=False)  # nothing is before it to predict it from
         add(turn.answer or (), turn.is_supervised)
         add(turn.trailer, False)

@@ -1,6 +1,7 @@
 """A GGUF file holds the model's tensors, its sizes and its tokenizer, and is whole or absent."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch import Tensor
 from custom_components.export.gguf import write_gguf
 from custom_components.models.shapes import LlamaShape
 from custom_components.runtime.errors import UserError
+from custom_components.transforms.tokenizer_files import ExportedTokenizer
+from custom_components.transforms.tokenizer_reading import read_tokenizer
 from tests.support.paths import TINY_TOKENIZER
-from tests.support.tokenizers import exported_tokenizer
+from tests.support.tokenizers import exported_tokenizer, write_byte_fallback_tokenizer, write_tiktoken_file
 
 gguf = pytest.importorskip("gguf")
 
@@ -269,3 +272,58 @@ def test_tensors_of_another_model_are_never_written(tmp_path, change):
     with pytest.raises((AssertionError, KeyError)):
         written(tmp_path / "model.gguf", TIED_AND_PADDED, tensors)
     assert list(tmp_path.iterdir()) == []
+
+
+def exported_json(directory: Path) -> ExportedTokenizer:
+    tokenizer = read_tokenizer(directory)
+    return ExportedTokenizer(tokenizer, (tokenizer.eos_id,), None)
+
+
+@pytest.mark.parametrize("puts_space", ["always", "first", "never"])
+def test_a_tokenizer_json_of_sentencepiece_s_kind_is_written_as_its_model(tmp_path, capsys, puts_space):
+    """Scores have another scale: only their order counts."""
+    directory = write_byte_fallback_tokenizer(tmp_path, puts_space)
+    shape = dataclasses.replace(GROUPED_HEADS, vocab_size=1030)
+    tensors = random_tensors(shape)
+    of_model = written(tmp_path / "of_model.gguf", shape, tensors)
+    of_json = written(tmp_path / "of_json.gguf", shape, tensors, tokenizer=exported_json(directory))
+    for key in ("model", "pre", "bos_token_id", "eos_token_id", "unknown_token_id", "add_bos_token"):
+        assert field(of_json, f"tokenizer.ggml.{key}") == field(of_model, f"tokenizer.ggml.{key}"), key
+    assert field(of_json, "tokenizer.ggml.add_space_prefix") is (puts_space == "always")
+    tokens, types, scores = (field(of_json, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "scores"))
+    assert tokens[:1024] == field(of_model, "tokenizer.ggml.tokens")[:1024]
+    assert tokens[1024:1027] == ["<|im_start|>", "<|im_end|>", "[PAD1026]"]
+    assert types[1024:1027] == [gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED]
+    expected = field(of_model, "tokenizer.ggml.token_type")[:1024]
+    expected[0] = types[0]  # <unk>: unknown in one, and a token that is added in the other
+    assert types[:1024] == expected
+    joined = [index for index in range(259, 1024) if len(tokens[index]) > 1]
+    their_scores = field(of_model, "tokenizer.ggml.scores")
+    assert sorted(joined, key=lambda index: -scores[index]) == sorted(joined, key=lambda index: -their_scores[index])
+    assert ("lacks it" in capsys.readouterr().out) is (puts_space == "first")
+
+
+def test_merges_that_no_scores_give_are_refused(tmp_path):
+    directory = write_byte_fallback_tokenizer(tmp_path)
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    whole = content["model"]["merges"]
+    for merges in (whole[:-1], [*whole[1:], whole[0], whole[1]]):
+        content["model"]["merges"] = merges
+        path.write_text(json.dumps(content))
+        refused(
+            tmp_path / "x.gguf",
+            never_asked(),
+            "in an order that no scores of pieces",
+            tokenizer=exported_json(tmp_path),
+        )
+
+
+def test_metas_file_of_llama3_is_written_as_its_tokenizer_json(tmp_path):
+    write_tiktoken_file(tmp_path / "tokenizer.model")
+    shape = dataclasses.replace(GROUPED_HEADS, vocab_size=700)
+    reader = written(tmp_path / "model.gguf", shape, random_tensors(shape), tokenizer=exported_json(tmp_path))
+    assert (field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre")) == ("gpt2", "llama-bpe")
+    tokens, types = (field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    assert types[tokens.index("<|eot_id|>")] == gguf.TokenType.CONTROL
+    assert len(field(reader, "tokenizer.ggml.merges")) > 20

@@ -1,4 +1,4 @@
-"""Models that are not Llama 2, from preview to GGUF: Llama 3.2's shape, Mistral's, and ChatML on a Llama 2."""
+"""Models that are not Llama 2 as published, from preview to GGUF, by their shapes, their tokenizers and their files."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,18 @@ import torch
 import yaml
 
 from custom_components.transforms.prompt_format import read_prompt_format, tokenizer_with_format
-from tests.support.chat_templates import CHATML_JINJA, LLAMA3_1_JINJA
-from tests.support.checkpoints import write_checkpoint
+from tests.support.chat_templates import CHATML_JINJA, LLAMA3_1_JINJA, ZEPHYR_JINJA
+from tests.support.checkpoints import as_meta_checkpoint, write_checkpoint
 from tests.support.go_template import rendered_in_python
 from tests.support.modelfile import ollama_prompt
 from tests.support.recipe_runs import arguments, run_here, run_merge
 from tests.support.rows import random_dialogs, write_dialogs
-from tests.support.tokenizers import write_byte_level_tokenizer, write_sentencepiece_model
+from tests.support.tokenizers import (
+    write_byte_fallback_tokenizer,
+    write_byte_level_tokenizer,
+    write_sentencepiece_model,
+    write_tiktoken_file,
+)
 
 
 def llama3_2(folder: Path) -> Path:
@@ -56,9 +61,30 @@ def chatml_llama2(folder: Path) -> Path:
     return directory
 
 
+def llama2_without_model_file(folder: Path) -> Path:
+    """Its SentencePiece model is a tokenizer.json only, as transformers 5 writes it."""
+    directory = write_checkpoint(folder / "json", vocab_size=1026)
+    (directory / "tokenizer.model").unlink()
+    write_byte_fallback_tokenizer(directory, "first")
+    (directory / "chat_template.jinja").write_text(ZEPHYR_JINJA)
+    return directory
+
+
+def llama3_of_meta(folder: Path) -> Path:
+    """params.json, consolidated.00.pth and tokenizer.model, as in Meta's own downloads."""
+    directory = write_checkpoint(folder / "meta", rope_theta=500_000.0, vocab_size=640, intermediate_size=256)
+    as_meta_checkpoint(directory, 1)
+    write_tiktoken_file(directory / "tokenizer.model")
+    params = json.loads((directory / "params.json").read_text())
+    (directory / "params.json").write_text(json.dumps(params | {"rope_theta": 500_000.0, "use_scaled_rope": True}))
+    return directory
+
+
 MODELS = {
     "llama3_2": (llama3_2, "auto", "llama3_1", ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]),
     "mistral": (mistral, "mistral", "mistral_v3", ["</s>"]),
+    "json": (llama2_without_model_file, "auto", "zephyr", ["</s>"]),
+    "meta": (llama3_of_meta, "llama3", "llama3", ["<|eot_id|>", "<|end_of_text|>"]),
     "chatml": (chatml_llama2, "auto", "chatml", ["<|im_end|>", "</s>"]),
 }
 
@@ -70,7 +96,8 @@ def done(recipe: str, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama3_2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "chatml"))]
+    "name",
+    ["llama3_2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "json", "meta", "chatml"))],
 )
 def test_from_preview_to_gguf(tmp_path, name):
     gguf = pytest.importorskip("gguf")
@@ -120,13 +147,13 @@ def test_from_preview_to_gguf(tmp_path, name):
     def field(key):
         return reader.get_field(key).contents()
 
-    assert field("tokenizer.ggml.model") == ("gpt2" if name == "llama3_2" else "llama")
+    assert field("tokenizer.ggml.model") == ("gpt2" if name in ("llama3_2", "meta") else "llama")
     assert field("tokenizer.ggml.eos_token_id") in ours.stop_tokens
-    assert field("tokenizer.ggml.add_bos_token") is (name != "chatml")
-    if name == "llama3_2":
+    assert field("tokenizer.ggml.add_bos_token") is (name not in ("chatml", "json"))
+    if name in ("llama3_2", "meta"):
         assert field("tokenizer.ggml.pre") == "llama-bpe"
         [divisors] = [tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
-        assert divisors.data.shape == (8,) and divisors.data.max() == 32
+        assert divisors.data.shape == (8,) and divisors.data.max() == (32 if name == "llama3_2" else 8)
     asked = ollama_prompt((in_gguf / "Modelfile").read_text(), question, rendered_in_python)
     bos = [ours.bos_id] if field("tokenizer.ggml.add_bos_token") else []
     assert bos + theirs(asked, add_special_tokens=False).input_ids == prompt

@@ -1,5 +1,6 @@
 """Tokenizers as they go out with a model, and small ones of other kinds than Llama 2's."""
 
+import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 from custom_components.transforms.added_tokens import AddedTokens
 from custom_components.transforms.sentencepiece_tokenizer import SentencePieceTokenizer
 from custom_components.transforms.tokenizer_files import ExportedTokenizer
+from custom_components.transforms.tokenizer_json import fast_tokenizer
+from tests.support.paths import TINY_TOKENIZER
 
 
 def exported_tokenizer(model: Path, chat_template: str | None = None) -> ExportedTokenizer:
@@ -80,6 +83,48 @@ def write_byte_level_tokenizer(directory: Path, control_tokens: Sequence[str] = 
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
+
+
+def write_byte_fallback_tokenizer(directory: Path, puts_space: str = "always") -> Path:
+    """Write the tiny Llama's tokenizer.model as a tokenizer.json with two tokens more; returns the directory.
+
+    Args:
+        puts_space: before the first word of texts: "always": of all, as Llama 2's; "first": not of those that follow a
+            control token, as transformers 5 writes it; "never".
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(TINY_TOKENIZER))
+    tokenizer = fast_tokenizer(processor)
+    assert tokenizer is not None
+    if puts_space != "always":
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", puts_space, split=False)
+    if puts_space == "never":
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(text, normalized=False) for text in ("<|im_start|>", "<|im_end|>")]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "<unk>"}))
+    return directory
+
+
+def write_tiktoken_file(path: Path) -> Path:
+    """Write a small tokenizer.model as Meta's of Llama 3: the vocabulary of `write_byte_level_tokenizer`, by ranks."""
+    vocabulary = json.loads((write_byte_level_tokenizer(path.parent) / "tokenizer.json").read_text())["model"]["vocab"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path.parent / name).unlink()
+    # Letters of Latin-1 stand for their own byte, the others in their order for the bytes that are left.
+    themselves = {ord(letter) for letter in pre_tokenizers.ByteLevel.alphabet() if ord(letter) < 256}
+    left = sorted(set(range(256)) - themselves)
+    lines = []
+    for text, rank in sorted(vocabulary.items(), key=lambda item: item[1]):
+        as_bytes = bytes(ord(letter) if ord(letter) < 256 else left[ord(letter) - 256] for letter in text)
+        lines.append(b"%s %d\n" % (base64.b64encode(as_bytes), rank))
+    path.write_bytes(b"".join(lines))
+    return path
 
 
 def write_sentencepiece_model(path: Path, control_tokens: Sequence[str]) -> Path:
