@@ -29,7 +29,7 @@ from custom_components.training.compiling import compiled_optimizer
 from custom_components.training.gradients import Losses, accumulate_gradients, validation_loss
 from custom_components.training.plan import Plan
 from custom_components.training.state import TrainingState
-from custom_components.training.step import begin_step, finish_step
+from custom_components.training.step import begin_step, counts_of, finish_step
 
 
 def recipe_main() -> None:
@@ -69,9 +69,9 @@ def train(
             begin_step(step, state)
             batches = data.batches(step.forwards)
             with step_limit.step(step.number, batches):
-                mean_loss = accumulate_gradients(batches, losses.training, state.scaler, run.device)
-            result = finish_step(step, state, batches, mean_loss, settings.clip_grad_norm, start_seconds)
-            log.step(step, batches, result)
+                mean_loss = accumulate_gradients(batches, losses.training, state.scaler, run.device, step.seeds)
+            result = finish_step(step, state, counts_of(batches), mean_loss, settings.clip_grad_norm, start_seconds)
+            log.step(step, result)
             is_best = False
             if step.validates:
                 val_loss = validation_loss(model, validation_batches, losses.validation, run.device)

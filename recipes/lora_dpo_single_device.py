@@ -32,7 +32,7 @@ from custom_components.training.gradients import accumulate_gradients, validatio
 from custom_components.training.plan import Plan
 from custom_components.training.preference import MeasuredLosses
 from custom_components.training.state import TrainingState
-from custom_components.training.step import begin_step, finish_step
+from custom_components.training.step import begin_step, counts_of, finish_step
 
 
 def recipe_main() -> None:
@@ -82,9 +82,9 @@ def train(
             begin_step(step, state)
             batches = data.batches(step.forwards)
             with step_limit.step(step.number, batches):
-                mean_loss = accumulate_gradients(batches, losses.training, state.scaler, run.device)
-            result = finish_step(step, state, batches, mean_loss, settings.clip_grad_norm, start_seconds)
-            log.step(step, batches, result, losses.training_measures.take())
+                mean_loss = accumulate_gradients(batches, losses.training, state.scaler, run.device, step.seeds)
+            result = finish_step(step, state, counts_of(batches), mean_loss, settings.clip_grad_norm, start_seconds)
+            log.step(step, result, losses.training_measures.take())
             if step.validates:
                 val_loss = validation_loss(model, validation_batches, losses.validation, run.device)
                 log.validation(step, val_loss, losses.validation_measures.take())

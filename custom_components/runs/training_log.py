@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from custom_components.datasets.batching import Batch
 from custom_components.runs.metric_logger import MetricLogger
 from custom_components.runs.metrics import MetricsFile, write_samples
 from custom_components.runs.progress_bar import ProgressBar
@@ -33,16 +32,14 @@ class TrainingLog(contextlib.AbstractContextManager):
         self._logger = logger
         self._bar = ProgressBar(num_steps, num_done_steps)
 
-    def step(
-        self, step: PlannedStep, batches: Sequence[Batch], result: StepResult, measures: Mapping[str, float] = _NONE
-    ) -> None:
+    def step(self, step: PlannedStep, result: StepResult, measures: Mapping[str, float] = _NONE) -> None:
         """Record an optimizer step.
 
         Args:
             measures: beside the loss, by name.
         """
         metrics = self._opened_metrics()
-        num_tokens = sum(batch.num_tokens for batch in batches)
+        counts = result.counts
         record = {
             "step": step.number,
             "epoch": step.epoch,
@@ -50,10 +47,10 @@ class TrainingLog(contextlib.AbstractContextManager):
             **measures,
             "lr": result.rate,
             "grad_norm": result.grad_norm,
-            "tokens": num_tokens,
-            "supervised_tokens": sum(batch.num_supervised_tokens for batch in batches),
+            "tokens": counts.num_tokens,
+            "supervised_tokens": counts.num_supervised_tokens,
             "step_seconds": result.seconds,
-            "tokens_per_second": num_tokens / result.seconds,
+            "tokens_per_second": counts.num_tokens / result.seconds,
             "peak_memory_gib": self._run.memory.gib(),
         }
         metrics.write(record)

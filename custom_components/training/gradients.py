@@ -74,17 +74,31 @@ def supervised_hidden_states(model: TransformerDecoder, batch: Batch, options: F
     return hidden_1TD[0].index_select(0, batch.supervised_P)
 
 
-def accumulate_gradients(batches: Sequence[Batch], loss_of: LossOf, scaler: GradScaler, device: torch.device) -> Tensor:
+def accumulate_gradients(
+    batches: Sequence[Batch],
+    loss_of: LossOf,
+    scaler: GradScaler,
+    device: torch.device,
+    seeds: Sequence[int] | None = None,
+    num_units: int | None = None,
+) -> Tensor:
     """Run forward and backward over the batches of one optimizer step; return the loss per unit.
 
     The sum over all batches is divided by the units of all of them, so N forwards of one row equal one forward of N
     rows. It is divided before the backward, so that fp16 gradients do not overflow. `scaler`, enabled for fp16, leaves
     the gradients scaled.
+
+    Args:
+        seeds: for what each forward draws, dropout and NEFTune's noise; None: torch's generators go on as they are.
+        num_units: of all processes that take part in the step; None: of these batches, which are all.
     """
-    num_units = sum(batch.num_units for batch in batches)
+    if num_units is None:
+        num_units = sum(batch.num_units for batch in batches)
     total = torch.zeros((), device=device)
     # note: before the first forward, because copying from the host waits for what the device is doing.
-    for batch in [batch.to(device) for batch in batches]:
+    for index, batch in enumerate([batch.to(device) for batch in batches]):
+        if seeds is not None:
+            torch.manual_seed(seeds[index])
         loss = loss_of(batch) / num_units
         scaler.scale(loss).backward()
         total += loss.detach()

@@ -1,5 +1,6 @@
 """The plan of a training run: every optimizer step is known before the first, so resuming has nothing to remember."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ class PlannedStep:
         number: counted from 1.
         epoch: counted from 0.
         forwards: the rows of each forward, by index.
-        seed: for dropout and NEFTune's noise.
+        seed: for what the first forward draws: dropout and NEFTune's noise.
         rate_factor: the share of the peak learning rate.
         validates: a validation follows.
         saves: a run checkpoint follows, after the validation.
@@ -30,6 +31,12 @@ class PlannedStep:
     rate_factor: float
     validates: bool
     saves: bool
+
+    @property
+    def seeds(self) -> list[int]:
+        """A seed for each forward: what it draws does not depend on the forwards that a process takes before it."""
+        others = (hashlib.sha256(f"{self.seed} {number}".encode()) for number in range(1, len(self.forwards)))
+        return [self.seed, *(int.from_bytes(digest.digest()[:8]) for digest in others)]
 
 
 @dataclass(frozen=True)

@@ -15,32 +15,55 @@ from custom_components.training.state import TrainingState
 
 
 @dataclass(frozen=True)
+class StepCounts:
+    """What is counted in the forwards of an optimizer step.
+
+    Attributes:
+        num_units: what the sum of the losses is divided by.
+    """
+
+    num_units: int
+    num_tokens: int
+    num_supervised_tokens: int
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The result of an optimizer step.
 
     Attributes:
+        counts: of all its forwards.
         loss: per supervised token, in nats.
         grad_norm: before clipping.
         rate: of the first parameter group.
         seconds: that it took.
     """
 
+    counts: StepCounts
     loss: float
     grad_norm: float
     rate: float
     seconds: float
 
 
+def counts_of(batches: Sequence[Batch]) -> StepCounts:
+    """Count the units and tokens of forwards."""
+    return StepCounts(
+        sum(batch.num_units for batch in batches),
+        sum(batch.num_tokens for batch in batches),
+        sum(batch.num_supervised_tokens for batch in batches),
+    )
+
+
 def begin_step(step: PlannedStep, state: TrainingState) -> None:
-    """Seed what a step draws, dropout and NEFTune's noise, and set the rates of the step."""
-    torch.manual_seed(step.seed)
+    """Set the rates of a step."""
     set_rates(state.optimizer, state.peak_rates, step.rate_factor)
 
 
 def finish_step(
     step: PlannedStep,
     state: TrainingState,
-    batches: Sequence[Batch],
+    counts: StepCounts,
     mean_loss: Tensor,
     clip_grad_norm: float | None,
     start_seconds: float,
@@ -48,7 +71,7 @@ def finish_step(
     """Clip the gradients, let the optimizer take the step, and count it in the state's progress.
 
     Args:
-        batches: of the step's forwards.
+        counts: of the step's forwards.
         mean_loss: what :func:`accumulate_gradients` returned.
         clip_grad_norm: see :func:`clip_gradients`.
         start_seconds: `time.perf_counter()` when the step began.
@@ -63,5 +86,5 @@ def finish_step(
     loss, grad_norm = torch.stack([mean_loss, norm]).tolist()  # note: the step's one CPU-GPU sync point
     is_skipped = update_weights(state.optimizer, state.scaler, loss, grad_norm, step.number, step.forwards)
     seconds = time.perf_counter() - start_seconds
-    state.progress.add_step(sum(batch.num_tokens for batch in batches), seconds, is_skipped)
-    return StepResult(loss, grad_norm, state.peak_rates[0] * step.rate_factor, seconds)
+    state.progress.add_step(counts.num_tokens, seconds, is_skipped)
+    return StepResult(counts, loss, grad_norm, state.peak_rates[0] * step.rate_factor, seconds)

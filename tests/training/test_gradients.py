@@ -81,6 +81,25 @@ def test_validation_drops_nothing_and_adds_no_noise(make_checkpoint):
     assert losses.pop() == pytest.approx(expected, rel=1e-6)
 
 
+def test_what_a_forward_draws_does_not_depend_on_those_before_it(make_checkpoint):
+    """So two processes that share the forwards of a step drop out what one process does, in whichever order."""
+    model = with_random_adapters(loaded_model(make_checkpoint(), lora_dropout=0.5)).train()
+    batches = [collate([row]) for row in random_rows(3)]
+    loss_of = supervised_loss(model, LinearCrossEntropy(), ForwardOptions(neftune_noise_alpha=5.0))
+    num_units = sum(batch.num_units for batch in batches)
+
+    def gradients(*forwards):
+        model.zero_grad()
+        chosen, seeds = [batches[index] for index in forwards], [(7, 8, 9)[index] for index in forwards]
+        loss = accumulate_gradients(chosen, loss_of, NO_SCALER, CPU, seeds, num_units)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [loss, *(parameter.grad.clone() for parameter in trained)]
+
+    torch.testing.assert_close(gradients(0, 1, 2), gradients(2, 0, 1))
+    shares = [one + other for one, other in zip(gradients(0, 2), gradients(1), strict=True)]
+    torch.testing.assert_close(gradients(0, 1, 2), shares)
+
+
 def test_the_adapter_switched_off_is_a_reference_for_any_loss(make_checkpoint):
     """Per row, as a preference needs it: policy and reference are one model, and equal as long as B is zero."""
     model = loaded_model(make_checkpoint())

@@ -52,12 +52,13 @@ def test_packs_are_made_where_the_config_asks_for_them(plan):
     assert plan("packed=true").num_forwards < plan().num_forwards
 
 
-def test_rates_rise_over_the_warmup_and_dropout_has_a_seed_of_its_own_in_each_step(plan):
+def test_rates_rise_over_the_warmup_and_dropout_has_a_seed_of_its_own_in_each_forward(plan):
     first, other = plan("warmup_steps=3", "warmup_ratio=0.0"), plan("seed=1")
     assert first.num_warmup_steps == 3
     assert [step.rate_factor for step in first.steps[:3]] == pytest.approx([1 / 3, 2 / 3, 1])
-    seeds = [step.seed for step in (*first.steps, *other.steps)]
-    assert len(set(seeds)) == len(seeds)
+    seeds = [seed for step in (*first.steps, *other.steps) for seed in step.seeds]
+    assert len(set(seeds)) == len(seeds) > len(first.steps) + len(other.steps)
+    assert [step.seeds[0] for step in first.steps] == [step.seed for step in first.steps]
 
 
 def test_the_smallest_of_epochs_and_limits_ends_the_run(plan):
