@@ -128,7 +128,7 @@ def _add_byte_fallback(
     if not tokenizer.begins_word_after_control_tokens and tokenizer.puts_space_before_texts:
         say(
             "note: this tokenizer puts a space before the first word of a text, but not after a control token, where "
-            "llama.cpp does both or neither: it is told to put none, so a prompt without control tokens lacks it"
+            "llama.cpp does both or neither: it is told to put none, so a prompt that begins with text lacks it"
         )
     known = pieces | added
     _add_scored_pieces(writer, [known.get(index, _unused(index)) for index in range(num_embeddings)])

@@ -3,15 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from custom_components.datasets.sources import read_rows
 from custom_components.export.gguf import write_gguf
@@ -26,6 +23,7 @@ from custom_components.transforms.tokenizer_files import ExportedTokenizer
 from custom_components.transforms.turns import Markup, Turn
 from custom_components.weights.checkpoint_files import open_checkpoint
 from tests.support.go_template import has_go, rendered_by_go, rendered_in_python
+from tests.support.llama_cpp import in_llama_cpp, llama_cpp_answer, llama_cpp_logits
 from tests.support.modelfile import ollama_messages, read_modelfile
 from tests.support.models import inference_model, loaded_model
 from tests.support.paths import PROJECT, TINY_LLAMA
@@ -62,30 +60,6 @@ def export(checkpoint_dir: Path, path: Path, quantization: str = "f16") -> Path:
         name="exported",
     )
     return path
-
-
-@contextmanager
-def in_llama_cpp(path: Path) -> Iterator:
-    model = llama_cpp.Llama(str(path), n_ctx=0, n_threads=1, logits_all=True, verbose=False)
-    try:
-        yield model
-    finally:
-        model.close()
-
-
-def llama_cpp_answer(model, prompt: list[int], max_new_tokens: int) -> list[int]:
-    answer: list[int] = []
-    for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0):
-        if token == model.token_eos() or len(answer) == max_new_tokens:
-            break
-        answer.append(token)
-    return answer
-
-
-def llama_cpp_logits(model, tokens: list[int]) -> Tensor:
-    model.reset()
-    model.eval(tokens)
-    return torch.from_numpy(np.array(model.scores[: len(tokens)]))
 
 
 def chat(turns: list[str]) -> list[dict[str, str]]:
