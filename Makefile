@@ -18,7 +18,7 @@ setup: .venv/installed
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	@echo "installing the packages for tests into .venv: about 0.3 GB, a minute"
+	@echo "installing the packages for tests into .venv: about 0.4 GB, a minute"
 	$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check $(PIP_INSTALL_ARGS) -c constraints.txt -e '.[dev]'
 	touch $@
 

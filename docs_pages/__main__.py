@@ -1,10 +1,10 @@
-"""Write all generated parts of docs/ and of the headers of configs/: `python -m docs_pages [PAGE ...]`."""
+"""Write all generated parts of docs/, of configs/ and of the notebook: `python -m docs_pages [PAGE ...]`."""
 
 import re
 import sys
 from collections.abc import Callable
 
-from docs_pages import cards, moving, pictures, settings
+from docs_pages import cards, moving, notebook, pictures, settings
 from docs_pages.blocks import DOCS, PROJECT, write_blocks
 
 
@@ -45,6 +45,7 @@ PAGES: dict[str, Callable[[], None]] = {
     "moving": write_moving,
     "pictures": pictures.write_pictures,
     "cards": write_cards,
+    "notebook": notebook.write_notebook,
 }
 
 if __name__ == "__main__":

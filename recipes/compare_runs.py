@@ -88,20 +88,16 @@ def show_samples(page: ComparisonPage, runs: Sequence[RecordedRun]) -> None:
 
 
 def show_questions(page: ComparisonPage, answered: Mapping[str, StoredAnswers]) -> None:
-    """Show the first questions of the evaluations, with the right answer and each run's."""
+    """Show questions of the evaluations with the right answer and each run's, first those that a run got wrong."""
     if not answered:
         return
-    page.add_heading("Questions of the evaluations")
-    questions = {
-        (question.prompt, question.reference): None for answers in answered.values() for question in answers.questions
-    }
-    for prompt, reference in list(questions)[:NUM_QUESTIONS_SHOWN]:
-        by_run = {
-            name: question.answer
-            for name, answers in answered.items()
-            for question in answers.questions
-            if (question.prompt, question.reference) == (prompt, reference)
-        }
+    page.add_heading("Questions of the evaluations, those that a run got wrong first")
+    by_question: dict[tuple[str, str], dict[str, str]] = {}
+    for name, answers in answered.items():
+        for question in answers.questions:
+            by_question.setdefault((question.prompt, question.reference), {})[name] = question.answer
+    ordered = sorted(by_question.items(), key=lambda item: {*item[1].values()} == {item[0][1]})
+    for (prompt, reference), by_run in ordered[:NUM_QUESTIONS_SHOWN]:
         page.add_answers(prompt, {"the right answer": reference, **by_run})
 
 
