@@ -37,8 +37,7 @@ def converted_by_llama_cpp(script: str, source: Path, target: Path, *arguments: 
 
 @contextmanager
 def in_llama_cpp(path: Path) -> Iterator:
-    import llama_cpp
-
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not there: pip install llama-cpp-python")
     model = llama_cpp.Llama(str(path), n_ctx=0, n_threads=1, logits_all=True, verbose=False)
     try:
         yield model
