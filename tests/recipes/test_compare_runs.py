@@ -23,13 +23,8 @@ def folder(tmp_path_factory):
     base = write_checkpoint(folder / "base")
     rows = write_dialogs(folder / "rows.jsonl", random_dialogs(12))
     pairs = write_pairs(folder / "pairs.jsonl", 8)
-    token = ["prompt_template=chatml", "trainable_tokens=['<|im_start|>', '<|im_end|>']"]
     runs = {
         "lora": ("lora_single_device", arguments(base, rows, folder / "runs/lora", *MORE)),
-        "tokens": (
-            "lora_single_device",
-            arguments(base, rows, folder / "runs/tokens", *MORE, *token, "quantize_base=false"),
-        ),
         "dpo": ("lora_dpo_single_device", preference_arguments(base, pairs, folder / "runs/dpo", *MORE)),
         "full": (
             "full_single_device",
@@ -73,11 +68,11 @@ def test_runs_of_every_recipe_are_compared(folder, tmp_path):
     code, out, err = compare(f"run_dirs=[{folder}/runs/*]", f"output_file={tmp_path}/page.html")
     assert code == 0 and err == "" and max(map(len, out.splitlines()[:-1])) <= 80
     said = json.loads((folder / "said.json").read_text())
-    assert row_of(out, "trained parameters").split()[2:] == [said[name] for name in ("dpo", "full", "lora", "tokens")]
-    assert row_of(out, "optimizer steps").split()[2:] == ["1"] * 4
+    assert row_of(out, "trained parameters").split()[2:] == [said[name] for name in ("dpo", "full", "lora")]
+    assert row_of(out, "optimizer steps").split()[2:] == ["1"] * 3
     text = (tmp_path / "page.html").read_text()
-    assert text.count("<img ") == 4 and text.count("after step 1") == 8
-    assert "Who &lt;b&gt;?" in text and "full &lt;i&gt;" in text and text.count("(nothing)") == 4
+    assert text.count("<img ") == 4 and text.count("after step 1") == 6
+    assert "Who &lt;b&gt;?" in text and "full &lt;i&gt;" in text and text.count("(nothing)") == 3
     assert snapshot(folder) == before and [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 

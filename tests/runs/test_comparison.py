@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.figure import Figure
 
+from custom_components.models.token_rows import train_token_rows
 from custom_components.runs.comparison import difference_rows, measure_rows
 from custom_components.runs.comparison_page import ComparisonPage
 from custom_components.runs.comparison_plot import loss_curves
@@ -138,7 +139,8 @@ def test_losses_of_pairs_have_rows_and_pictures_of_their_own(runs_of):
 
 
 def test_trained_parameters_are_counted_as_the_model_counts_them(make_checkpoint, tmp_path):
-    model = loaded_model(make_checkpoint(), use_dora=True, apply_lora_to_output=True)
+    model = loaded_model(make_checkpoint(), use_dora=True)
+    train_token_rows(model, range(1020, 1024))
     save_adapter(model, tmp_path / "adapter", "base", {})
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert num_adapter_parameters(tmp_path / "adapter") == trained > 0
