@@ -14,6 +14,7 @@ _DASHES = ("solid", "dashed", "dotted", "dashdot")
 _WIDTH_INCHES, _HEIGHT_INCHES = 5.4, 3.6
 # The share of the steps that the running mean of the training loss is over.
 _MEAN_SHARE = 0.02
+_MOST_POINTS = 1000  # of a line of training losses
 
 
 def run_style(index: int) -> tuple[str, str]:
@@ -62,9 +63,10 @@ def _draw(axes: Any, run: RecordedRun, index: int, over_tokens: bool) -> list[fl
     """Draw a run, and return the losses that are seen."""
     colour, dashes = run_style(index)
     steps, losses = _placed(run, run.steps, "loss", over_tokens)
-    shown = running_mean(losses, math.ceil(_MEAN_SHARE * len(losses)) | 1) if losses else []
+    stride = math.ceil(len(losses) / _MOST_POINTS) or 1
+    shown = running_mean(losses, math.ceil(_MEAN_SHARE * len(losses)) | 1)[::stride]
     alone = "." if len(shown) == 1 else ""
-    axes.plot(steps, shown, color=colour, linestyle=dashes, linewidth=0.9, alpha=0.7, marker=alone)
+    axes.plot(steps[::stride], shown, color=colour, linestyle=dashes, linewidth=0.9, alpha=0.7, marker=alone)
     val_steps, val_losses = _placed(run, run.validations, "val_loss", over_tokens)
     axes.plot(val_steps, val_losses, color=colour, linestyle=dashes, linewidth=2, marker="o", markersize=4)
     return [*shown, *val_losses]

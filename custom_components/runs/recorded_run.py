@@ -152,7 +152,10 @@ def _problem(path: Path) -> str | None:
         return f"run_dirs: {str(path)!r} is {what}; name the output_dir of a run"
     if not (path / RUN_CONFIG_NAME).is_file():
         inside = sorted(entry.parent.name for entry in path.glob(f"*/{RUN_CONFIG_NAME}"))[:_MOST_NAMED]
-        hint = f"those in it, {', '.join(inside)}, are named by '{path}/*'" if inside else "name the output_dir of one"
+        around = next((parent for parent in path.parents if (parent / RUN_CONFIG_NAME).is_file()), None)
+        hint = f"name {str(around)!r}, which it is in" if around else "name the output_dir of one"
+        if inside:
+            hint = f"those in it, {', '.join(inside)}, are named by '{path}/*'"
         return f"run_dirs: {str(path)!r} is not the directory of a run, it has no {RUN_CONFIG_NAME}; {hint}"
     return None
 
