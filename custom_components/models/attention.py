@@ -112,12 +112,8 @@ class SelfAttention(nn.Module):
             (B, S, D).
         """
         batch_size, seq_len, _ = input_BSD.shape
-        query, key, value = lora_linears(input_BSD, (self.q_proj, self.k_proj, self.v_proj))
-        query_BSNH = query.view(batch_size, seq_len, self.num_heads, self.head_dim)
-        key_BSKH = key.view(batch_size, seq_len, self.num_kv_heads, self.head_dim)
-        value_BKSH = value.view(batch_size, seq_len, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        query_BNSH = self.pos_embeddings(query_BSNH, input_pos=input_pos).transpose(1, 2)
-        key_BKSH = self.pos_embeddings(key_BSKH, input_pos=input_pos).transpose(1, 2)
+        heads = self.heads(input_BSD, input_pos)
+        query_BNSH, key_BKSH, value_BKSH = (tensor.transpose(1, 2) for tensor in heads)
         if isinstance(mask, RowLengths):
             output_BNSH = attend_within_rows(query_BNSH, key_BKSH, value_BKSH, mask)
         else:
@@ -129,6 +125,16 @@ class SelfAttention(nn.Module):
             output_BNSH = attend(query_BNSH, key_BKSH, value_BKSH, mask)
         output_BSD = output_BNSH.transpose(1, 2).reshape(batch_size, seq_len, self.num_heads * self.head_dim)
         return self.output_proj(output_BSD)
+
+    def heads(self, input_BSD: Tensor, input_pos: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries, (B, S, N, H), keys and values, (B, S, K, H), from normalized hidden states."""
+        query, key, value = (
+            projected.unflatten(2, (-1, self.head_dim))
+            for projected in lora_linears(input_BSD, (self.q_proj, self.k_proj, self.v_proj))
+        )
+        query_BSNH = self.pos_embeddings(query, input_pos=input_pos)
+        key_BSKH = self.pos_embeddings(key, input_pos=input_pos)
+        return query_BSNH, key_BSKH, value
 
 
 # note: the lengths differ from step to step, and the compiler would recompile every layer for each of them.

@@ -82,7 +82,9 @@ class DoRALinear(LoRALinear):
     def adapted_output(self, input: Tensor, low_rank: Tensor) -> Tensor:
         # W x and W A^T, which the norms need, in one product: NF4 is dequantized once.
         rows = torch.cat([input.reshape(-1, self.in_dim), self.lora_a.weight.detach().to(input.dtype)])
-        base, base_of_a_RO = self.plain_output(rows).split([len(rows) - self.rank, self.rank])
+        with nf4_product.FROZEN_VALUES.needed(True):  # for the gradient of the magnitude
+            outputs = self.plain_output(rows)
+        base, base_of_a_RO = outputs.split([len(rows) - self.rank, self.rank])
         base = base.view(*input.shape[:-1], self.out_dim)
         output = torch.add(base, self.update(low_rank), alpha=self.scaling)
         ratio_O = self.magnitude / self.row_norms(base_of_a_RO)

@@ -20,8 +20,12 @@ class FeedForward(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., embed_dim) -> (..., embed_dim)."""
+        return self.w2(self.gated(input))
+
+    def gated(self, input: Tensor) -> Tensor:
+        """Compute all but the last product: (..., embed_dim) -> (..., intermediate_dim)."""
         gate, up = lora_linears(input, (self.w1, self.w3))
-        return self.w2(_SwiGLU.apply(gate, up))
+        return _SwiGLU.apply(gate, up)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -4,10 +4,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from torchtune.modules import TransformerDecoder
 
 from custom_components.models.attention import RowLengths
+from custom_components.models.layer_in_pieces import KEPT_IN_PLACE, LayerInputs
 
 
 def final_hidden_states(
@@ -17,6 +17,7 @@ def final_hidden_states(
     positions: Tensor,
     *,
     num_recomputed_layers: int = 0,
+    layer_inputs: LayerInputs = KEPT_IN_PLACE,
     neftune_noise_alpha: float | None = None,
 ) -> Tensor:
     """Compute what `model` gives its output head: normalized hidden states, (B, S, embed_dim), for (B, S) tokens.
@@ -27,7 +28,8 @@ def final_hidden_states(
     Args:
         mask, positions: see :class:`SelfAttention`.
         num_recomputed_layers: the first so many layers that have a backward keep only their input for it; it computes
-            the rest again.
+            the rest again. The rows are then end to end.
+        layer_inputs: where they keep it.
         neftune_noise_alpha: noise on the embeddings while the model trains, see :func:`neftune_noise`.
     """
     hidden = model.tok_embeddings(tokens)
@@ -36,7 +38,7 @@ def final_hidden_states(
     first = first_layer_with_backward(model)
     for index, layer in enumerate(model.layers):
         if first <= index < first + num_recomputed_layers:
-            hidden = checkpoint(layer, hidden, mask=mask, input_pos=positions, use_reentrant=False)
+            hidden = layer(hidden, mask=mask, input_pos=positions, kept_in=layer_inputs)
         else:
             hidden = layer(hidden, mask=mask, input_pos=positions)
     return model.norm(hidden)

@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import nn
-from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import TiedLinear, TransformerDecoder
 from torchtune.modules.common_utils import reparametrize_as_dtype_state_dict_post_hook
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
@@ -15,6 +15,7 @@ from custom_components.models import nf4
 from custom_components.models.attention import SelfAttention
 from custom_components.models.dora import DoRALinear
 from custom_components.models.feed_forward import FeedForward
+from custom_components.models.layer import LlamaLayer
 from custom_components.models.linear_names import hugging_face_module, matching_pattern
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
 from custom_components.models.rms_norm import RMSNorm
@@ -72,7 +73,7 @@ def llama(shape: LlamaShape, linear: LinearMaker) -> TransformerDecoder:
         rope = RotaryPositions(shape.head_dim, shape.max_seq_len, shape.rope_base, shape.rope_scaling)
     norm = partial(RMSNorm, shape.embed_dim, shape.norm_eps)
     layers = [
-        TransformerSelfAttentionLayer(
+        LlamaLayer(
             attn=_self_attention(shape, f"layers.{index}.attn", linear, rope),
             mlp=_feed_forward(shape, f"layers.{index}.mlp", linear),
             sa_norm=norm(),

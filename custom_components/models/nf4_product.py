@@ -1,6 +1,7 @@
 """Products with frozen weights, 4-bit or dense, that keep no dequantized copy."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,11 +29,33 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
+        if not FROZEN_VALUES.are_needed:
+            return input.new_empty(*input.shape[:-1], len(weight))
         return _product(input, weight, transposed=False)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return _product(grad_output, ctx.weight, transposed=True), None
+
+
+class FrozenValues:
+    """Whether anybody needs the values of frozen products, or only the gradients that go through them."""
+
+    def __init__(self) -> None:
+        self.are_needed = True
+
+    @contextmanager
+    def needed(self, are_needed: bool) -> Iterator[None]:
+        """In the block, where they are not needed, leave the products out: their outputs are memory without values."""
+        before, self.are_needed = self.are_needed, are_needed
+        try:
+            yield
+        finally:
+            self.are_needed = before
+
+
+# One for the process, as forwards run one at a time.
+FROZEN_VALUES = FrozenValues()
 
 
 # Weights of a band. The CPU dequantizes and multiplies one band at a time, so that it stays in cache.

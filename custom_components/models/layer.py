@@ -1,0 +1,34 @@
+"""A layer of a Llama."""
+
+import torch
+from torch import Tensor
+from torchtune.modules import TransformerSelfAttentionLayer
+
+from custom_components.models.attention import RowLengths
+from custom_components.models.layer_in_pieces import LayerInputs, layer_in_pieces
+
+
+class LlamaLayer(TransformerSelfAttentionLayer):
+    """torchtune's layer, that can also keep nothing but its input for the backward, which computes the rest again."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | RowLengths | None = None,
+        input_pos: Tensor | None = None,
+        kept_in: LayerInputs | None = None,
+        **without_encoder: None,
+    ) -> Tensor:
+        """(B, S, embed_dim) -> (B, S, embed_dim).
+
+        Args:
+            mask, input_pos: see :class:`SelfAttention`.
+            kept_in: keeps the input for the backward; rows are then end to end, and positions given. None: autograd
+                keeps what it needs.
+            without_encoder: what torchtune's decoder gives every layer, and one without an encoder ignores.
+        """
+        if kept_in is None:
+            return super().forward(x, mask=mask, input_pos=input_pos)
+        assert isinstance(mask, RowLengths) and input_pos is not None
+        return torch.compiler.disable(layer_in_pieces)(self, x, mask, input_pos, kept_in)
