@@ -22,7 +22,7 @@ from torchtune.modules import RMSNorm, TransformerDecoder
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
 from custom_components.datasets.batching import Batch, collate
-from custom_components.memory.estimate import MemoryEstimate, estimate_memory
+from custom_components.memory.estimate import MemoryEstimate, Recomputing, estimate_memory
 from custom_components.models import nf4
 from custom_components.models import shapes as llama_shapes
 from custom_components.models.llama import lora_llama
@@ -107,7 +107,7 @@ def measured_row(case: Case, dtype: torch.dtype, device: torch.device) -> str:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     tokens_per_second = case.num_rows * case.row_tokens / seconds
-    estimated_gib = estimate.peak_bytes(estimate.num_layers if case.recomputed else 0) / 2**30
+    estimated_gib = estimate.peak_bytes(Recomputing(estimate.num_layers if case.recomputed else 0)) / 2**30
     return (
         f"| {case} | {seconds:.3f} | {tokens_per_second:,.0f} | {peak_gib:.2f} | {estimated_gib:.2f} | "
         f"{estimated_gib / peak_gib:.2f} |"

@@ -11,9 +11,9 @@ import torch
 from custom_components.config.components import instantiate
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
-from custom_components.memory.estimate import MemoryEstimate, estimate_memory
-from custom_components.memory.report import CARDS_GIB, MANY_TOKENS, USABLE_CARD_SHARE, MemoryLine, card_verdict
-from custom_components.recipe_parts.step_choices import step_parts
+from custom_components.memory.estimate import MemoryEstimate, Recomputing, estimate_memory
+from custom_components.memory.report import MANY_TOKENS, MemoryLine, card_verdict, usable_card_bytes, way_on_card
+from custom_components.recipe_parts.step_choices import step_choices, step_parts
 from docs_pages.blocks import PROJECT, table
 
 # In this order; the configs whose model's sizes need no checkpoint.
@@ -68,23 +68,25 @@ class ConfigOnCards:
     this_config: MemoryEstimate
     line: MemoryLine
 
-    def usable_bytes(self, card: str) -> int:
-        return int(USABLE_CARD_SHARE * CARDS_GIB[card] * _GIB)
-
     def verdict(self, card: str) -> str:
         if card.startswith("T4") and self.settings.dtype == "bf16":
             return "has no bf16"
-        return card_verdict(self.this_config, self.usable_bytes(card), self.settings.enable_activation_checkpointing)
+        return card_verdict(self.this_config, usable_card_bytes(card), step_choices(self.settings))
 
-    def largest_forward_tokens(self, card: str) -> int:
-        return self.line.largest_forward_tokens(self.usable_bytes(card))
+    def largest_forward_tokens(self, card: str, *, offloads_inputs: bool = False) -> int:
+        return self.line.largest_forward_tokens(usable_card_bytes(card), offloads_inputs=offloads_inputs)
+
+    def largest_offloaded(self, card: str) -> str:
+        """Give the largest forward with the inputs of layers in the host's memory, and how much that is."""
+        num_tokens = self.largest_forward_tokens(card, offloads_inputs=True)
+        return f"{num_tokens:,} ({self.line.offloaded_bytes(num_tokens) / _GIB:.0f})" if num_tokens else "–"
 
     def run_seconds(self, card: str, num_tokens: int) -> float | None:
         """Calculate the time of a run's matrix products at a third of the card's peak; None where it does not fit."""
-        num_recomputed = self.this_config.num_recomputed_layers(self.usable_bytes(card))
-        if num_recomputed is None:
+        recomputing = way_on_card(self.this_config, usable_card_bytes(card), step_choices(self.settings))
+        if recomputing is None:
             return None
-        share = num_recomputed / self.this_config.num_layers
+        share = recomputing.num_layers / self.this_config.num_layers
         flops = (_FLOPS_PER_WEIGHT + share * _RECOMPUTED_FLOPS_PER_WEIGHT) * self.this_config.num_parameters["NF4"]
         return num_tokens * flops / (_REACHED_SHARE * _PEAK_TFLOPS[card] * 1e12)
 
@@ -111,8 +113,8 @@ def memory_row(name: str, config: ConfigOnCards) -> list[str]:
         f"{config.settings.batch_size} × {config.row_tokens:,}",
         f"{estimate.num_parameters['trained']:,}",
         f"{estimate.base_bytes / _GIB:.1f}",
-        f"{estimate.peak_bytes(0) / _GIB:.1f}",
-        f"{estimate.peak_bytes(estimate.num_layers) / _GIB:.1f}",
+        f"{estimate.peak_bytes(Recomputing()) / _GIB:.1f}",
+        f"{estimate.peak_bytes(estimate.all_recomputed) / _GIB:.1f}",
     ]
 
 
@@ -121,8 +123,8 @@ def header_lines(name: str, config: ConfigOnCards) -> list[str]:
     estimate = config.this_config
     smallest = next(card for card in CARDS if config.verdict(card).startswith("fits"))
     lines = [
-        f"# Memory: {estimate.peak_bytes(0) / _GIB:.1f} GiB on a card, "
-        f"{estimate.peak_bytes(estimate.num_layers) / _GIB:.1f} with all layers recomputed (estimate.py); "
+        f"# Memory: {estimate.peak_bytes(Recomputing()) / _GIB:.1f} GiB on a card, "
+        f"{estimate.peak_bytes(estimate.all_recomputed) / _GIB:.1f} with all layers recomputed (estimate.py); "
         f"{smallest}: {config.verdict(smallest)}."
     ]
     if num_tokens := RUN_TOKENS.get(name):
@@ -152,6 +154,11 @@ def blocks(configs: Mapping[str, ConfigOnCards]) -> dict[str, str]:
                 [f"`{name}.yaml`", *(_count(config.largest_forward_tokens(card)) for card in CARDS)]
                 for name, config in configs.items()
             ],
+        ),
+        "largest-offloaded": table(
+            ["config", *CARDS],
+            [[f"`{name}.yaml`", *map(config.largest_offloaded, CARDS)] for name, config in configs.items()],
+            numbers=True,
         ),
         "time": table(
             ["config", "tokens of the run", *CARDS],

@@ -14,7 +14,7 @@ from custom_components.config.training_kinds import AnyTrainingSettings
 from custom_components.memory.estimate import estimate_memory
 from custom_components.memory.report import MANY_TOKENS, MemoryLine, card_table, memory_table
 from custom_components.models.token_rows import train_token_rows
-from custom_components.recipe_parts.step_choices import step_parts
+from custom_components.recipe_parts.step_choices import step_choices, step_parts
 from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import run_recipe
 from custom_components.runtime.terminal import say
@@ -46,7 +46,7 @@ def recipe_main() -> None:
     this_config = on_card([row_tokens] * batch_size)
     many = max(2, MANY_TOKENS // row_tokens)
     line = MemoryLine(many * row_tokens, on_card([row_tokens] * many), on_card([row_tokens] * 2 * many))
-    print(card_table(this_config, line, row_tokens, settings.enable_activation_checkpointing))
+    print(card_table(this_config, line, step_choices(settings)))
 
 
 if __name__ == "__main__":

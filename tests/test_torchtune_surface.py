@@ -26,7 +26,6 @@ SURFACE = {
     "torchtune.modules.peft.disable_adapter": ["model"],
     "torchtune.modules.peft.get_adapter_params": ["model"],
     "torchtune.modules.peft.set_trainable_params": ["model", "adapter_params"],
-    "torchtune.training.OffloadActivations": ["use_pin_memory", "use_streams"],
     "torchtune.training.precision.PRECISION_STR_TO_DTYPE": None,
     "torchao.dtypes.nf4tensor.NF4Tensor": [
         *("tensor_meta", "block_size", "n_blocks", "scaler_block_size", "quantized_scalers"),

@@ -114,7 +114,7 @@ class TrainingSettings(RunPaths):
     dtype: DtypeName = "auto"
     compile: bool | Literal["auto"] = "auto"
     enable_activation_checkpointing: bool | Literal["auto"] = "auto"
-    enable_activation_offloading: bool = False
+    enable_activation_offloading: bool | Literal["auto"] = "auto"
 
     log_every_n_steps: PositiveInt = 1
     metric_logger: Annotated[dict[str, Any] | None, METRIC_LOGGER] = None
@@ -177,6 +177,12 @@ class TrainingSettings(RunPaths):
             )
         if self.packed and self.group_by_length:
             yield "group_by_length", "true beside packed: a pack holds rows of all lengths; set one of the two to false"
+        if self.enable_activation_offloading is True and self.enable_activation_checkpointing is False:
+            yield (
+                "enable_activation_offloading",
+                "true moves the inputs of recomputed layers, and enable_activation_checkpointing is false; set that to "
+                "auto, or this",
+            )
         if self.dataset_val is not None and self.val_fraction is not None:
             yield "val_fraction", f"{self.val_fraction} beside dataset_val: validate on one of the two"
         if self.run_val_every_n_steps is not None and self.dataset_val is None and self.val_fraction is None:
@@ -197,5 +203,5 @@ def refuse_cuda_only_settings(settings: TrainingSettings, device: "torch.device"
     component = settings.optimizer["_component_"]
     if device.type == "cpu" and component.rpartition(".")[2].startswith("Paged"):
         raise UserError(f"optimizer._component_: {component} needs CUDA; on the CPU use torch.optim.AdamW or AdamW8bit")
-    if device.type == "cpu" and settings.enable_activation_offloading:
-        raise UserError("enable_activation_offloading: true needs CUDA; on the CPU set it to false")
+    if device.type == "cpu" and settings.enable_activation_offloading is True:
+        raise UserError("enable_activation_offloading: true needs CUDA; on the CPU set it to auto")

@@ -1,7 +1,7 @@
 """Estimate of the memory that a training run needs, by kind, before anything is loaded."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,27 @@ class StepParts:
 
 
 @dataclass(frozen=True)
+class Recomputing:
+    """What the backward computes again, to need less memory.
+
+    Attributes:
+        num_layers: the first so many layers that have a backward keep only their input for it.
+        offloads_inputs: these inputs, of all layers then, wait in the host's memory.
+    """
+
+    num_layers: int = 0
+    offloads_inputs: bool = False
+
+
+@dataclass(frozen=True)
+class AvailableBytes:
+    """What a run may take of its device's memory, and of the host's for inputs of layers."""
+
+    of_device: int
+    of_host: int = 0
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes by kind, and the peak that they add up to.
 
@@ -79,18 +100,37 @@ class MemoryEstimate:
     overhead_bytes: int
     heap_share: float
 
-    def peak_bytes(self, num_recomputed_layers: int) -> int:
-        """Compute the most bytes needed at one time, with so many layers recomputed."""
+    def peak_bytes(self, recomputing: Recomputing) -> int:
+        """Compute the most bytes needed at one time."""
         constant_bytes = self.base_bytes + self.trained_bytes + self.overhead_bytes
-        step = round(self.heap_share * self.step.peak_bytes(self.num_layers, num_recomputed_layers))
+        step_bytes = self.step.peak_bytes(
+            self.num_layers, recomputing.num_layers, offloads_inputs=recomputing.offloads_inputs
+        )
+        step = round(self.heap_share * step_bytes)
         # Activations go as gradients come: the peak is where the first are all there, or the second.
         step = max(self.standing_gradient_bytes + step, self.gradient_bytes)
         return constant_bytes + max(self.loading_bytes, self.optimizer_bytes + step)
 
-    def num_recomputed_layers(self, available_bytes: int) -> int | None:
-        """Find the fewest layers to recompute so that the peak fits; None if it does not fit even with all of them."""
-        fitting = (k for k in range(self.num_layers + 1) if self.peak_bytes(k) <= available_bytes)
-        return next(fitting, None)
+    @property
+    def offloaded_bytes(self) -> int:
+        """The host's memory that the inputs of all layers take."""
+        return self.num_layers * self.step.layer_input_bytes
+
+    @property
+    def all_recomputed(self) -> Recomputing:
+        return Recomputing(self.num_layers)
+
+    @property
+    def all_offloaded(self) -> Recomputing:
+        return Recomputing(self.num_layers, offloads_inputs=True)
+
+    def fastest_fitting(self, ladder: Iterable[Recomputing], available: AvailableBytes) -> Recomputing | None:
+        """Find the first of some ways to recompute whose peak fits; None if none does."""
+        return next((recomputing for recomputing in ladder if self.fits(recomputing, available)), None)
+
+    def fits(self, recomputing: Recomputing, available: AvailableBytes) -> bool:
+        fits_host = not recomputing.offloads_inputs or self.offloaded_bytes <= available.of_host
+        return fits_host and self.peak_bytes(recomputing) <= available.of_device
 
 
 def estimate_memory(

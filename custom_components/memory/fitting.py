@@ -10,7 +10,13 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from custom_components.datasets.batching import collate
-from custom_components.memory.estimate import StepParts, estimate_memory, optimizer_bytes
+from custom_components.memory.estimate import (
+    AvailableBytes,
+    Recomputing,
+    StepParts,
+    estimate_memory,
+    optimizer_bytes,
+)
 from custom_components.models.hidden_states import num_layers_with_backward
 from custom_components.models.trained import gradients_freed
 from custom_components.runtime.out_of_memory import is_out_of_memory
@@ -30,11 +36,24 @@ class StepChoices:
         batch_size: rows of a forward; with packs, packs.
         gradient_accumulation_steps: forwards of an optimizer step; its rows, where `batch_size` is left open.
         recomputes: whether the layers that have a backward keep only their input for it.
+        offloads_inputs: whether these inputs wait in the host's memory, which only CUDA has of its own.
     """
 
     batch_size: int | Literal["auto"]
     gradient_accumulation_steps: int
     recomputes: bool | Literal["auto"]
+    offloads_inputs: bool | Literal["auto"] = "auto"
+
+    def ladder(self, num_layers: int, device: torch.device) -> list[Recomputing]:
+        """List the ways to recompute that the config allows on a device, from the fastest to that of least memory."""
+        offloaded = Recomputing(num_layers, offloads_inputs=True)
+        if self.offloads_inputs is True:
+            return [offloaded]
+        if self.recomputes is False:
+            return [Recomputing()]
+        numbers = range(num_layers + 1) if self.recomputes == "auto" else [num_layers]
+        may_offload = self.offloads_inputs == "auto" and device.type == "cuda"
+        return [*map(Recomputing, numbers), *([offloaded] if may_offload else [])]
 
 
 @dataclass(frozen=True)
@@ -71,13 +90,13 @@ class Fit:
     Attributes:
         batch_size: rows of a forward; with packs, packs.
         gradient_accumulation_steps: forwards of an optimizer step.
-        num_recomputed_layers: the first so many layers that have a backward keep only their input for it.
+        recomputing: what the backward computes again.
         words: the reason for the choice; empty if the config left nothing to choose.
     """
 
     batch_size: int
     gradient_accumulation_steps: int
-    num_recomputed_layers: int
+    recomputing: Recomputing = Recomputing()
     words: str = ""
 
 
@@ -99,42 +118,50 @@ def fit_to_device(
         model: on the meta device.
         dtype: of the computation.
     """
-    num_layers = num_layers_with_backward(model)
-    if choices.batch_size != "auto" and choices.recomputes != "auto":
-        return Fit(choices.batch_size, choices.gradient_accumulation_steps, num_layers if choices.recomputes else 0)
-    available_bytes = usable_bytes(device)
+    ladder = choices.ladder(num_layers_with_backward(model), device)
+    if choices.batch_size != "auto" and len(ladder) == 1:
+        return Fit(choices.batch_size, choices.gradient_accumulation_steps, ladder[0])
+    available = available_bytes(device)
     fits = possible_fits(choices, rows)
-    if available_bytes is None:
-        return replace(fits[-1], words="this system does not say how much memory is free: nothing is recomputed")
-    gib = available_bytes / 2**30
+    if available is None:
+        words = "this system does not say how much memory is free: as little as possible is recomputed"
+        return replace(fits[-1], recomputing=ladder[0], words=words)
+    usable_gib = available.of_device / 2**30
     for fit in fits:
         estimate = estimate_memory(model, parts, dtype, device.type, rows.largest_forward(fit.batch_size))
-        if choices.recomputes == "auto":
-            num_recomputed_layers = estimate.num_recomputed_layers(available_bytes)
-            is_last = fit is fits[-1]
-            is_fitting = num_recomputed_layers == 0 or (is_last and num_recomputed_layers is not None)
-        else:
-            num_recomputed_layers = num_layers if choices.recomputes else 0
-            is_fitting = estimate.peak_bytes(num_recomputed_layers) <= available_bytes
-        if is_fitting:
-            assert num_recomputed_layers is not None
-            peak_gib = estimate.peak_bytes(num_recomputed_layers) / 2**30
-            words = f"about {peak_gib:.1f} GiB at the peak, of {gib:.1f} usable"
-            return replace(fit, num_recomputed_layers=num_recomputed_layers, words=words)
-    num_recomputed_layers = 0 if choices.recomputes is False else num_layers
-    peak_gib = estimate.peak_bytes(num_recomputed_layers) / 2**30
-    words = f"about {peak_gib:.1f} GiB at the peak, more than the {gib:.1f} usable: it may not fit"
-    return replace(fits[-1], num_recomputed_layers=num_recomputed_layers, words=words)
+        # A smaller forward costs less time than recomputing.
+        recomputing = estimate.fastest_fitting(ladder if fit is fits[-1] else ladder[:1], available)
+        if recomputing is not None:
+            words = f"about {estimate.peak_bytes(recomputing) / 2**30:.1f} GiB at the peak, of {usable_gib:.1f} usable"
+            if recomputing.offloads_inputs:
+                words += f", and {estimate.offloaded_bytes / 2**30:.1f} of the host's"
+            return replace(fit, recomputing=recomputing, words=words)
+    last = next(way for way in reversed(ladder) if not way.offloads_inputs or len(ladder) == 1)
+    words = f"about {estimate.peak_bytes(last) / 2**30:.1f} GiB at the peak, more than the {usable_gib:.1f} usable"
+    if estimate.offloaded_bytes > available.of_host and ladder[-1].offloads_inputs:
+        words += (
+            f"; the host would have to take {estimate.offloaded_bytes / 2**30:.1f} GiB of it, and has "
+            f"{available.of_host / 2**30:.1f} free"
+        )
+    return replace(fits[-1], recomputing=last, words=f"{words}: it may not fit")
+
+
+def available_bytes(device: torch.device) -> AvailableBytes | None:
+    """Give what a run may take; None if the system does not say."""
+    of_device = usable_bytes(device)
+    if of_device is None:
+        return None
+    return AvailableBytes(of_device, (usable_bytes(torch.device("cpu")) or 0) if device.type == "cuda" else 0)
 
 
 def possible_fits(choices: StepChoices, rows: StepRows) -> list[Fit]:
     """List the divisions of a step that the config allows, from full forwards to small; nothing is recomputed."""
     if choices.batch_size != "auto":
-        return [Fit(choices.batch_size, choices.gradient_accumulation_steps, 0)]
+        return [Fit(choices.batch_size, choices.gradient_accumulation_steps)]
     num_step_rows = choices.gradient_accumulation_steps
     sizes = [size for size in range(num_step_rows, 0, -1) if num_step_rows % size == 0]
     return [
-        Fit(size, num_step_rows // size, 0)
+        Fit(size, num_step_rows // size)
         for size in sizes
         if size == 1 or sum(rows.largest_forward(size)) <= _ENOUGH_FORWARD_TOKENS
     ]
@@ -146,14 +173,14 @@ def tried_fit(
     model: TransformerDecoder,
     rows: StepRows,
     parts: StepParts,
-    options: ForwardOptions,
+    options_of: Callable[[Fit], ForwardOptions],
     device: torch.device,
 ) -> Fit:
     """On CUDA, try what `auto` has chosen with the largest possible step, and make it smaller until it fits.
 
     Args:
         model: with its weights, on the device.
-        options: of a forward; how many layers are recomputed is the fit's.
+        options_of: makes the options of a fit's forwards.
 
     Raises:
         RuntimeError: even the smallest does not fit.
@@ -170,32 +197,25 @@ def tried_fit(
         # The second forward has the gradients in memory too, and the optimizer's state to come.
         optimizer_state = torch.empty(num_optimizer_bytes, dtype=torch.uint8, device=device)
         try:
-            tried_options = replace(options, num_recomputed_layers=fit.num_recomputed_layers)
-            loss_of = supervised_loss(model.train(), parts.loss_function, tried_options)
+            loss_of = supervised_loss(model.train(), parts.loss_function, options_of(fit))
             with gradients_freed(model, frees=parts.frees_gradients):
                 accumulate_gradients([batch] * min(2, fit.gradient_accumulation_steps), loss_of, scaler, device)
         finally:
             model.zero_grad(set_to_none=True)
             del optimizer_state
 
-    fit = first_fitting(
-        fit,
-        num_layers_with_backward(model),
-        may_recompute=choices.recomputes == "auto",
-        may_shrink=choices.batch_size == "auto",
-        try_step=try_step,
-    )
+    ladder = choices.ladder(num_layers_with_backward(model), device)
+    fit = first_fitting(fit, ladder, may_shrink=choices.batch_size == "auto", try_step=try_step)
     torch.cuda.reset_peak_memory_stats(device)  # a try that did not fit must not count as the run's peak
     return fit
 
 
-def first_fitting(
-    fit: Fit, num_layers: int, *, may_recompute: bool, may_shrink: bool, try_step: Callable[[Fit], None]
-) -> Fit:
+def first_fitting(fit: Fit, ladder: Sequence[Recomputing], *, may_shrink: bool, try_step: Callable[[Fit], None]) -> Fit:
     """Return the first choice, from `fit` on to smaller ones, whose largest step fits the device.
 
     Args:
-        may_recompute, may_shrink: whether the config leaves recomputing and the rows of a forward open.
+        ladder: the ways to recompute that the config allows.
+        may_shrink: whether the config leaves the rows of a forward open.
         try_step: runs the largest step; raises an error of :func:`is_out_of_memory` where it does not fit.
 
     Raises:
@@ -208,12 +228,16 @@ def first_fitting(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            # All layers, not one more: the estimate was wrong, and not by one layer.
+            heavier = [
+                way for way in ladder[ladder.index(fit.recomputing) + 1 :] if way.num_layers == ladder[-1].num_layers
+            ]
             if may_shrink and fit.batch_size > 1:
                 num_step_rows = fit.batch_size * fit.gradient_accumulation_steps
                 size = next(size for size in range(fit.batch_size - 1, 0, -1) if num_step_rows % size == 0)
                 fit = replace(fit, batch_size=size, gradient_accumulation_steps=num_step_rows // size)
-            elif may_recompute and fit.num_recomputed_layers < num_layers:
-                fit = replace(fit, num_recomputed_layers=num_layers)
+            elif heavier:
+                fit = replace(fit, recomputing=heavier[0])
             else:
                 raise
         gc.collect()
@@ -227,6 +251,7 @@ def describe_fit(fit: Fit, choices: StepChoices, num_layers: int) -> None:
     chosen = []
     if choices.batch_size == "auto":
         chosen.append(f"batch_size {fit.batch_size}, gradient_accumulation_steps {fit.gradient_accumulation_steps}")
-    if choices.recomputes == "auto":
-        chosen.append(f"{fit.num_recomputed_layers} of {num_layers} layers recomputed in the backward")
+    if choices.recomputes == "auto" or fit.recomputing.offloads_inputs:
+        inputs = ", their inputs kept in the host's memory" if fit.recomputing.offloads_inputs else ""
+        chosen.append(f"{fit.recomputing.num_layers} of {num_layers} layers recomputed in the backward{inputs}")
     say(f"auto: {'; '.join(chosen)} ({fit.words})")

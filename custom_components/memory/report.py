@@ -4,7 +4,10 @@ import bisect
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from custom_components.memory.estimate import MemoryEstimate
+import torch
+
+from custom_components.memory.estimate import AvailableBytes, MemoryEstimate, Recomputing
+from custom_components.memory.fitting import StepChoices
 from custom_components.memory.simulated_step import StepMemory
 
 _GIB = 2**30
@@ -19,7 +22,7 @@ CARDS_GIB = {
 }
 # Usable share of a card; fragmentation takes the rest.
 USABLE_CARD_SHARE = 0.95
-_MAX_ROW_TOKENS = 2**20
+_MAX_ROW_TOKENS = 2**23
 # Tokens per forward above which memory grows linearly.
 MANY_TOKENS = 8192
 
@@ -37,8 +40,8 @@ def memory_table(estimate: MemoryEstimate, device_type: str, checkpointing: bool
         f"libraries on {device_type}": estimate.overhead_bytes,
     }
     peaks = {
-        "peak": estimate.peak_bytes(0),
-        "peak, all layers recomputed": estimate.peak_bytes(estimate.num_layers),
+        "peak": estimate.peak_bytes(Recomputing()),
+        "peak, all layers recomputed": estimate.peak_bytes(estimate.all_recomputed),
     }
     marked = "peak, all layers recomputed" if checkpointing is True else "peak"
     lines = [f"parameters: {counts}", f"{'':38}{'GiB':>8}"]
@@ -72,39 +75,63 @@ class MemoryLine:
         }
         return replace(self.estimate, step=StepMemory(**values))
 
-    def largest_forward_tokens(self, usable_bytes: int) -> int:
+    def largest_forward_tokens(self, usable_bytes: int, *, offloads_inputs: bool = False) -> int:
         """Find the most tokens of a forward that fit with all layers recomputed; 0 if none do."""
+        recomputing = Recomputing(self.estimate.num_layers, offloads_inputs)
 
         def is_too_large(num_tokens: int) -> bool:
-            estimate = self.at(num_tokens)
-            return estimate.peak_bytes(estimate.num_layers) > usable_bytes
+            return self.at(num_tokens).peak_bytes(recomputing) > usable_bytes
 
         return bisect.bisect_left(range(1, _MAX_ROW_TOKENS), True, key=is_too_large)
 
+    def offloaded_bytes(self, num_tokens: int) -> int:
+        """Compute the host's memory that the inputs of all layers take."""
+        return self.at(num_tokens).offloaded_bytes
 
-def card_table(
-    this_config: MemoryEstimate, line: MemoryLine, row_tokens: int, checkpointing: bool | Literal["auto"]
-) -> str:
+
+def usable_card_bytes(card: str) -> int:
+    return int(USABLE_CARD_SHARE * CARDS_GIB[card] * _GIB)
+
+
+def card_table(this_config: MemoryEstimate, line: MemoryLine, choices: StepChoices) -> str:
     """Tabulate which cards the run fits, and the largest forward that fits them.
 
     Args:
         this_config: the estimate for CUDA of the config's own forward.
+        choices: what the config says of recomputing.
     """
-    lines = [f"{'card':16}{'this config':24}{'largest batch':>15}{'tokens of a forward':>22}"]
-    for card, card_gib in CARDS_GIB.items():
-        usable_bytes = int(USABLE_CARD_SHARE * card_gib * _GIB)
-        largest_tokens = line.largest_forward_tokens(usable_bytes)
-        verdict = card_verdict(this_config, usable_bytes, checkpointing)
-        lines.append(f"{card:16}{verdict:24}{largest_tokens // row_tokens:15,}{largest_tokens:22,}")
-    lines.append(f"largest batch (rows of {row_tokens} tokens), tokens of a forward: all layers recomputed")
+    lines = [
+        f"{'':40}{'largest forward, in tokens':>26}",
+        f"{'card':16}{'this config':26}recomputed  offloaded  host GiB",
+    ]
+    for card in CARDS_GIB:
+        usable_bytes = usable_card_bytes(card)
+        recomputed, offloaded = (
+            line.largest_forward_tokens(usable_bytes, offloads_inputs=is_so) for is_so in (False, True)
+        )
+        host_gib = line.offloaded_bytes(offloaded) / _GIB
+        verdict = card_verdict(this_config, usable_bytes, choices)
+        lines.append(f"{card:16}{verdict:26}{recomputed:10,}{offloaded:11,}{host_gib:10.1f}")
+    lines.append(
+        "recomputed: all layers are; offloaded: and their inputs wait in the host's\n"
+        "memory, which then takes so much; divide by the length of rows for a batch size"
+    )
     return "\n".join(lines)
 
 
-def card_verdict(estimate: MemoryEstimate, usable_bytes: int, checkpointing: bool | Literal["auto"]) -> str:
-    if checkpointing != "auto":
-        num_recomputed_layers = estimate.num_layers if checkpointing else 0
-        return "fits" if estimate.peak_bytes(num_recomputed_layers) <= usable_bytes else "does not fit"
-    fewest = estimate.num_recomputed_layers(usable_bytes)
-    if fewest is None:
+def card_verdict(estimate: MemoryEstimate, usable_bytes: int, choices: StepChoices) -> str:
+    """Say whether a run fits a card, and how, if the host has the memory for what is offloaded."""
+    recomputing = way_on_card(estimate, usable_bytes, choices)
+    if recomputing is None:
         return "does not fit"
-    return f"fits, {fewest} of {estimate.num_layers} recomputed" if fewest else "fits"
+    if recomputing.offloads_inputs:
+        return f"fits, {estimate.offloaded_bytes / _GIB:.1f} GiB offloaded"
+    if recomputing.num_layers and choices.recomputes == "auto":
+        return f"fits, {recomputing.num_layers} of {estimate.num_layers} recomputed"
+    return "fits"
+
+
+def way_on_card(estimate: MemoryEstimate, usable_bytes: int, choices: StepChoices) -> Recomputing | None:
+    """Find what is recomputed on a card; None if the run does not fit it."""
+    ladder = choices.ladder(estimate.num_layers, torch.device("cuda"))
+    return estimate.fastest_fitting(ladder, AvailableBytes(usable_bytes, of_host=estimate.offloaded_bytes))

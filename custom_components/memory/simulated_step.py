@@ -88,19 +88,29 @@ class StepMemory:
     """Bytes that a step needs besides the weights and the optimizer's state, by layers that have a backward.
 
     Attributes:
-        fixed_bytes: the tokens' embeddings, the loss, temporary tensors.
+        fixed_bytes: the tokens' embeddings, the loss, temporary tensors, where a layer is not recomputed.
         kept_layer_bytes: tensors that one layer keeps for the backward, and its adapters' gradients; the mean of all.
         recomputed_layer_bytes: the same for a layer that is recomputed.
-        recomputing_bytes: temporary tensors while one layer is recomputed.
+        recomputing_bytes: the same as `fixed_bytes` where all layers are recomputed.
+        layer_input_bytes: what may wait in the host's memory of a layer that is recomputed.
     """
 
     fixed_bytes: int
     kept_layer_bytes: int
     recomputed_layer_bytes: int
     recomputing_bytes: int
+    layer_input_bytes: int
 
-    def peak_bytes(self, num_layers: int, num_recomputed_layers: int) -> int:
-        """Compute the peak for `num_layers` with a backward, the first `num_recomputed_layers` of them recomputed."""
+    def peak_bytes(self, num_layers: int, num_recomputed_layers: int, *, offloads_inputs: bool = False) -> int:
+        """Compute the peak for `num_layers` with a backward, the first `num_recomputed_layers` of them recomputed.
+
+        Args:
+            offloads_inputs: all are recomputed, and their inputs wait in the host's memory.
+        """
+        if num_recomputed_layers == num_layers:
+            recomputed = self.recomputing_bytes + num_layers * self.recomputed_layer_bytes
+            # The input of the layer that the backward is in, and the next, which is on its way.
+            return recomputed - max(0, num_layers - 2) * self.layer_input_bytes if offloads_inputs else recomputed
         kept = (num_layers - num_recomputed_layers) * self.kept_layer_bytes
         peak = self.fixed_bytes + kept + num_recomputed_layers * self.recomputed_layer_bytes
         if num_recomputed_layers == 0:
@@ -162,6 +172,7 @@ def simulated_step(
         kept_layer_bytes=round(sum(map(kept_bytes, kinds)) / len(kinds)),
         recomputed_layer_bytes=round(sum(map(recomputed_bytes, kinds)) / len(kinds)),
         recomputing_bytes=peak_bytes((first, first), 2) - 2 * recomputed_bytes(first),
+        layer_input_bytes=sum(lengths) * model.tok_embeddings.embedding_dim * dtype.itemsize,
     )
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from custom_components.models.attention import RowLengths
-from custom_components.models.layer_in_pieces import LayerInputs, layer_in_pieces
+from custom_components.models.layer_in_pieces import PIECE_TOKENS, LayerInputs, layer_in_pieces, recomputed_layer
 
 
 class LlamaLayer(TransformerSelfAttentionLayer):
@@ -28,7 +28,11 @@ class LlamaLayer(TransformerSelfAttentionLayer):
                 keeps what it needs.
             without_encoder: what torchtune's decoder gives every layer, and one without an encoder ignores.
         """
-        if kept_in is None:
-            return super().forward(x, mask=mask, input_pos=input_pos)
-        assert isinstance(mask, RowLengths) and input_pos is not None
-        return torch.compiler.disable(layer_in_pieces)(self, x, mask, input_pos, kept_in)
+        if kept_in is not None:
+            assert isinstance(mask, RowLengths) and input_pos is not None
+            return torch.compiler.disable(recomputed_layer)(self, x, mask, input_pos, kept_in)
+        if isinstance(mask, RowLengths) and x.shape[1] > PIECE_TOKENS and not torch.compiler.is_compiling():
+            # In pieces as well, so that dropout draws the same whether a layer is recomputed or not.
+            assert input_pos is not None
+            return layer_in_pieces(self, x, mask, input_pos)
+        return super().forward(x, mask=mask, input_pos=input_pos)

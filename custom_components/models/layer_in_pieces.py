@@ -51,8 +51,6 @@ class _Call:
     layer: nn.Module
     rows: RowLengths
     positions_1T: Tensor
-    inputs: LayerInputs
-    trained: Sequence[nn.Parameter]
     piece_tokens: int
 
     def pieces(self) -> Iterator[slice]:
@@ -62,6 +60,16 @@ class _Call:
 
 
 def layer_in_pieces(
+    layer: nn.Module, input_1TD: Tensor, rows: RowLengths, positions_1T: Tensor, piece_tokens: int = PIECE_TOKENS
+) -> Tensor:
+    """Compute a layer, (1, T, D), as :func:`recomputed_layer` does, and let autograd keep what it needs."""
+    call = _Call(layer, rows, positions_1T, piece_tokens)
+    attended_1TNH = _attended(call, [torch.cat(heads, dim=1) for heads in zip(*_heads(call, input_1TD), strict=True)])
+    outputs = [_after_attention(layer, attended_1TNH[:, piece], input_1TD[:, piece]) for piece in call.pieces()]
+    return torch.cat(outputs, dim=1)
+
+
+def recomputed_layer(
     layer: nn.Module,
     input_1TD: Tensor,
     rows: RowLengths,
@@ -69,38 +77,45 @@ def layer_in_pieces(
     inputs: LayerInputs,
     piece_tokens: int = PIECE_TOKENS,
 ) -> Tensor:
-    """Compute what `layer(input, mask=rows, input_pos=positions)` does, (1, T, D); dropout draws other numbers.
+    """Compute a layer that keeps nothing but its input for the backward: (1, T, D).
 
     Args:
         layer: torchtune's TransformerSelfAttentionLayer with our attention and feed-forward.
-        inputs: keeps the layer's input for the backward.
-        piece_tokens: of a piece.
+        rows, positions_1T: as for the layer itself.
+        inputs: keeps the layer's input.
+        piece_tokens: of a piece. Dropout draws for one piece after the other.
     """
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    call = _Call(layer, rows, positions_1T, inputs, trained, piece_tokens)
-    return _LayerInPieces.apply(input_1TD, call, *trained)
+    return _RecomputedLayer.apply(input_1TD, _Call(layer, rows, positions_1T, piece_tokens), inputs, trained, *trained)
 
 
-class _LayerInPieces(torch.autograd.Function):
+class _RecomputedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input_1TD: Tensor, call: _Call, *trained: Tensor) -> Tensor:
-        ctx.call, ctx.random = call, _RandomState(input_1TD.device)
-        attended_1TNH = _attended(call, _heads(call, input_1TD))
+    def forward(
+        ctx: Any,
+        input_1TD: Tensor,
+        call: _Call,
+        inputs: LayerInputs,
+        trained: Sequence[nn.Parameter],
+        *_trained: Tensor,
+    ) -> Tensor:
+        ctx.call, ctx.inputs, ctx.trained, ctx.random = call, inputs, trained, _RandomState(input_1TD.device)
+        attended_1TNH = _attended(call, _whole(call, _heads(call, input_1TD)))
         output_1TD = torch.empty_like(input_1TD)
         for piece in call.pieces():
             output_1TD[:, piece] = _after_attention(call.layer, attended_1TNH[:, piece], input_1TD[:, piece])
-        ctx.kept = call.inputs.put(input_1TD)
+        ctx.kept = inputs.put(input_1TD)
         return output_1TD
 
     @staticmethod
     def backward(ctx: Any, grad_output_1TD: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         needs_input_grad = ctx.needs_input_grad[0]
-        input_1TD = call.inputs.take(ctx.kept)
-        gradients = _TrainedGradients(call.trained)
+        input_1TD = ctx.inputs.take(ctx.kept)
+        gradients = _TrainedGradients(ctx.trained)
         grad_input_1TD = torch.zeros_like(input_1TD)
         with ctx.random.set_back():
-            heads = [tensor.requires_grad_() for tensor in _heads(call, input_1TD)]
+            heads = [tensor.requires_grad_() for tensor in _whole(call, _heads(call, input_1TD))]
             with torch.enable_grad():
                 attended_1TNH = _attended(call, heads)
             edge, attended_1TNH = get_gradient_edge(attended_1TNH), attended_1TNH.detach()
@@ -126,7 +141,7 @@ class _LayerInPieces(torch.autograd.Function):
                 gradients.add(
                     list(zip(heads_of_piece, grads_of_piece, strict=True)), [(input_1CD, grad_input_1TD[:, piece])]
                 )
-        return (grad_input_1TD if needs_input_grad else None), None, *gradients.sums
+        return (grad_input_1TD if needs_input_grad else None), None, None, None, *gradients.sums
 
 
 def _before_attention(layer: Any, input_1CD: Tensor, positions_1C: Tensor) -> tuple[Tensor, ...]:
@@ -134,17 +149,21 @@ def _before_attention(layer: Any, input_1CD: Tensor, positions_1C: Tensor) -> tu
     return layer.attn.heads(layer.sa_norm(input_1CD), positions_1C)
 
 
-def _heads(call: _Call, input_1TD: Tensor) -> list[Tensor]:
-    """Compute queries, keys and values of all tokens: (1, T, N or K, H)."""
-    heads: list[Tensor] = []
+def _heads(call: _Call, input_1TD: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield queries, keys and values of each piece: (1, C, N or K, H)."""
     for piece in call.pieces():
-        heads_of_piece = _before_attention(call.layer, input_1TD[:, piece], call.positions_1T[:, piece])
-        if not heads:
-            num_tokens = input_1TD.shape[1]
-            heads = [tensor.new_empty(1, num_tokens, *tensor.shape[2:]) for tensor in heads_of_piece]
-        for whole, part in zip(heads, heads_of_piece, strict=True):
-            whole[:, piece] = part
-    return heads
+        yield _before_attention(call.layer, input_1TD[:, piece], call.positions_1T[:, piece])
+
+
+def _whole(call: _Call, parts: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Join tensors of pieces as they come, so that one piece is there twice and not all: (1, T, ...) each."""
+    num_tokens = call.positions_1T.shape[1]
+    wholes: list[Tensor] = []
+    for piece, tensors in zip(call.pieces(), parts, strict=True):
+        wholes = wholes or [tensor.new_empty(1, num_tokens, *tensor.shape[2:]) for tensor in tensors]
+        for whole, tensor in zip(wholes, tensors, strict=True):
+            whole[:, piece] = tensor
+    return wholes
 
 
 def _attended(call: _Call, heads: Sequence[Tensor]) -> Tensor:

@@ -49,7 +49,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _piece_by_piece(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Compute a value of each token from its inputs, (..., tokens, dim), so that fp32 copies are of some tokens only."""
+    """Compute (..., tokens, dim) of inputs that are as long, some tokens at a time, as are then the copies in fp32."""
     num_tokens = inputs[0].shape[-2] if inputs[0].dim() > 1 else 1
     # Compiled, there are no copies.
     if num_tokens <= _PIECE_TOKENS or torch.compiler.is_compiling():

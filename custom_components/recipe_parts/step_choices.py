@@ -3,19 +3,24 @@
 from collections.abc import Sequence
 from functools import partial
 
-from torchtune.training import OffloadActivations
+import torch
 
 from custom_components.config.components import instantiate
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.memory.estimate import StepParts
 from custom_components.memory.fitting import Fit, StepChoices, StepRows
-from custom_components.training.gradients import NOWHERE_ELSE, ForwardOptions
+from custom_components.models.host_inputs import HostInputs
+from custom_components.models.layer_in_pieces import KEPT_IN_PLACE
+from custom_components.training.gradients import ForwardOptions
 
 
 def step_choices(settings: TrainingSettings) -> StepChoices:
     """Read what the config leaves open of how a step is computed."""
     return StepChoices(
-        settings.batch_size, settings.gradient_accumulation_steps, recomputes=settings.enable_activation_checkpointing
+        settings.batch_size,
+        settings.gradient_accumulation_steps,
+        recomputes=settings.enable_activation_checkpointing,
+        offloads_inputs=settings.enable_activation_offloading,
     )
 
 
@@ -40,12 +45,12 @@ def step_rows(settings: TrainingSettings, lengths: Sequence[int], pack_capacity_
     return StepRows(lengths, settings.num_row_dialogs, pack_capacity_tokens if settings.packed else None)
 
 
-def forward_options(settings: TrainingSettings, fit: Fit) -> ForwardOptions:
+def forward_options(settings: TrainingSettings, device: torch.device, fit: Fit) -> ForwardOptions:
     """Read how the forward of a training step is computed."""
     return ForwardOptions(
-        num_recomputed_layers=fit.num_recomputed_layers,
+        num_recomputed_layers=fit.recomputing.num_layers,
         neftune_noise_alpha=settings.neftune_noise_alpha,
-        activations_kept=OffloadActivations() if settings.enable_activation_offloading else NOWHERE_ELSE,
+        layer_inputs=HostInputs(device) if fit.recomputing.offloads_inputs else KEPT_IN_PLACE,
     )
 
 

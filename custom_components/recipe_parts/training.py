@@ -51,12 +51,12 @@ def fitted_run(opening: Opening, weights: TrainedWeights, directory: RunDirector
     """
     settings, machine, model, data = opening.settings, opening.machine, opening.model, opening.data
     return_freed_memory()
-    choices, parts, options = step_choices(settings), step_parts(settings), forward_options(settings, opening.fit)
+    choices, options_of = step_choices(settings), partial(forward_options, settings, machine.device)
     rows = step_rows(settings, data.lengths, data.pack_capacity_tokens)
-    fit = tried_fit(opening.fit, choices, model, rows, parts, options, machine.device)
+    fit = tried_fit(opening.fit, choices, model, rows, step_parts(settings), options_of, machine.device)
     describe_fit(fit, choices, num_layers_with_backward(model))
     run = Run(fitted_settings(settings, fit), weights, machine.device, machine.dtype, directory, machine.memory)
-    return run, forward_options(settings, fit)
+    return run, options_of(fit)
 
 
 def plan_of_run(settings: TrainingSettings, data: Rows) -> Plan:

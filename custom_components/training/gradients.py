@@ -5,7 +5,6 @@ Dimensions: `T` tokens of all rows of a forward, `P` supervised positions, `D` e
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +15,9 @@ from torchtune.modules import TransformerDecoder
 from custom_components.datasets.batching import Batch
 from custom_components.models.attention import RowLengths
 from custom_components.models.hidden_states import final_hidden_states
+from custom_components.models.layer_in_pieces import KEPT_IN_PLACE, LayerInputs
 from custom_components.runtime.errors import UserError
 from custom_components.training.loss import LinearCrossEntropy
-
-NOWHERE_ELSE: AbstractContextManager = nullcontext()
 
 # Sums the loss of a batch to a scalar; training recipes differ in it. The mean is taken over `Batch.num_units`.
 LossOf = Callable[[Batch], Tensor]
@@ -30,13 +28,12 @@ class ForwardOptions:
     """Options of a training step's forward.
 
     Attributes:
-        num_recomputed_layers, neftune_noise_alpha: see :func:`final_hidden_states`.
-        activations_kept: entered during the forward, as torchtune's `OffloadActivations`.
+        num_recomputed_layers, neftune_noise_alpha, layer_inputs: see :func:`final_hidden_states`.
     """
 
     num_recomputed_layers: int = 0
     neftune_noise_alpha: float | None = None
-    activations_kept: AbstractContextManager = NOWHERE_ELSE
+    layer_inputs: LayerInputs = KEPT_IN_PLACE
 
 
 @dataclass(frozen=True)
@@ -62,15 +59,15 @@ def supervised_loss(
 
 def supervised_hidden_states(model: TransformerDecoder, batch: Batch, options: ForwardOptions) -> Tensor:
     """Compute what a batch's supervised positions give the output head: (P, D)."""
-    with options.activations_kept:
-        hidden_1TD = final_hidden_states(
-            model,
-            batch.tokens_1T,
-            RowLengths(batch.row_lengths, batch.boundaries),
-            batch.positions_1T,
-            num_recomputed_layers=options.num_recomputed_layers,
-            neftune_noise_alpha=options.neftune_noise_alpha,
-        )
+    hidden_1TD = final_hidden_states(
+        model,
+        batch.tokens_1T,
+        RowLengths(batch.row_lengths, batch.boundaries),
+        batch.positions_1T,
+        num_recomputed_layers=options.num_recomputed_layers,
+        layer_inputs=options.layer_inputs,
+        neftune_noise_alpha=options.neftune_noise_alpha,
+    )
     return hidden_1TD[0].index_select(0, batch.supervised_P)
 
 

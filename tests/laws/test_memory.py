@@ -8,7 +8,7 @@ import torch
 from custom_components.config.components import instantiate
 from custom_components.config.reading import load_settings
 from custom_components.config.training_kinds import AnyTrainingSettings
-from custom_components.memory.estimate import estimate_memory
+from custom_components.memory.estimate import Recomputing, estimate_memory
 from custom_components.recipe_parts.step_choices import step_parts
 from tests.support.checkpoints import write_checkpoint
 from tests.support.recipe_runs import started_tune
@@ -64,5 +64,5 @@ def test_L31_the_estimate_is_within_a_tenth_of_the_measured_peak(job, tmp_path, 
         model = instantiate(settings.model)
     estimate = estimate_memory(model, step_parts(settings), torch.bfloat16, "cpu", [ROW_TOKENS] * NUM_ROWS)
     num_recomputed_layers = len(model.layers) if settings.enable_activation_checkpointing else 0
-    estimated_gib = estimate.peak_bytes(num_recomputed_layers) / 2**30
+    estimated_gib = estimate.peak_bytes(Recomputing(num_recomputed_layers)) / 2**30
     assert estimated_gib == pytest.approx(records[-1]["peak_memory_gib"], rel=0.1)

@@ -11,7 +11,7 @@ from custom_components.config.components import instantiate
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import load_settings
 from custom_components.memory import fitting
-from custom_components.memory.estimate import estimate_memory
+from custom_components.memory.estimate import Recomputing, estimate_memory
 from custom_components.memory.fitting import Fit, first_fitting, fit_to_device
 from custom_components.memory.simulated_step import simulated_step
 from custom_components.models.lora import adapter_modules
@@ -49,18 +49,19 @@ def fit(model, monkeypatch, usable_gib, *overrides):
 def test_batch_size_auto_keeps_the_rows_of_a_step(model, monkeypatch):
     auto = ("batch_size=auto", "enable_activation_checkpointing=auto")
     roomy = fit(model, monkeypatch, 100, *auto)
-    assert (roomy.batch_size, roomy.gradient_accumulation_steps, roomy.num_recomputed_layers) == (6, 1, 0)
+    assert (roomy.batch_size, roomy.gradient_accumulation_steps, roomy.recomputing) == (6, 1, Recomputing())
     settings = training_settings(*auto)
     peak_gib = {
-        size: estimate_memory(model, step_parts(settings), torch.bfloat16, "cpu", [30] * size).peak_bytes(0) / 2**30
+        size: estimate_memory(model, step_parts(settings), torch.bfloat16, "cpu", [30] * size).peak_bytes(Recomputing())
+        / 2**30
         for size in (1, 3, 6)
     }
     assert peak_gib[1] < peak_gib[3] < peak_gib[6]
     tight = fit(model, monkeypatch, peak_gib[3], *auto)
     assert tight.batch_size * tight.gradient_accumulation_steps == 6
-    assert 3 <= tight.batch_size < 6 and tight.num_recomputed_layers == 0
+    assert 3 <= tight.batch_size < 6 and tight.recomputing.num_layers == 0
     too_tight = fit(model, monkeypatch, 0.01, *auto)
-    assert too_tight.batch_size == 1 and too_tight.num_recomputed_layers == len(model.layers)
+    assert too_tight.batch_size == 1 and too_tight.recomputing == Recomputing(len(model.layers))
     assert "may not fit" in too_tight.words
 
 
@@ -69,11 +70,11 @@ def test_only_what_does_not_fit_is_recomputed(model, monkeypatch):
     settings = training_settings(*overrides)
     estimate = estimate_memory(model, step_parts(settings), torch.bfloat16, "cpu", [256] * 8)
     num_layers = len(model.layers)
-    peaks = [estimate.peak_bytes(number) for number in range(num_layers + 1)]
+    peaks = [estimate.peak_bytes(Recomputing(number)) for number in range(num_layers + 1)]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > peaks[-1]
-    assert fit(model, monkeypatch, 100, *overrides).num_recomputed_layers == 0
+    assert fit(model, monkeypatch, 100, *overrides).recomputing.num_layers == 0
     some = fit(model, monkeypatch, (peaks[2] + 1) / 2**30, *overrides)
-    assert some.num_recomputed_layers == 2 and some.batch_size == 8
+    assert some.recomputing.num_layers == 2 and some.batch_size == 8
 
 
 def test_only_the_cpu_keeps_probabilities_of_attention(model):
@@ -106,7 +107,9 @@ def test_a_dropout_mask_has_one_byte_a_value_on_cuda(model):
 
 
 def test_nothing_is_chosen_where_the_config_says_it_all(model, monkeypatch):
-    assert fit(model, monkeypatch, 0, "batch_size=3", "enable_activation_checkpointing=true") == Fit(3, 6, 4)
+    assert fit(model, monkeypatch, 0, "batch_size=3", "enable_activation_checkpointing=true") == Fit(
+        3, 6, Recomputing(4)
+    )
 
 
 def test_the_largest_forward():
@@ -115,17 +118,25 @@ def test_the_largest_forward():
     assert step_rows(packed, LENGTHS, 256).largest_forward(2) == (256, 256)
 
 
+ALL, OFFLOADED = Recomputing(4), Recomputing(4, offloads_inputs=True)
+
+
 @pytest.mark.parametrize(
     "fitting_fit",
-    [Fit(8, 1, 0), Fit(4, 2, 0), Fit(1, 8, 0), Fit(1, 8, 4)],
+    [Fit(8, 1), Fit(4, 2), Fit(1, 8), Fit(1, 8, ALL), Fit(1, 8, OFFLOADED)],
     ids=lambda fit: str(dataclasses.astuple(fit)),
 )
 def test_what_the_device_refuses_is_made_smaller(fitting_fit):
+    ladder = [Recomputing(number) for number in range(5)] + [OFFLOADED]
+
+    def size(fit):
+        return fit.batch_size, -ladder.index(fit.recomputing)
+
     def try_step(fit):
-        if (fit.batch_size, -fit.num_recomputed_layers) > (fitting_fit.batch_size, -fitting_fit.num_recomputed_layers):
+        if size(fit) > size(fitting_fit):
             raise torch.OutOfMemoryError
 
-    assert first_fitting(Fit(8, 1, 0), 4, may_recompute=True, may_shrink=True, try_step=try_step) == fitting_fit
+    assert first_fitting(Fit(8, 1), ladder, may_shrink=True, try_step=try_step) == fitting_fit
     if fitting_fit.batch_size < 8:
         with pytest.raises(torch.OutOfMemoryError):
-            first_fitting(Fit(8, 1, 4), 4, may_recompute=False, may_shrink=False, try_step=try_step)
+            first_fitting(Fit(8, 1, ALL), [ALL], may_shrink=False, try_step=try_step)

@@ -11,8 +11,9 @@ from custom_components.datasets.batching import BatchPlan, collate
 from custom_components.models import attention, nf4, nf4_product
 from custom_components.models.attention import RowLengths, attend_row_by_row, attend_within_rows
 from custom_components.models.blockwise_attention import attend_blockwise
+from custom_components.models.layer_in_pieces import KEPT_IN_PLACE
 from custom_components.training.compiling import compiled_layers
-from custom_components.training.gradients import NOWHERE_ELSE, ForwardOptions, accumulate_gradients, supervised_loss
+from custom_components.training.gradients import ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 from tests.support.models import CPU, loaded_model, with_random_adapters
 from tests.support.rows import random_rows
@@ -21,13 +22,13 @@ TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
-def step(model, rows, *, pack_capacity=None, chunk_size=512, num_recomputed_layers=0, kept=NOWHERE_ELSE):
+def step(model, rows, *, pack_capacity=None, chunk_size=512, num_recomputed_layers=0, layer_inputs=KEPT_IN_PLACE):
     """Loss and gradients of one optimizer step of all rows."""
     model.zero_grad(set_to_none=True)
     plan = BatchPlan(2, len(rows), shuffle=False, seed=0, pack_capacity_tokens=pack_capacity)
     [forwards] = plan.steps([len(row["tokens"]) for row in rows], epoch=0)
     batches = [collate([rows[index] for index in forward]) for forward in forwards]
-    options = ForwardOptions(num_recomputed_layers, activations_kept=kept)
+    options = ForwardOptions(num_recomputed_layers, layer_inputs=layer_inputs)
     loss = accumulate_gradients(
         batches, supervised_loss(model, LinearCrossEntropy(chunk_size), options), NO_SCALER, CPU
     )
