@@ -38,7 +38,7 @@ def recipe_main() -> None:
     with directory_of_run(opening) as directory:
         run, options = full_run(opening, directory)
         losses = supervised_losses(run, options)
-        plan = plan_of_run(run.settings, data)
+        plan = plan_of_run(opening, run)
         state = new_full_state(run, data.train.digest)
         answers_before = answer_sample_prompts(run.weights.model, data.tokenizer, run.settings.sample_prompts)
         with compiled_optimizer(run.device), training_begun(opening, run, plan, state) as logger:

@@ -42,7 +42,7 @@ def recipe_main() -> None:
     with directory_of_run(opening) as directory:
         run, options = adapter_run(opening, directory, start)
         answers_before = answer_sample_prompts(run.weights.model, data.tokenizer, run.settings.sample_prompts)
-        plan = plan_of_run(run.settings, data)
+        plan = plan_of_run(opening, run)
         state = new_adapter_state(run, data.train.digest)
         reference = reference_of_run(opening, run, start)
         losses = preference_losses(run, options)

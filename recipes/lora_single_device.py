@@ -44,8 +44,8 @@ def recipe_main() -> None:
     with directory_of_run(opening) as directory:
         run, options = adapter_run(opening, directory, start)
         answers_before = answer_sample_prompts(run.weights.model, data.tokenizer, run.settings.sample_prompts)
-        plan = plan_of_run(run.settings, data)
-        state = new_adapter_state(run, data.train.digest)
+        plan = plan_of_run(opening, run)
+        state = new_adapter_state(run, data.train.digest, opening.num_planned_ranks)
         losses = supervised_losses(run, options)
         with base_unchanged(run), training_begun(opening, run, plan, state) as logger:
             signal_number = train(run, data, plan, state, losses, logger)

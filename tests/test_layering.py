@@ -9,6 +9,7 @@ from tests.support.paths import PROJECT
 # The rooms of custom_components/, and those that each may import. No arrow runs up.
 ROOMS = {
     "runtime": "",
+    "distributed": "runtime",
     "config": "runtime",
     "transforms": "runtime",
     "models": "runtime transforms",  # for one name: torchtune has its tokenizer's builder beside its models'
@@ -20,7 +21,7 @@ ROOMS = {
     "generation": "runtime transforms models",
     "evaluation": "runtime transforms datasets models generation",
     "export": "runtime transforms models weights",
-    "recipe_parts": "runtime config transforms datasets models weights training memory runs generation",
+    "recipe_parts": "runtime distributed config transforms datasets models weights training memory runs generation",
 }
 COMPONENTS = PROJECT / "custom_components"
 SOURCES = {
@@ -59,6 +60,25 @@ def test_imports_run_one_way(name):
     if name.startswith("custom_components."):
         allowed = {room(name), *ROOMS[room(name)].split()}
         assert [imported for imported in sorted(imports) if room(imported) not in allowed] == []
+
+
+def test_one_room_knows_of_process_groups():
+    """Everything else works on one process as on several; DoRA knows the tensors that torchtune's recipes shard."""
+    importing = {
+        name
+        for name, path in SOURCES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        for imported in imported_names(node)
+        if imported.startswith("torch.distributed") and not imported.startswith("torch.distributed.tensor")
+    }
+    assert {room(name) for name in importing} == {"distributed"}
+
+
+def imported_names(node) -> list[str]:
+    """The dotted names that a statement imports."""
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 def test_a_file_is_short_enough_for_one_responsibility():

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -28,6 +29,13 @@ RUN_ELSEWHERE = {
     "tune cp recipes/lora_single_device.py recipes/my_lora.py": "tests/config/test_tune_command.py",
     "tune run recipes/my_lora.py --config configs/tiny_qlora.yaml": "tests/config/test_tune_command.py",
     "tune run recipes/lora_single_device.py --help": "tests/config/test_recipe_help.py",
+    **dict.fromkeys(
+        (
+            "tune run --nproc_per_node 4 recipes/lora_distributed.py --config configs/llama2_70b_qlora.yaml",
+            "tune run --nproc_per_node 2 recipes/lora_distributed.py --config configs/tiny_qlora.yaml device=cpu",
+        ),
+        "tests/recipes/test_lora_distributed.py",
+    ),
 }
 # What a test cannot have: the real weights and the reader's own file. Later overrides win over those of the command.
 IN_PLACE_OF_7B = [
@@ -75,7 +83,7 @@ def adapter(tmp_path_factory):
 
 def in_place(command, adapter, tmp_path):
     """Overrides that bring a command to the tiny model, and what it reads from standard input."""
-    recipe = command.split()[2].removeprefix("recipes/").removesuffix(".py")
+    recipe = Path(recipe_of(command)).stem
     if recipe == "compare_runs":
         runs = [write_run(tmp_path / name, records=step_records([3.0, 2.0])) for name in ("first", "second")]
         page = [f"output_file={tmp_path / 'report.html'}"] if "output_file" in command else []
@@ -111,9 +119,13 @@ def in_place(command, adapter, tmp_path):
     return overrides
 
 
+def recipe_of(command):
+    return next(word for word in command.split() if word.endswith(".py"))
+
+
 def test_the_commands_are_found():
     recipes = {path.stem for path in (PROJECT / "recipes").glob("*.py")} - {"__init__"}
-    assert {command.split()[2] for command in COMMANDS} == {f"recipes/{recipe}.py" for recipe in recipes}
+    assert {recipe_of(command) for command in COMMANDS} == {f"recipes/{recipe}.py" for recipe in recipes}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

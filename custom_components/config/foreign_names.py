@@ -161,7 +161,12 @@ _ROWS: list[tuple[str | None, str, str]] = [
     ("trainable_tokens", "single tokens, added if missing", "special_tokens added_tokens modules_to_save new_tokens"),
     ("trainable_tokens", "single tokens, added if missing", "lora_modules_to_save trainable_token_indices"),
     (None, "the recipe is chosen by its file", "stage use_lora do_train do_eval do_predict task_type use_peft"),
-    (None, "this recipe runs on one device", "deepspeed fsdp fsdp_config fsdp_cpu_offload local_rank"),
+    (None, "it is a key of recipes/lora_distributed.py", "parallelism collective_timeout_seconds"),
+    (
+        None,
+        "recipes/lora_distributed.py trains on several devices",
+        "deepspeed fsdp fsdp_config fsdp_cpu_offload local_rank",
+    ),
     (None, "lora_b starts with zeros, lora_a as PEFT's default does", "init_lora_weights"),
     (None, "adapters have no bias", "bias lora_bias"),
 ]  # fmt: skip

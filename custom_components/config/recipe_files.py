@@ -16,7 +16,7 @@ from custom_components.runtime.terminal import say
 # torchtune 0.6.1, torchtune/_recipe_registry.py: `Recipe(name="...", ...)`, `Config(name="...", ...)`.
 _REGISTRY_NAME = re.compile(r'\bname="([^"]+)"')
 # As recipes' docstrings and configs' first lines write it.
-_COMMAND = re.compile(r"tune run (?P<recipe>\S+\.py)\s+--config\s+(?P<config>configs/\w+\.yaml)")
+_COMMAND = re.compile(r"tune run (?:--\w+ \S+ )*(?P<recipe>\S+\.py)\s+--config\s+(?P<config>configs/\w+\.yaml)")
 HELP_FLAGS = ("--help", "-h")
 _COLUMN_WIDTH = 36  # narrower than torchtune's, so that the longest name of a config ends within 80 columns
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt, create_model
 
+from custom_components.config.distributed_settings import DistributedSettings
 from custom_components.config.full_settings import FullSettings
-from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.settings import PathText, Settings
 from custom_components.config.training_settings import TrainingSettings
@@ -18,7 +18,7 @@ def training_kind(values: Mapping[str, Any]) -> type[TrainingSettings]:
         return PreferenceSettings
     if not any(key.startswith("lora_") for key in values):
         return FullSettings
-    return LoRASettings
+    return DistributedSettings  # the keys of one device, and two more
 
 
 class AnyTrainingSettings(TrainingSettings):

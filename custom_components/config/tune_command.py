@@ -26,6 +26,7 @@ from custom_components.config.recipe_files import (
 )
 from custom_components.runtime import tune_startup  # noqa: F401 - it has to take effect before torch is imported
 from custom_components.runtime.errors import EXIT_CODE_USER_ERROR, UserError, print_errors
+from custom_components.runtime.launched import prepare_launcher
 from custom_components.runtime.starting import start_command
 from custom_components.runtime.terminal import say
 
@@ -37,10 +38,12 @@ class Run:
     Attributes:
         root: the folder to import it from; None: the recipe is torchtune's own, or not to be told from the options.
         arguments: of `tune run`, the recipe's path relative to the root.
+        launch_options: those of torchrun, which precede the recipe and start it in other processes.
     """
 
     root: Path | None
     arguments: list[str]
+    launch_options: Sequence[str] = ()
 
 
 def start() -> None:
@@ -57,6 +60,8 @@ def start() -> None:
             if run.root is not None:
                 import_from(run.root)
                 start_command()
+                if run.launch_options:
+                    prepare_launcher(run.launch_options)
         elif command in ("cat", "validate"):
             sys.argv[2:] = [project.config_path(argument) for argument in arguments]
         elif command == "cp":
@@ -87,7 +92,8 @@ def run_of(arguments: Sequence[str], project: Project) -> Run:
     elif config is None:
         example = config_named_in(docstring(recipe)) or "FILE"
         raise UserError(f"--config is missing: tune run {arguments[index]} --config {example}")
-    return Run(root, [*arguments[:index], module_path, "--config", project.config_path(config), *options])
+    command = [*arguments[:index], module_path, "--config", project.config_path(config), *options]
+    return Run(root, command, tuple(arguments[:index]))
 
 
 def import_from(root: Path) -> None:

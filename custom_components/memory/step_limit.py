@@ -32,7 +32,7 @@ class StepLimit:
         Raises:
             UserError: they do not fit; it says what would.
         """
-        largest_forward_tokens = max(batch.num_tokens for batch in batches)
+        largest_forward_tokens = max((batch.num_tokens for batch in batches), default=0)
         try:
             yield
         except RuntimeError as error:
@@ -43,7 +43,7 @@ class StepLimit:
 
     def add_step(self, largest_forward_tokens: int) -> None:
         """Record a step that fitted."""
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and largest_forward_tokens:
             growth_bytes = torch.cuda.max_memory_allocated(self._device) - self._bytes_before
             self.bytes_per_token = max(self.bytes_per_token, growth_bytes / largest_forward_tokens)
 

@@ -68,17 +68,19 @@ def adapter_run(
     return fitted_run(opening, weights, directory)
 
 
-def new_adapter_state(run: Run[LoRASettings], data_digest: str) -> TrainingState:
+def new_adapter_state(run: Run[LoRASettings], data_digest: str, num_ranks: int = 1) -> TrainingState:
     """Make the state that a run begins with.
 
     Args:
         data_digest: of the rows to train on.
+        num_ranks: whose forwards a step has.
     """
     groups = adapter_parameter_groups(run.weights.model, run.settings.optimizer["lr"], run.settings.lora_plus_ratio)
     return TrainingState(
         optimizer=instantiate(run.settings.optimizer, groups),
         scaler=torch.amp.GradScaler(run.device.type, enabled=run.dtype is torch.float16),
         data_digest=data_digest,
+        num_ranks=num_ranks,
     )
 
 

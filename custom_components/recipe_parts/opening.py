@@ -14,9 +14,10 @@ from custom_components.config.components import instantiate
 from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.datasets.training_data import Data, RowsOfRun
+from custom_components.distributed.ranks import ALONE, Ranks
 from custom_components.memory.fitting import Fit, fit_to_device
 from custom_components.models.token_rows import train_token_rows
-from custom_components.recipe_parts.step_choices import step_choices, step_parts, step_rows
+from custom_components.recipe_parts.step_choices import step_choices, step_parts, step_rows, with_forwards_of
 from custom_components.runs.resuming import AUTO, ResumedRun, open_run_to_resume
 from custom_components.runs.run_directory import RunDirectory, check_results, run_directory
 from custom_components.runtime.devices import resolved_device, resolved_dtype
@@ -93,6 +94,8 @@ class Opening(Generic[SettingsType_co, RowsType_co]):
         resumed: the run to go on with; None: a new one.
         overwrites: what an earlier run wrote in output_dir is to be replaced.
         fit: how a step is divided into forwards.
+        ranks: the processes that train the model together.
+        num_planned_ranks: as many as the run was begun with: a step has the forwards of all of them.
     """
 
     settings: SettingsType_co
@@ -103,6 +106,8 @@ class Opening(Generic[SettingsType_co, RowsType_co]):
     resumed: ResumedRun | None
     overwrites: bool
     fit: Fit
+    ranks: Ranks
+    num_planned_ranks: int
 
     @property
     def adapter_texts(self) -> dict[str, str]:
@@ -122,7 +127,7 @@ class Opening(Generic[SettingsType_co, RowsType_co]):
 
 
 def open_training(
-    settings: SettingsType, open_data: Callable[[SettingsType, ChatTransform], RowsType]
+    settings: SettingsType, open_data: Callable[[SettingsType, ChatTransform], RowsType], ranks: Ranks = ALONE
 ) -> Opening[SettingsType, RowsType]:
     """Open all that a training config names, and check that it belongs together.
 
@@ -130,11 +135,12 @@ def open_training(
 
     Args:
         open_data: opens the rows, given the tokenizer of the config.
+        ranks: that open the same, this process among them.
 
     Raises:
         UserError: something is missing, damaged, or does not fit the rest.
     """
-    machine = _machine_for(settings)
+    machine = _machine_for(settings, ranks)
     base = open_checkpoint(settings.checkpoint_dir)
     tokenizer = instantiate(settings.tokenizer)
     model = model_without_weights(settings, tokenizer)
@@ -143,11 +149,14 @@ def open_training(
     resumed = open_run_to_resume(settings.resume_from_checkpoint, settings.output_dir)
     if resumed is not None:
         settings = resumed.checked_settings(settings)
-        _leave_if_finished(settings, data, resumed)
+    num_planned_ranks = ranks.num if resumed is None else resumed.num_ranks
+    if resumed is not None:
+        _leave_if_finished(settings, data, resumed, num_planned_ranks)
     check_base_weights(model, base)
     rows = step_rows(settings, data.lengths, data.pack_capacity_tokens)
     fit = fit_to_device(step_choices(settings), model, rows, step_parts(settings), machine.dtype, machine.device)
-    return Opening(settings, machine, model, data, base, resumed, _overwrites(settings, resumed), fit)
+    overwrites = _overwrites(settings, resumed)
+    return Opening(settings, machine, model, data, base, resumed, overwrites, fit, ranks, num_planned_ranks)
 
 
 def model_without_weights(settings: TrainingSettings, tokenizer: ChatTransform) -> TransformerDecoder:
@@ -187,8 +196,14 @@ def open_rows_as(data: type[RowsOfRunType], settings: TrainingSettings, tokenize
 
 @contextlib.contextmanager
 def directory_of_run(opening: Opening) -> Iterator[RunDirectory]:
-    """Hold the run's directory for the time of the block, see :func:`run_directory`."""
+    """Hold the run's directory for the time of the block, see :func:`run_directory`.
+
+    Of several ranks the first holds it, and the others write nothing there.
+    """
     settings, resumed = opening.settings, opening.resumed
+    if not opening.ranks.is_first:
+        yield RunDirectory(settings.output_dir, settings.result_name)
+        return
     resumes = resumed is not None and resumed.is_inside(settings.output_dir)
     with run_directory(
         settings.output_dir, overwrite=opening.overwrites, resumes=resumes, result_name=settings.result_name
@@ -196,7 +211,7 @@ def directory_of_run(opening: Opening) -> Iterator[RunDirectory]:
         yield directory
 
 
-def _machine_for(settings: TrainingSettings) -> Machine:
+def _machine_for(settings: TrainingSettings, ranks: Ranks) -> Machine:
     """Choose device and dtype, once nothing in output_dir and in the settings forbids the run."""
     start_seconds = time.perf_counter()
     resumes = settings.resume_from_checkpoint is not False
@@ -206,7 +221,7 @@ def _machine_for(settings: TrainingSettings) -> Machine:
         resumes=resumes,
         result_name=settings.result_name,
     )
-    device = resolved_device(settings.device)
+    device = resolved_device(ranks.device_name(settings.device))
     dtype, dtype_words = resolved_dtype(settings.dtype, device)
     refuse_cuda_only_settings(settings, device)
     memory = PeakMemory(device)
@@ -215,11 +230,12 @@ def _machine_for(settings: TrainingSettings) -> Machine:
     return Machine(device, dtype, dtype_words, memory, start_seconds)
 
 
-def _leave_if_finished(settings: TrainingSettings, data: Rows, resumed: ResumedRun) -> None:
+def _leave_if_finished(settings: TrainingSettings, data: Rows, resumed: ResumedRun, num_planned_ranks: int) -> None:
     """End the process if the run that `settings` describe, with `auto` for resuming, has its result."""
     if settings.resume_from_checkpoint != AUTO or not resumed.is_inside(settings.output_dir):
         return
-    plan = plan_of(settings, data.lengths, data.pack_capacity_tokens, has_validation=False)
+    of_all = with_forwards_of(settings, num_planned_ranks)
+    plan = plan_of(of_all, data.lengths, data.pack_capacity_tokens, has_validation=False)
     if resumed.is_finished(len(plan.steps), settings.early_stopping_patience):
         say(f"{settings.output_dir}: the run is finished, {resumed.progress.num_steps} steps; nothing is left to do")
         sys.exit(0)

@@ -54,6 +54,12 @@ def forward_options(settings: TrainingSettings, device: torch.device, fit: Fit) 
     )
 
 
+def with_forwards_of(settings: TrainingSettings, num_ranks: int) -> TrainingSettings:
+    """Give the settings of a run whose steps have the forwards of so many ranks, however many compute them."""
+    num_forwards = num_ranks * settings.gradient_accumulation_steps
+    return settings.model_copy(update={"gradient_accumulation_steps": num_forwards})
+
+
 def fitted_settings(settings: TrainingSettings, fit: Fit) -> TrainingSettings:
     """Give the settings of a run that leave nothing to choose: `batch_size` is a number."""
     chosen = {"batch_size": fit.batch_size, "gradient_accumulation_steps": fit.gradient_accumulation_steps}

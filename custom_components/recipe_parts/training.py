@@ -1,6 +1,7 @@
 """The frame of a training recipe's loop: the run and its plan before it, the closing words after it."""
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -8,19 +9,21 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from custom_components.config.components import instantiate
-from custom_components.config.training_settings import TrainingSettings
+from custom_components.datasets.summary import counted
+from custom_components.distributed.ranks import Ranks
 from custom_components.generation.sample_answers import answer_sample_prompts, show_answers
-from custom_components.memory.estimate import optimizer_bytes
-from custom_components.memory.fitting import describe_fit, tried_fit
+from custom_components.memory.estimate import Recomputing, optimizer_bytes
+from custom_components.memory.fitting import Fit, describe_fit, tried_fit
 from custom_components.models.hidden_states import num_layers_with_backward
 from custom_components.models.nf4_product import DENSE_WEIGHT_MEMORY
-from custom_components.recipe_parts.opening import Opening, Rows
+from custom_components.recipe_parts.opening import Opening
 from custom_components.recipe_parts.step_choices import (
     fitted_settings,
     forward_options,
     step_choices,
     step_parts,
     step_rows,
+    with_forwards_of,
 )
 from custom_components.runs.checkpoints import (
     check_room,
@@ -36,6 +39,7 @@ from custom_components.runs.report import closing_summary, stopped_summary
 from custom_components.runs.run import Run
 from custom_components.runs.run_directory import RunDirectory, begin_in
 from custom_components.runs.trained_weights import TrainedWeights
+from custom_components.runtime.errors import UserError
 from custom_components.runtime.host_allocator import return_freed_memory
 from custom_components.runtime.terminal import say
 from custom_components.training.compiling import compiled_layers
@@ -54,14 +58,41 @@ def fitted_run(opening: Opening, weights: TrainedWeights, directory: RunDirector
     choices, options_of = step_choices(settings), partial(forward_options, settings, machine.device)
     rows = step_rows(settings, data.lengths, data.pack_capacity_tokens)
     fit = tried_fit(opening.fit, choices, model, rows, step_parts(settings), options_of, machine.device)
+    fit = smallest_fit(fit, opening.ranks)
     describe_fit(fit, choices, num_layers_with_backward(model))
     run = Run(fitted_settings(settings, fit), weights, machine.device, machine.dtype, directory, machine.memory)
     return run, options_of(fit)
 
 
-def plan_of_run(settings: TrainingSettings, data: Rows) -> Plan:
-    """Plan the steps of a run, and say so if its warm-up is longer than itself."""
-    plan = plan_of(settings, data.lengths, data.pack_capacity_tokens, has_validation=data.has_validation)
+def smallest_fit(fit: Fit, ranks: Ranks) -> Fit:
+    """Choose for all ranks what fits the smallest of their cards."""
+    fits = [
+        Fit(batch_size, num_forwards, Recomputing(*recomputing), words)
+        for batch_size, num_forwards, recomputing, words in ranks.gathered(dataclasses.astuple(fit))
+    ]
+    return min(fits, key=lambda fit: (fit.batch_size, -fit.recomputing.num_layers, not fit.recomputing.offloads_inputs))
+
+
+def plan_of_run(opening: Opening, run: Run) -> Plan:
+    """Plan the steps of a run, and say so if its warm-up is longer than itself, or it was begun on other devices.
+
+    Raises:
+        UserError: no step has a forward for each rank.
+    """
+    settings, data, num_ranks = run.settings, opening.data, opening.ranks.num
+    of_all = with_forwards_of(settings, opening.num_planned_ranks)
+    plan = plan_of(of_all, data.lengths, data.pack_capacity_tokens, has_validation=data.has_validation)
+    num_forwards = max(len(step.forwards) for step in plan.steps)
+    if num_forwards < num_ranks:
+        raise UserError(
+            f"--nproc_per_node: {num_ranks} processes were started, and a step of these rows has {num_forwards} "
+            f"forwards; start at most {num_forwards}, or lower batch_size"
+        )
+    if num_ranks != opening.num_planned_ranks:
+        say(
+            f"the run was begun on {counted(opening.num_planned_ranks, 'device')}: a step keeps its "
+            f"{of_all.gradient_accumulation_steps} forwards, now on {num_ranks}"
+        )
     if words := long_warmup(plan, settings.optimizer["lr"]):
         say(words)
     return plan
@@ -87,10 +118,13 @@ def training_begun(opening: Opening, run: Run, plan: Plan, state: TrainingState)
         resumed.restore(run.weights, state)
         say(f"going on from {resumed.path}")
         _forget_lost_best(run, state)
-    _try_disk(run, plan, state)
+    writes = opening.ranks.is_first
+    if writes:
+        _try_disk(run, plan, state)
     run_so_far = None if resumed is None else resumed.directory
-    with metric_logger(run.settings.metric_logger, run.directory, run_so_far) as logger:
-        logger.at_begin(partial(_begin, opening, run, logger, state.progress.num_steps))
+    with metric_logger(run.settings.metric_logger if writes else None, run.directory, run_so_far) as logger:
+        if writes:
+            logger.at_begin(partial(_begin, opening, run, logger, state.progress.num_steps))
         with compiled_layers(run.weights.model, run.settings.compile, run.device, plan.num_forwards):
             yield logger
     DENSE_WEIGHT_MEMORY.release()

@@ -96,6 +96,7 @@ def _write_checkpoint(directory: Path, weights: TrainedWeights, state: TrainingS
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "data_digest": state.data_digest,
+        "num_ranks": state.num_ranks,
         "progress": dataclasses.asdict(state.progress),
         "best_adapter": state.best_adapter,
     }

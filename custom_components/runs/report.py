@@ -9,6 +9,7 @@ from torchtune.modules import TransformerDecoder
 
 from custom_components.runs.checkpoints import run_checkpoint_path
 from custom_components.runs.run import Run
+from custom_components.runtime.launched import launch_options
 from custom_components.runtime.terminal import say
 from custom_components.training.state import Progress
 from custom_components.weights.checkpoint_loading import unquantized_modules
@@ -72,7 +73,7 @@ def stopped_summary(run: Run, progress: Progress, num_planned_steps: int, argume
         arguments: of the program, the recipe's file first.
     """
     again = [argument for argument in arguments[1:] if not argument.startswith(_NOT_FOR_GOING_ON)]
-    command = ["tune", "run", os.path.relpath(arguments[0]), *again, "resume_from_checkpoint=true"]
+    command = ["tune", "run", *launch_options(), os.path.relpath(arguments[0]), *again, "resume_from_checkpoint=true"]
     return (
         f"\nstopped at step {progress.num_steps} of {num_planned_steps}; saved:"
         f"\ncheckpoint {run_checkpoint_path(run.directory.path, progress.num_steps)}"

@@ -43,6 +43,7 @@ _UNDECISIVE_KEYS = {
         "keep_last_n_checkpoints",
         "verify_base",
     ),
+    *("parallelism", "collective_timeout_seconds"),
 }
 # Changing these gives other shapes or another order of the data: it would be a different run.
 _FIXED_KEYS = {
@@ -137,6 +138,11 @@ class ResumedRun:
             settings = settings.model_copy(update=self.fitted_batches(settings.gradient_accumulation_steps))
         self.check_config(settings.model_dump(mode="json"), type(settings))
         return settings
+
+    @property
+    def num_ranks(self) -> int:
+        """The ranks that the run was begun with."""
+        return self.state.get("num_ranks", 1)  # note: runs of before there were several do not say
 
     @property
     def progress(self) -> Progress:

@@ -93,3 +93,25 @@ class TrainingLog(contextlib.AbstractContextManager):
             self._logger.begin()
             self._metrics = MetricsFile(self._run.directory.metrics)
         return self._metrics
+
+
+class NoTrainingLog(TrainingLog):
+    """The record of a rank that leaves it to the first one: nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def step(self, *_: Any) -> None:
+        pass
+
+    def validation(self, *_: Any) -> None:
+        pass
+
+    def samples(self, *_: Any) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        pass

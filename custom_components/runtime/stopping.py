@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from custom_components.runtime.terminal import leave_closed_terminal
 
@@ -25,10 +25,13 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(answered: Collection[int] = STOP_SIGNALS) -> Iterator[StopRequest]:
     """Inside the block, `STOP_SIGNALS` ask the run to stop after this step. A second SIGINT stops at once.
 
     A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+
+    Args:
+        answered: the signals on which a line says so.
     """
     request = StopRequest()
 
@@ -39,8 +42,9 @@ def stop_requests() -> Iterator[StopRequest]:
         if signal_number == signal.SIGHUP:
             leave_closed_terminal()
         # note: print could find stderr's buffer in use by what was interrupted.
-        with contextlib.suppress(OSError):
-            os.write(2, _WORDS)
+        if signal_number in answered:
+            with contextlib.suppress(OSError):
+                os.write(2, _WORDS)
 
     taken = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, ask) for number in taken}

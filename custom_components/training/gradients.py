@@ -104,9 +104,16 @@ def accumulate_gradients(
 
 @torch.no_grad()
 def validation_loss(
-    model: TransformerDecoder, batches: Sequence[Batch], loss_of: LossOf, device: torch.device
+    model: TransformerDecoder,
+    batches: Sequence[Batch],
+    loss_of: LossOf,
+    device: torch.device,
+    summed: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> float:
     """Compute the loss per unit over all batches, without dropout.
+
+    Args:
+        summed: sums a tensor over the processes that have a share of the batches each.
 
     Raises:
         UserError: it is NaN or infinite.
@@ -117,7 +124,8 @@ def validation_loss(
     for batch in batches:
         total += loss_of(batch.to(device))
     model.train(was_training)
-    mean = total.item() / sum(batch.num_units for batch in batches)
+    num_units = torch.tensor(sum(batch.num_units for batch in batches), dtype=torch.float64)
+    mean = summed(total).item() / summed(num_units).item()
     if not math.isfinite(mean):
         raise UserError(f"the validation loss is {mean}; lower optimizer.lr")
     return mean

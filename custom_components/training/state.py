@@ -52,12 +52,14 @@ class TrainingState:
 
     Attributes:
         data_digest: of the rows trained on; a run resumes with the same rows only.
+        num_ranks: that the run was begun with; a step has the forwards of so many, also on fewer or more.
         best_adapter: the adapter's parameters at the best validation, by name; empty before the first.
     """
 
     optimizer: Optimizer
     scaler: GradScaler
     data_digest: str
+    num_ranks: int = 1
     progress: Progress = field(default_factory=Progress)
     best_adapter: dict[str, Tensor] = field(default_factory=dict)
 

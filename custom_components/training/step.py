@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,7 @@ from custom_components.training.plan import PlannedStep
 from custom_components.training.state import TrainingState
 
 
-@dataclass(frozen=True)
-class StepCounts:
+class StepCounts(NamedTuple):
     """What is counted in the forwards of an optimizer step.
 
     Attributes:

@@ -79,7 +79,8 @@ def test_what_is_in_the_working_directory_comes_before_the_projects_own(tmp_path
 
 def test_options_of_torchrun_stay_before_the_recipe():
     run = run_from(PROJECT, "--nproc_per_node", "2", "./recipes/merge.py", "--config", TINY, "a=b")
-    assert run == Run(PROJECT, ["--nproc_per_node", "2", "recipes/merge.py", "--config", TINY, "a=b"])
+    options = ("--nproc_per_node", "2")
+    assert run == Run(PROJECT, [*options, "recipes/merge.py", "--config", TINY, "a=b"], options)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from custom_components.config.checks import known_annotations, union_members
+from custom_components.config.distributed_settings import DistributedSettings
 from custom_components.config.full_settings import FullSettings
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.preference_settings import PreferenceSettings
@@ -30,6 +31,7 @@ TRAINING_PATHS = [
 # Every path of every recipe.
 PATHS = {
     "lora_single_device": ("configs/tiny_qlora.yaml", LoRASettings, TRAINING_PATHS),
+    "lora_distributed": ("configs/tiny_qlora.yaml", DistributedSettings, TRAINING_PATHS),
     "lora_dpo_single_device": ("configs/tiny_dpo.yaml", PreferenceSettings, TRAINING_PATHS),
     "full_single_device": (
         "configs/tiny_full.yaml",

@@ -57,6 +57,7 @@ COMMANDS = {
         "optimizer={_component_: bitsandbytes.optim.AdamW8bit, lr: 1e-4}",
     ],
     "full_single_device": ["--config", "configs/tiny_full.yaml", "cache_dir=null", "max_steps=2", ROWS],
+    "lora_distributed": [*ON_TINY, "max_steps=1", "dataset.max_rows=8"],
     "lora_single_device, compiled": [*ON_TINY, "max_steps=1", "dataset.max_rows=8", "compile=true"],
     "lora_single_device, logged": [
         *(*ON_TINY, "max_steps=1", "dataset.max_rows=8"),
@@ -77,7 +78,7 @@ COMMANDS = {
     "merge": ["--config", "configs/merge.yaml", CHECKPOINT],
     "merge, gguf": ["--config", "configs/merge.yaml", CHECKPOINT, "format=gguf", "prove=false"],
 }
-SLOW = ["lora_single_device, compiled"]
+SLOW = ["lora_single_device, compiled", "lora_distributed"]
 PACKAGES = {
     "evaluate, tasks": "lm_eval",
     "lora_single_device, logged": "tensorboard",

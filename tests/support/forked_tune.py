@@ -62,6 +62,7 @@ class ForkedTune:
         stdin: int | None = None,
         stdout: int | None = None,
         num_threads: int | None = None,
+        environment: Mapping[str, str] | None = None,
         warm: WarmTune | None = None,
     ) -> None:
         """Start the command.
@@ -71,6 +72,7 @@ class ForkedTune:
             stdin: a pipe's descriptor in place of `input`.
             stdout: a pipe's descriptor; by default what the command prints is kept for :meth:`result`.
             num_threads: of torch; by default those of the tests.
+            environment: variables beside those of the tests.
             warm: a process with another environment than the tests'.
         """
         self._files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115  until nobody asks for the result
@@ -81,7 +83,8 @@ class ForkedTune:
         descriptors[1] = descriptors[1] if stdout is None else stdout
         report, its_report = os.pipe()
         self._report = os.fdopen(report, "rb", buffering=0)
-        command = {"arguments": ["tune", *arguments], "num_threads": num_threads}
+        own = {} if environment is None else {**environment}
+        command = {"arguments": ["tune", *arguments], "num_threads": num_threads, "environment": own}
         (warm or warm_tune()).fork(command, *descriptors, its_report)
         os.close(its_report)
         self.arguments = arguments

@@ -29,6 +29,7 @@ from custom_components.runtime.starting import start_command
 class Command(NamedTuple):
     arguments: list[str]
     num_threads: int | None  # None: as OMP_NUM_THREADS says, or one for each core
+    environment: dict[str, str]
 
 
 def import_everything() -> None:
@@ -88,6 +89,7 @@ def reap_children(*_: object) -> None:
 def run_tune(command: Command) -> NoReturn:
     """Run the command and leave as the interpreter does, but for taking down the modules."""
     sys.argv = command.arguments
+    os.environ |= command.environment
     if command.num_threads is not None:
         importlib.import_module("torch").set_num_threads(command.num_threads)
     exit_code: object = 0
