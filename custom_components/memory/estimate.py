@@ -166,11 +166,13 @@ def estimate_memory(
         parameter.numel() for module, parameter in frozen if isinstance(module, FrozenLinear) and module.quantize_base
     )
     base = [*(parameter for _, parameter in frozen), *matrices]
-    largest_bytes = dtype.itemsize * max(parameter.numel() for parameter in base)
+    largest_numels = sorted(parameter.numel() for parameter in base)[-NUM_LOADING_THREADS:]
     overhead_bytes = _OVERHEAD_BYTES[device_type]
     if device_type == "cpu":
         overhead_bytes += _BITSANDBYTES_BYTES if num_quantized else 0
-        overhead_bytes += largest_bytes  # oneDNN packs a copy of the weight that it multiplies by
+        # What oneDNN packs, and the heap does not use again, is about the largest weight of a layer. An output head of
+        # 128,256 rows takes nothing of the kind: its products were measured with less than a tenth of its size.
+        overhead_bytes += dtype.itemsize * max(parameter.numel() for parameter in model.layers.parameters())
     return MemoryEstimate(
         num_parameters={
             "NF4": num_quantized,
@@ -184,7 +186,7 @@ def estimate_memory(
         # From a step's second forward on, all of them. The first forward's own are those of its `step`.
         standing_gradient_bytes=gradient_bytes if not matrices or parts.accumulates else 0,
         optimizer_bytes=optimizer_bytes(parts.new_optimizer, trained, trained_dtype if matrices else torch.float32),
-        loading_bytes=NUM_LOADING_THREADS * largest_bytes,
+        loading_bytes=dtype.itemsize * sum(largest_numels),
         step=simulated_step(
             model,
             dtype,

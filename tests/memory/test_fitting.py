@@ -14,6 +14,8 @@ from custom_components.memory import fitting
 from custom_components.memory.estimate import Recomputing, estimate_memory
 from custom_components.memory.fitting import Fit, first_fitting, fit_to_device
 from custom_components.memory.simulated_step import simulated_step
+from custom_components.models import shapes
+from custom_components.models.llama import lora_llama
 from custom_components.models.lora import adapter_modules
 from custom_components.recipe_parts.step_choices import step_choices, step_parts, step_rows
 from custom_components.training.loss import LinearCrossEntropy
@@ -140,3 +142,19 @@ def test_what_the_device_refuses_is_made_smaller(fitting_fit):
     if fitting_fit.batch_size < 8:
         with pytest.raises(torch.OutOfMemoryError):
             first_fitting(Fit(8, 1, ALL), [ALL], may_shrink=False, try_step=try_step)
+
+
+def test_an_output_head_of_many_rows_counts_once():
+    """As it is read, it is there beside the base; nothing packs a second copy of it for its products."""
+    settings = training_settings()
+    estimates = []
+    for vocab_size in (1024, 128_256):
+        shape = dataclasses.replace(shapes.LLAMA3_2_1B, num_layers=2, vocab_size=vocab_size)
+        with torch.device("meta"):
+            wide = lora_llama(shape, ["q_proj"], quantize_base=True)
+        estimates.append(estimate_memory(wide, step_parts(settings), torch.bfloat16, "cpu", [30]))
+    small, large = estimates
+    more_bytes = 2 * (128_256 - 1024) * 2048
+    assert large.base_bytes - small.base_bytes == more_bytes
+    assert large.overhead_bytes == small.overhead_bytes
+    assert more_bytes - 2**27 < large.loading_bytes - small.loading_bytes <= more_bytes
