@@ -149,7 +149,7 @@ def test_an_output_head_of_many_rows_counts_once():
     settings = training_settings()
     estimates = []
     for vocab_size in (1024, 128_256):
-        shape = dataclasses.replace(shapes.LLAMA3_2_1B, num_layers=2, vocab_size=vocab_size)
+        shape = dataclasses.replace(shapes.LLAMA3_2_1B, num_layers=2, vocab_size=vocab_size, max_seq_len=64)
         with torch.device("meta"):
             wide = lora_llama(shape, ["q_proj"], quantize_base=True)
         estimates.append(estimate_memory(wide, step_parts(settings), torch.bfloat16, "cpu", [30]))
