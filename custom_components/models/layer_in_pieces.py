@@ -7,10 +7,11 @@ output, and their gradients.
 Dimensions: `T` tokens, `D` embed_dim, `N` query heads, `K` key/value heads, `H` head_dim.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from custom_components.models.attention import RowLengths, attend_within_rows
 from custom_components.models.nf4_product import FROZEN_VALUES
 
+T = TypeVar("T")
 # Fewer tokens would dequantize every weight more often than that costs little; more take more memory.
 PIECE_TOKENS = 4096
 
@@ -53,10 +55,29 @@ class _Call:
     positions_1T: Tensor
     piece_tokens: int
 
+    @property
+    def before_attention(self) -> Callable[..., tuple[Tensor, ...]]:
+        return _compiled(_before_attention) if self._is_compiled else _before_attention
+
+    @property
+    def after_attention(self) -> Callable[..., Tensor]:
+        return _compiled(_after_attention) if self._is_compiled else _after_attention
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether the layer is: `compile` leaves the compiled call there."""
+        return self.layer._compiled_call_impl is not None
+
     def pieces(self) -> Iterator[slice]:
         num_tokens = self.positions_1T.shape[1]
         for start in range(0, num_tokens, self.piece_tokens):
             yield slice(start, min(start + self.piece_tokens, num_tokens))
+
+
+@cache
+def _compiled(function: Callable[..., T]) -> Callable[..., T]:
+    # note: dynamic from the start, because every batch has another number of tokens.
+    return torch.compile(function, dynamic=True)
 
 
 def layer_in_pieces(
@@ -103,7 +124,7 @@ class _RecomputedLayer(torch.autograd.Function):
         attended_1TNH = _attended(call, _whole(call, _heads(call, input_1TD)))
         output_1TD = torch.empty_like(input_1TD)
         for piece in call.pieces():
-            output_1TD[:, piece] = _after_attention(call.layer, attended_1TNH[:, piece], input_1TD[:, piece])
+            output_1TD[:, piece] = call.after_attention(call.layer, attended_1TNH[:, piece], input_1TD[:, piece])
         ctx.kept = inputs.put(input_1TD)
         return output_1TD
 
@@ -124,7 +145,7 @@ class _RecomputedLayer(torch.autograd.Function):
                 attended_1CNH = attended_1TNH[:, piece].requires_grad_()
                 input_1CD = input_1TD[:, piece].detach().requires_grad_(needs_input_grad)
                 with torch.enable_grad():
-                    output_1CD = _after_attention(call.layer, attended_1CNH, input_1CD, for_gradients_only=True)
+                    output_1CD = call.after_attention(call.layer, attended_1CNH, input_1CD, for_gradients_only=True)
                 gradients.add(
                     [(output_1CD, grad_output_1TD[:, piece])],
                     [(attended_1CNH, grad_attended_1TNH[:, piece]), (input_1CD, grad_input_1TD[:, piece])],
@@ -136,7 +157,7 @@ class _RecomputedLayer(torch.autograd.Function):
             for piece in call.pieces():
                 input_1CD = input_1TD[:, piece].detach().requires_grad_(needs_input_grad)
                 with torch.enable_grad(), FROZEN_VALUES.needed(False):
-                    heads_of_piece = _before_attention(call.layer, input_1CD, call.positions_1T[:, piece])
+                    heads_of_piece = call.before_attention(call.layer, input_1CD, call.positions_1T[:, piece])
                 grads_of_piece = [grad[:, piece] for grad in grad_heads]
                 gradients.add(
                     list(zip(heads_of_piece, grads_of_piece, strict=True)), [(input_1CD, grad_input_1TD[:, piece])]
@@ -152,7 +173,7 @@ def _before_attention(layer: Any, input_1CD: Tensor, positions_1C: Tensor) -> tu
 def _heads(call: _Call, input_1TD: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield queries, keys and values of each piece: (1, C, N or K, H)."""
     for piece in call.pieces():
-        yield _before_attention(call.layer, input_1TD[:, piece], call.positions_1T[:, piece])
+        yield call.before_attention(call.layer, input_1TD[:, piece], call.positions_1T[:, piece])
 
 
 def _whole(call: _Call, parts: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:
