@@ -3,17 +3,31 @@
 import sys
 from pathlib import Path
 
-from benchmarks.training_job import CLIP_GRAD_NORM, LEARNING_RATE, LORA_ALPHA, LORA_RANK, TrainingJob
+from benchmarks.training_job import BETA, CLIP_GRAD_NORM, LEARNING_RATE, LORA_ALPHA, LORA_RANK, TrainingJob
+
+# The recipe and the config of each kind of run.
+_RECIPES = {
+    "lora": ("lora_single_device", "llama_qlora"),
+    "dpo": ("lora_dpo_single_device", "tiny_dpo"),
+    "full": ("full_single_device", "tiny_full"),
+}
 
 
 def command(job: TrainingJob) -> list[str]:
-    overrides = {
-        "checkpoint_dir": job.checkpoint_dir,
-        "output_dir": f"{job.work_dir}/run",
+    recipe, config = _RECIPES[job.kind]
+    of_adapter = {
         "init_adapter_from": job.adapter_dir,
         "lora_rank": LORA_RANK,
         "lora_alpha": LORA_ALPHA,
         "lora_dropout": 0.0,
+    }
+    overrides = {
+        "checkpoint_dir": job.checkpoint_dir,
+        "output_dir": f"{job.work_dir}/run",
+        **({} if job.kind == "full" else of_adapter),
+        **({"loss.beta": BETA} if job.kind == "dpo" else {}),
+        "dataset_val": "null",
+        "run_val_every_n_steps": "null",
         "max_seq_len": job.max_seq_len,
         "cache_dir": "null",
         "dataset.source": job.source,
@@ -35,5 +49,5 @@ def command(job: TrainingJob) -> list[str]:
         "metric_logger.path": job.step_log_path,
     }
     tune = Path(sys.executable).with_name("tune")
-    recipe = [str(tune), "run", "recipes/lora_single_device.py", "--config", "configs/llama_qlora.yaml"]
-    return recipe + [f"{key}={value}" for key, value in overrides.items()]
+    words = [str(tune), "run", f"recipes/{recipe}.py", "--config", f"configs/{config}.yaml"]
+    return words + [f"{key}={value}" for key, value in overrides.items()]

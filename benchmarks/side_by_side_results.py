@@ -1,5 +1,6 @@
 """What side_by_side.py measures of a run, and how it prints and compares it."""
 
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from benchmarks.training_job import TrainingJob
 FIRST_LOSS_TOLERANCE = 2**-8
 OURS = "ours"
 COLUMNS = (
-    *("tool", "rows x forwards", "checkpointing", "s/step", "ceiling s", "step / ceiling", "tokens/s", "supervised/s"),
-    *("anonymous GiB", "resident GiB", "first step s", "whole run s", "losses"),
+    *("tool", "rows x forwards", "checkpointing", "s/step", "CPU s/step", "ceiling s", "step / ceiling", "tokens/s"),
+    *("supervised/s", "anonymous GiB", "resident GiB", "first step s", "whole run s", "losses"),
 )
 
 Item = TypeVar("Item")
@@ -30,7 +31,8 @@ class Result:
     gradient_accumulation_steps: int
     checkpointing: bool
     step_seconds: float
-    ceiling_seconds: float
+    step_processor_seconds: float
+    ceiling_seconds: float | None
     tokens_per_second: float
     supervised_tokens_per_second: float
     peak_anonymous_gib: float
@@ -45,13 +47,14 @@ class Result:
         return f"{self.batch_size} x {self.gradient_accumulation_steps}, checkpointing {checkpointing}"
 
     def cells(self) -> list[str]:
+        ceiling = self.ceiling_seconds
         return [
             self.tool,
             f"{self.batch_size} x {self.gradient_accumulation_steps}",
             "on" if self.checkpointing else "off",
             f"{self.step_seconds:.2f}",
-            f"{self.ceiling_seconds:.2f}",
-            f"{self.step_seconds / self.ceiling_seconds:.2f}",
+            f"{self.step_processor_seconds:.2f}",
+            *(("", "") if ceiling is None else (f"{ceiling:.2f}", f"{self.step_seconds / ceiling:.2f}")),
             f"{self.tokens_per_second:.0f}",
             f"{self.supervised_tokens_per_second:.0f}",
             f"{self.peak_anonymous_gib:.2f}",
@@ -67,24 +70,28 @@ def timed(steps: Sequence[Item]) -> Sequence[Item]:
     return steps[2:] if len(steps) > 3 else steps[1:] or steps
 
 
+def differences(values: Sequence[float]) -> list[float]:
+    return [after - before for before, after in itertools.pairwise(values)]
+
+
 def measured(
     tool: str,
     job: TrainingJob,
     process: ToolProcess,
     ends: Sequence[StepEnd],
     steps: Sequence[Sequence[ForwardSize]],
-    ceiling_seconds: float,
+    ceiling_seconds: float | None,
 ) -> Result:
     """The figures of a run.
 
     Args:
         ends: of its optimizer steps.
         steps: of each, the tokens of its forwards.
-        ceiling_seconds: the least time of a step.
+        ceiling_seconds: the least time of a step; None: not known for this kind of run.
     """
     assert len(ends) == len(steps), (tool, len(ends), len(steps))
     moments = [process.started_at_seconds, *(end.ended_at_seconds for end in ends)]
-    timed_seconds = timed([after - before for before, after in zip(moments, moments[1:], strict=False)])
+    timed_seconds = timed(differences(moments))
     timed_forwards = [size for step in timed(steps) for size in step]
     return Result(
         tool=tool,
@@ -92,6 +99,7 @@ def measured(
         gradient_accumulation_steps=job.gradient_accumulation_steps,
         checkpointing=job.checkpointing,
         step_seconds=statistics.median(timed_seconds),
+        step_processor_seconds=statistics.median(timed(differences(list(map(process.processor_seconds, moments))))),
         ceiling_seconds=ceiling_seconds,
         tokens_per_second=sum(size.num_tokens for size in timed_forwards) / sum(timed_seconds),
         supervised_tokens_per_second=sum(size.num_supervised_tokens for size in timed_forwards) / sum(timed_seconds),
@@ -107,8 +115,12 @@ def table_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def comparisons(results: Sequence[Result]) -> Iterator[str]:
-    """Our fastest run against the fastest of each other tool, with and without checkpointing and of both."""
+def comparisons(results: Sequence[Result], base_gib: float) -> Iterator[str]:
+    """Our fastest run against the fastest of each other tool, with and without checkpointing and of both.
+
+    Args:
+        base_gib: what the base's weights take, the same for every tool.
+    """
     for tool in dict.fromkeys(result.tool for result in results if result.tool != OURS):
         for wanted in ((True,), (False,), (True, False)):
             fastest = {
@@ -125,7 +137,10 @@ def comparisons(results: Sequence[Result]) -> Iterator[str]:
                 yield (
                     f"ours ({ours.configuration}) takes {ours.step_seconds:.2f} s a step, {tool}'s fastest "
                     f"({other.configuration}) {other.step_seconds:.2f} s: {other.step_seconds / ours.step_seconds:.2f} "
-                    f"times its speed, with {ours.peak_anonymous_gib / other.peak_anonymous_gib:.2f} times its memory"
+                    f"times its speed, {other.step_processor_seconds / ours.step_processor_seconds:.2f} times in CPU "
+                    f"seconds, with {ours.peak_anonymous_gib / other.peak_anonymous_gib:.2f} times its memory, "
+                    f"{(ours.peak_anonymous_gib - base_gib) / (other.peak_anonymous_gib - base_gib):.2f} times above "
+                    f"the {base_gib:.2f} GiB of the base's weights"
                 )
 
 

@@ -2,16 +2,19 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from benchmarks import generate, layer_parts, matmul_floor, side_by_side, side_by_side_ours, side_by_side_results
-from benchmarks.rows import ForwardSize, forward_sizes, write_adapter
+from benchmarks.rows import ForwardSize, forward_sizes, tokenized_pairs, write_adapter, write_pairs
 from benchmarks.side_by_side_results import Result
 from benchmarks.step_log import StepEnd, StepLog, read_step_log
 from benchmarks.tool_process import ToolProcess, run_tool
 from benchmarks.training_job import LORA_ALPHA, LORA_RANK, TrainingJob
+from custom_components.config.full_settings import FullSettings
 from custom_components.config.lora_settings import LoRASettings
+from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import load_settings
 from custom_components.models.builders import lora_llama_from_config
 from custom_components.models.shapes import LlamaShape
@@ -30,7 +33,7 @@ def row(num_tokens, num_masked):
 def job(tmp_path, **changes):
     values = dict.fromkeys(("checkpoint_dir", "source", "rows_path", "adapter_dir", "torchtune_adapter_path"), "x")
     values |= {"num_rows": 8, "max_seq_len": 64, "batch_size": 2, "gradient_accumulation_steps": 2, "num_steps": 4}
-    return TrainingJob(**(values | {"checkpointing": False, "work_dir": str(tmp_path)} | changes))
+    return TrainingJob(**(values | {"kind": "lora", "checkpointing": False, "work_dir": str(tmp_path)} | changes))
 
 
 def result(tool, step_seconds, checkpointing=False, losses=(10.0,)):
@@ -40,7 +43,8 @@ def result(tool, step_seconds, checkpointing=False, losses=(10.0,)):
     )
     return Result(
         tool=tool, batch_size=2, gradient_accumulation_steps=2, checkpointing=checkpointing, step_seconds=step_seconds,
-        ceiling_seconds=1.0, peak_anonymous_gib=step_seconds, losses=list(losses), **figures,
+        step_processor_seconds=step_seconds**2, ceiling_seconds=1.0, peak_anonymous_gib=step_seconds,
+        losses=list(losses), **figures,
     )  # fmt: skip
 
 
@@ -55,13 +59,17 @@ def test_forward_sizes_count_what_is_trained_on_and_leave_a_partial_step_out():
 def test_a_runs_figures_are_those_of_its_timed_steps(tmp_path):
     ends = [StepEnd(loss, moment) for loss, moment in ((11.0, 110.0), (10.0, 120.0), (9.0, 122.0), (8.0, 126.0))]
     steps = [[ForwardSize(1000, 1000)]] * 2 + [[ForwardSize(6, 2)], [ForwardSize(12, 4)]]
-    process = ToolProcess(100.0, 50.0, [(101.0, 2**30), (125.0, 2**31), (149.0, 2**32)], 2**33, "")
+    processor_samples = [(100.0, 0.0), (110.1, 12.0), (119.9, 13.0), (122.2, 16.0), (125.9, 23.0)]
+    anonymous_samples = [(101.0, 2**30), (125.0, 2**31), (149.0, 2**32)]
+    process = ToolProcess(100.0, 50.0, anonymous_samples, processor_samples, 2**33, "")
     figures = side_by_side_results.measured("ours", job(tmp_path), process, ends, steps, ceiling_seconds=1.5)
     assert (figures.step_seconds, figures.first_step_seconds, figures.run_seconds) == (3.0, 10.0, 50.0)
+    assert figures.step_processor_seconds == 5.0
     assert (figures.tokens_per_second, figures.supervised_tokens_per_second) == (3.0, 1.0)
     assert (figures.peak_anonymous_gib, figures.peak_resident_gib) == (2.0, 8.0)
     assert len(figures.cells()) == len(side_by_side_results.COLUMNS)
-    assert figures.cells()[5] == "2.00"
+    assert figures.cells()[6] == "2.00"
+    assert len(replace(figures, ceiling_seconds=None).cells()) == len(side_by_side_results.COLUMNS)
 
 
 def test_comparisons_take_each_tools_fastest_run():
@@ -73,11 +81,13 @@ def test_comparisons_take_each_tools_fastest_run():
                 result("trl", 5.0),
                 result("trl", 4.0),
                 result("trl", 9.0, True),
-            ]
+            ],
+            base_gib=1.0,
         )
     )
     assert ["3.00 times" in lines[0], "2.00 times" in lines[1], "2.00 times" in lines[2]] == [True] * 3
     assert "ours (2 x 2, checkpointing off)" in lines[2] and len(lines) == 3
+    assert "4.00 times in CPU seconds, with 0.50 times its memory, 0.33 times above the 1.00 GiB" in lines[2]
 
 
 def test_first_losses_are_held_against_each_other():
@@ -113,12 +123,31 @@ def test_the_adapter_to_start_from_fits_and_is_the_same_in_both_formats(make_che
     assert not any(module.weight.any() for name, module in model.named_modules() if name.endswith("lora_b"))
 
 
-def test_our_command_is_a_config_that_the_recipe_takes(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "settings_type"), [("lora", LoRASettings), ("dpo", PreferenceSettings), ("full", FullSettings)]
+)
+def test_our_command_is_a_config_that_the_recipe_takes(tmp_path, monkeypatch, kind, settings_type):
     monkeypatch.chdir(PROJECT)
-    words = side_by_side_ours.command(job(tmp_path, checkpointing=True))
-    settings = load_settings(LoRASettings, words[words.index("--config") :])
+    words = side_by_side_ours.command(job(tmp_path, kind=kind, checkpointing=True))
+    settings = load_settings(settings_type, words[words.index("--config") :])
     assert (settings.batch_size, settings.gradient_accumulation_steps, settings.max_steps_per_epoch) == (2, 2, 4)
     assert settings.enable_activation_checkpointing is True and settings.dataset["max_rows"] == 8
+
+
+def test_pairs_have_the_length_that_is_asked_for(make_checkpoint, many_rows, tmp_path):
+    """Both dialogs of each, so that a step has the same tokens whichever tool takes it."""
+    checkpoint = make_checkpoint()
+    path = write_pairs(checkpoint, str(many_rows), 3, tmp_path / "pairs.jsonl")
+    pairs = tokenized_pairs(checkpoint, str(path), 3, max_seq_len=24)
+    assert [[len(pair[name]["tokens"]) for name in ("chosen", "rejected")] for pair in pairs] == [[24, 24]] * 3
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    assert forward_sizes(pairs, 1, 1)[0][0].num_tokens == 48
+
+
+def test_weights_take_what_their_format_does():
+    # 2 x (64 x 64 + 2 x 32 x 64 + 64 x 64 + 3 x 64 x 128) linear weights, and two matrices of 64 x 64.
+    assert side_by_side.base_bytes(SHAPE, "full") == 2 * (2 * 36_864 + 2 * 4_096)
+    assert side_by_side.base_bytes(SHAPE, "dpo") == 2 * 2 * 4_096 + 2 * 36_864 * (4 + 65 / 512) / 8
 
 
 def test_floors_of_every_forward_are_summed():
@@ -150,7 +179,8 @@ def test_step_sizes_are_read():
         (["--layouts", "4"], "not of the form"),
         (["--layouts", "0x1"], "not of the form"),
         (["--checkpointing", "yes"], "none of on, off"),
-        (["--tools", "unsloth"], "not a list of"),
+        (["--tools", "unsloth"], "not a list of ours, torchtune, trl"),
+        (["--kind", "dpo", "--tools", "torchtune"], "not a list of ours, trl"),
         (["--source", "nowhere.json"], "--source: there is no 'nowhere.json'"),
         (["--tools", "trl"], "--trl-python: name the python"),
     ],

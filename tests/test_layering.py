@@ -81,6 +81,31 @@ def imported_names(node) -> list[str]:
     return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
+def lines_beside_the_loop(path) -> list[str]:
+    """A training recipe's lines of code, without imports, docstrings and its `train`, which is the visible loop."""
+    source = path.read_text()
+    lines: list[str | None] = list(source.splitlines())
+    for node in ast.walk(ast.parse(source)):
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_loop = isinstance(node, ast.FunctionDef) and node.name == "train"
+        if is_docstring or is_loop or isinstance(node, ast.Import | ast.ImportFrom):
+            lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+    return [line.strip() for line in lines if line and line.strip()]
+
+
+def test_beside_the_visible_loop_no_six_lines_stand_in_two_training_recipes():
+    places: dict[tuple[str, ...], set[str]] = {}
+    recipes = [path for path in (PROJECT / "recipes").glob("*.py") if "signal_number = train(" in path.read_text()]
+    assert len(recipes) == 4
+    for path in recipes:
+        lines = lines_beside_the_loop(path)
+        code = "\n".join(lines)
+        assert "def recipe_main(" in code and "for step in plan.steps" not in code
+        for start in range(len(lines) - 5):
+            places.setdefault(tuple(lines[start : start + 6]), set()).add(path.name)
+    assert [lines for lines, names in places.items() if len(names) > 1] == []
+
+
 def test_a_file_is_short_enough_for_one_responsibility():
     lengths = {name: len(path.read_text().splitlines()) for name, path in SOURCES.items()}
     assert {name: length for name, length in lengths.items() if length > 300} == {}

@@ -108,6 +108,7 @@ _ROWS: list[tuple[str | None, str, str]] = [
     ("run_val_every_n_steps", "", "eval_steps evals_per_epoch eval_strategy evaluation_strategy eval_every"),
     # ---- Preferences
     ("loss.beta", "", "beta pref_beta rl_beta dpo_beta simpo_beta orpo_alpha"),
+    ("loss.alpha", "of custom_components.training.preference_losses.rpo", "rpo_alpha pref_ftx"),
     (
         "loss",
         "with a _component_ such as custom_components.training.preference_losses.sigmoid, which is DPO",

@@ -62,6 +62,7 @@ class TrainingFacts:
 # Losses of pairs, by their names in preference_losses.
 _METHODS = {
     "sigmoid": "direct preference optimization (DPO)",
+    "rpo": "direct preference optimization with the chosen answers' loss (RPO)",
     "cdpo": "conservative direct preference optimization (cDPO)",
     "robust": "robust direct preference optimization (rDPO)",
     "ipo": "identity preference optimization (IPO)",

@@ -55,6 +55,21 @@ def sigmoid(answers: AnswerLogProbabilities, beta: _Positive = 0.1) -> PairLosse
     return PairLosses(-F.logsigmoid(margins(rewards_N2)), rewards_N2)
 
 
+def rpo(answers: AnswerLogProbabilities, beta: _Positive = 0.1, alpha: _NotNegative = 1.0) -> PairLosses:
+    """Compute DPO's loss and the chosen answer's loss per token, which keeps the answer likely: iterative RPO's.
+
+    Pang et al. 2024, arXiv 2404.19733, equation 1. As in TRL, the average is over the tokens of the answer; the paper's
+    counts those of the question too.
+
+    Args:
+        beta: see :func:`sigmoid`.
+        alpha: the weight of the chosen answer's loss, as in supervised fine-tuning.
+    """
+    losses_N, rewards_N2 = sigmoid(answers, beta)
+    averages_N = answers.policy_N2[:, 0] / answers.num_tokens_N2[:, 0]
+    return PairLosses(losses_N - alpha * averages_N, rewards_N2)
+
+
 def cdpo(answers: AnswerLogProbabilities, beta: _Positive = 0.1, label_smoothing: _FlipRate = 0.1) -> PairLosses:
     """Compute conservative DPO's loss, for pairs of which a share is the wrong way round.
 

@@ -29,7 +29,7 @@ def no_pair_each(answers, beta=0.1):
     [
         ("train_on=all", "train_on: all: the prompt is the same for both answers"),
         ("loss.beta=0", "loss.beta: 0 should be"),
-        ("loss.bata=0.2", r"loss.bata: unknown key of .*sigmoid; did you mean 'loss.beta'\?"),
+        ("loss.bata=0.2", r"loss.bata: unknown key of .*rpo; did you mean 'loss.beta'\?"),
         ("loss.answers=1", "loss.answers: 1: the recipe gives this argument itself"),
         ("loss.label_smoothing=0.1", "loss.label_smoothing: unknown key"),
         (f"loss={{_component_: {LOSSES}.cdpo, label_smoothing: 0.5}}", "loss.label_smoothing: 0.5 should be"),
@@ -54,7 +54,7 @@ def test_L26_a_set_of_pairs_is_refused_by_the_recipe_of_dialogs():
         load(override, settings_type=LoRASettings, config="tiny_qlora")
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "cdpo", "robust", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("name", ["sigmoid", "rpo", "cdpo", "robust", "ipo", "simpo", "orpo"])
 def test_every_loss_is_taken(name):
     assert load(f"loss={{_component_: {LOSSES}.{name}}}").preference_loss == name
 

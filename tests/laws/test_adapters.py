@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format. L20, L21."""
+"""Adapters in PEFT's format, and models, as they are saved. L20, L21."""
 
 from pathlib import Path
 
@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from custom_components.models.shapes import LLAMA2_7B
+from custom_components.runs.model_weights import check_model_was_trained
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.prompt_format import read_prompt_format
 from custom_components.weights.adapters import check_adapter_was_trained
 from custom_components.weights.checkpoint_files import BaseCheckpoint, open_checkpoint
-from tests.support.adapters import PROMPT_FORMAT, saved_adapter
+from tests.support.adapters import PROMPT_FORMAT, saved_adapter, saved_model
 from tests.support.checkpoints import write_checkpoint
 from tests.support.models import (
     ALL_ATTENTION,
@@ -18,6 +19,7 @@ from tests.support.models import (
     dequantized_in_hugging_face_order,
     inference_model,
     loaded_model,
+    whole_model,
     with_random_adapters,
 )
 
@@ -40,6 +42,26 @@ def test_L20_a_saved_adapter_is_the_one_in_memory(make_checkpoint, tmp_path, lor
         assert torch.equal(parameter, parameters[name]), name
     assert torch.equal(model(TOKENS), reloaded(TOKENS))
     assert read_prompt_format(adapter) == PROMPT_FORMAT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_L20_a_saved_model_is_the_one_in_memory(make_checkpoint, tmp_path, dtype):
+    checkpoint = make_checkpoint()
+    model = whole_model(checkpoint, dtype=dtype)
+    with pytest.raises(UserError, match="no weight has changed, nothing was learned"):
+        check_model_was_trained(model, open_checkpoint(checkpoint))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    check_model_was_trained(model, open_checkpoint(checkpoint))
+    saved = saved_model(model, checkpoint, tmp_path / "model")
+    parameters = dict(whole_model(saved, dtype=dtype).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameters[name].dtype == parameter.dtype and torch.equal(parameter, parameters[name]), name
+    assert read_prompt_format(saved) == PROMPT_FORMAT
+    model.norm.scale.data[0] = float("nan")
+    with pytest.raises(UserError, match=r"norm\.scale is not finite"):
+        check_model_was_trained(model, open_checkpoint(checkpoint))
 
 
 def test_L20_an_adapter_that_learned_nothing_is_an_error(make_checkpoint):

@@ -4,24 +4,14 @@ import pytest
 import torch
 
 from custom_components.datasets.batching import collate
-from custom_components.models.builders import llama_from_config
 from custom_components.runtime.errors import UserError
 from custom_components.training.gradients import ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
-from custom_components.weights.checkpoint_files import open_checkpoint
-from custom_components.weights.checkpoint_loading import load_base_weights
 from custom_components.weights.names import HUGGING_FACE_NAMES, halve_rope_rows, translated_name
-from tests.support.models import CPU
+from tests.support.models import CPU, whole_model
 from tests.support.rows import random_rows
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
-
-
-def full_model(checkpoint, train_only=None, dtype=torch.float32, trained_dtype=None):
-    with torch.device("meta"):
-        model = llama_from_config(checkpoint, train_only)
-    load_base_weights(model, open_checkpoint(checkpoint), dtype, CPU, trained_dtype=trained_dtype)
-    return model.train()
 
 
 def gradients_of(model, rows, num_recomputed_layers=0):
@@ -54,7 +44,7 @@ def transformers_gradients(checkpoint, rows):
 def test_L11_L14_every_gradient_is_that_of_transformers(make_checkpoint, tied, num_recomputed_layers):
     checkpoint, rows = make_checkpoint(tie_word_embeddings=tied), random_rows(4)
     expected = transformers_gradients(checkpoint, rows)
-    _, gradients = gradients_of(full_model(checkpoint), rows, num_recomputed_layers)
+    _, gradients = gradients_of(whole_model(checkpoint), rows, num_recomputed_layers)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         assert gradient.any(), name
@@ -73,7 +63,7 @@ def test_L11_L14_every_gradient_is_that_of_transformers(make_checkpoint, tied, n
 def test_L12_train_only_trains_what_it_names(make_checkpoint, train_only, trained):
     """Gradients are those of a model that is trained as a whole; what is not named has none."""
     checkpoint, rows = make_checkpoint(), random_rows(4)
-    model, whole = full_model(checkpoint, train_only), full_model(checkpoint)
+    model, whole = whole_model(checkpoint, train_only), whole_model(checkpoint)
     (loss, _), (expected_loss, _) = gradients_of(model, rows), gradients_of(whole, rows)
     torch.testing.assert_close(loss, expected_loss)
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == {
@@ -95,23 +85,23 @@ def test_L12_train_only_trains_what_it_names(make_checkpoint, train_only, traine
 )
 def test_a_pattern_that_matches_nothing_is_an_error(make_checkpoint, train_only, words):
     with pytest.raises(UserError, match="train_only: ") as error:
-        full_model(make_checkpoint(), train_only)
+        whole_model(make_checkpoint(), train_only)
     assert words in str(error.value)
 
 
 def test_a_tied_head_is_named_by_its_embeddings(make_checkpoint):
     with pytest.raises(UserError, match="'output' .*tied to the embeddings: name tok_embeddings"):
-        full_model(make_checkpoint(tie_word_embeddings=True), ["output"])
+        whole_model(make_checkpoint(tie_word_embeddings=True), ["output"])
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_L13_weights_in_fp32_are_computed_with_in_16_bits(make_checkpoint, tied):
     """Their gradients are in fp32, and near those of a computation in fp32."""
     checkpoint, rows = make_checkpoint(tie_word_embeddings=tied), random_rows(4)
-    model = full_model(checkpoint, dtype=torch.bfloat16, trained_dtype=torch.float32)
+    model = whole_model(checkpoint, dtype=torch.bfloat16, trained_dtype=torch.float32)
     assert model.tok_embeddings(torch.tensor([[1]])).dtype == torch.bfloat16
     _, gradients = gradients_of(model, rows)
-    _, expected = gradients_of(full_model(checkpoint), rows)
+    _, expected = gradients_of(whole_model(checkpoint), rows)
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
         assert (gradient - expected[name]).norm() <= 0.05 * expected[name].norm(), name

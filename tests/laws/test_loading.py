@@ -3,13 +3,14 @@
 import json
 import runpy
 import sys
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
-from custom_components.models.builders import lora_llama_from_config
+from custom_components.models.builders import llama_from_config, lora_llama_from_config
 from custom_components.runtime.errors import UserError
 from custom_components.transforms.llama2_chat import Llama2ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
@@ -17,8 +18,8 @@ from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.adapters import load_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint
 from custom_components.weights.checkpoint_loading import load_base_weights
-from tests.support.adapters import WEIGHTS, saved_adapter
-from tests.support.models import CPU, inference_model, loaded_model, with_random_adapters
+from tests.support.adapters import WEIGHTS, saved_adapter, saved_model
+from tests.support.models import CPU, inference_model, loaded_model, whole_model, with_random_adapters
 from tests.support.paths import PROJECT, TINY_TOKENIZER
 from tests.support.recipe_runs import run_merge
 
@@ -30,7 +31,8 @@ def rewritten(file, change):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_L24_a_checkpoint_that_does_not_fit_is_named_tensor_by_tensor(make_checkpoint):
+@pytest.mark.parametrize("model_of", [loaded_model, whole_model])
+def test_L24_a_checkpoint_that_does_not_fit_is_named_tensor_by_tensor(make_checkpoint, model_of):
     checkpoint = make_checkpoint()
 
     def change(tensors):
@@ -40,19 +42,20 @@ def test_L24_a_checkpoint_that_does_not_fit_is_named_tensor_by_tensor(make_check
 
     rewritten(checkpoint / "model.safetensors", change)
     with pytest.raises(UserError) as error:
-        loaded_model(checkpoint)
+        model_of(checkpoint)
     message = str(error.value)
     assert "norm.scale is missing" in message
     assert "model.layers.1.mlp.up_proj.weight has shape (3, 3), the model (128, 64)" in message
     assert "model.layers.2.mlp.up_proj.weight is not of this model" in message
 
 
-def test_L24_a_checkpoint_with_a_tensor_no_llama_has(make_checkpoint):
+@pytest.mark.parametrize("model_of", [loaded_model, whole_model])
+def test_L24_a_checkpoint_with_a_tensor_no_llama_has(make_checkpoint, model_of):
     checkpoint = make_checkpoint()
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
     rewritten(checkpoint / "model.safetensors", lambda tensors: tensors.update(bias))
     with pytest.raises(UserError, match=r"q_proj\.bias"):
-        loaded_model(checkpoint)
+        model_of(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -62,11 +65,12 @@ def test_L24_a_checkpoint_with_a_tensor_no_llama_has(make_checkpoint):
         ({"num_attention_heads": 2}, "num_heads"),
     ],
 )
-def test_L24_another_model_with_the_same_tensor_shapes(make_checkpoint, changes, name):
+@pytest.mark.parametrize("build", [partial(lora_llama_from_config, lora_attn_modules=["q_proj"]), llama_from_config])
+def test_L24_another_model_with_the_same_tensor_shapes(make_checkpoint, changes, name, build):
     """CodeLlama's rotary base, say: every tensor fits, and the model would be wrong in silence."""
     built = make_checkpoint("built")
     with torch.device("meta"):
-        model = lora_llama_from_config(built, ["q_proj"])
+        model = build(built)
     with pytest.raises(UserError, match=name):
         load_base_weights(model, open_checkpoint(make_checkpoint("other", **changes)), torch.float32, CPU)
 
@@ -208,13 +212,20 @@ def trained_prompt(**prompt_format):
     return row["tokens"][: row["mask"].index(False)]
 
 
+@pytest.mark.parametrize("is_whole", [False, True], ids=["adapter", "whole"])
 @pytest.mark.parametrize("template", ["alpaca", {"user": "Q: {content}\n", "assistant": "A: {content}"}])
-def test_L25_generation_asks_as_the_adapter_was_trained(make_checkpoint, tmp_path, asked, capsys, template):
+def test_L25_generation_asks_as_adapter_or_model_was_trained(
+    make_checkpoint, tmp_path, asked, capsys, template, is_whole
+):
     checkpoint = make_checkpoint()
     prompt_format = PromptFormat(template, "Be kind.", ["</s>"])
-    adapter = saved_adapter(with_random_adapters(loaded_model(checkpoint)), tmp_path / "adapter", prompt_format)
-    assert read_prompt_format(adapter) == prompt_format
-    prompt, _ = asked(checkpoint, adapter)
+    if is_whole:
+        trained = saved_model(whole_model(checkpoint), checkpoint, tmp_path / "model", prompt_format)
+        prompt, _ = asked(trained, None)
+    else:
+        trained = saved_adapter(with_random_adapters(loaded_model(checkpoint)), tmp_path / "adapter", prompt_format)
+        prompt, _ = asked(checkpoint, trained)
+    assert read_prompt_format(trained) == prompt_format
     assert prompt == trained_prompt(prompt_template=template, system_prompt="Be kind.")
     assert prompt != trained_prompt()
     assert "warning" not in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """L7 to L16: the loss, the model's numbers and the adapters'."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from custom_components.runtime.errors import UserError
 from custom_components.training.gradients import ForwardOptions, accumulate_gradients, supervised_loss
 from custom_components.training.loss import LinearCrossEntropy
 from custom_components.training.optimizer import stop_if_not_finite
-from tests.support.models import CPU, loaded_model, with_random_adapters
+from tests.support.models import CPU, loaded_model, whole_model, with_random_adapters
 from tests.support.paths import TINY_LLAMA
 from tests.support.rows import random_rows
 
@@ -80,9 +82,13 @@ def test_L08_labels_at_a_boundary_predict_nothing():
     assert batch.row_lengths == (3, 3)
 
 
-@pytest.mark.parametrize("apply_lora_to_output", [False, True])
-def test_L09_a_forward_without_supervised_tokens_contributes_zero(make_checkpoint, apply_lora_to_output):
-    model = with_random_adapters(loaded_model(make_checkpoint(), apply_lora_to_output=apply_lora_to_output))
+@pytest.mark.parametrize(
+    "model_of",
+    [loaded_model, partial(loaded_model, apply_lora_to_output=True), whole_model],
+    ids=["adapter", "adapter on the head", "whole"],
+)
+def test_L09_a_forward_without_supervised_tokens_contributes_zero(make_checkpoint, model_of):
+    model = with_random_adapters(model_of(make_checkpoint()))
     rows = random_rows(4)
     masked = {"tokens": [1, 5, 6, 7], "labels": [-100] * 4}
     loss, gradients = gradients_of_step(model, rows, 1)

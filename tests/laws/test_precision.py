@@ -9,7 +9,7 @@ from custom_components.runtime.devices import resolved_device, resolved_dtype
 from custom_components.runtime.errors import UserError
 from custom_components.training.optimizer import clip_gradients, update_weights
 from tests.support.models import CPU
-from tests.support.recipe_runs import arguments, tune_run
+from tests.support.recipe_runs import RECIPES, tune_run
 from tests.support.run_results import records
 
 CUDA = torch.device("cuda")
@@ -83,13 +83,17 @@ def test_L09_a_gradient_that_no_scale_makes_finite_stops_an_fp16_run():
         update_weights(optimizer, scaler, 1.0, grad_norm.item(), 4, [[0]])
 
 
-def test_L13_the_recipe_in_fp16_learns_as_it_does_in_bf16(make_checkpoint, many_rows, tmp_path):
+@pytest.mark.parametrize(
+    "recipe", ["lora_single_device", pytest.param("lora_dpo_single_device", marks=pytest.mark.slow)]
+)
+def test_L13_the_recipe_in_fp16_learns_as_it_does_in_bf16(make_checkpoint, tmp_path, recipe):
     """A T4's path, on the CPU: 30 steps, no bf16 anywhere."""
-    checkpoint = make_checkpoint()
+    checkpoint, small = make_checkpoint(), RECIPES[recipe]
+    rows = small.write_rows(tmp_path / "rows.jsonl", 40)
     last_losses = {}
     for dtype in ("fp16", "bf16"):
         overrides = (f"dtype={dtype}", "epochs=3", "batch_size=4", "optimizer.lr=5e-3")
-        result = tune_run(*arguments(checkpoint, many_rows, tmp_path / dtype, *overrides))
+        result = tune_run(*small.arguments(checkpoint, rows, tmp_path / dtype, *overrides), recipe=recipe)
         assert result.returncode == 0, result.stderr
         losses = [record["loss"] for record in records(tmp_path / dtype)]
         assert len(losses) == 30

@@ -21,11 +21,12 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.forked_tune import ForkedTune
 from tests.support.models import loaded_model, with_random_adapters
 from tests.support.paths import PROJECT
-from tests.support.recipe_runs import arguments, full_arguments, tune_run
+from tests.support.recipe_runs import RECIPES, arguments, full_arguments, tune_run
 from tests.support.rows import random_dialogs, write_dialogs
-from tests.support.run_results import assert_equal, outcome
+from tests.support.run_results import assert_equal, outcome, records
 
 TRAINING = ("run", "recipes/lora_single_device.py")
+ADAPTER_RECIPES = ("lora_single_device", "lora_dpo_single_device")
 # Dropout, packs, several epochs, validation, a partial last window: what an exact resume has to bring back.
 RUN = [
     *("epochs=3", "lora_dropout=0.2", "packed=true", "max_seq_len=64", "batch_size=1", "gradient_accumulation_steps=2"),
@@ -174,27 +175,62 @@ def test_L18_only_the_newest_and_the_best_are_kept(make_checkpoint, many_rows, t
     assert kept == sorted({f"step_{best:06}", "step_000008", "step_000010"})
 
 
-def config_of(*arguments):
-    return load_settings(LoRASettings, list(arguments)).model_dump(mode="json")
+def config_of(*arguments, settings=LoRASettings):
+    return load_settings(settings, list(arguments)).model_dump(mode="json")
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """A function that runs a recipe once, on fewer rows than a batch; it gives the run's arguments and output."""
+    folders = {}
+
+    def run_of(recipe):
+        is_new = recipe not in folders
+        folder = folders.setdefault(recipe, tmp_path_factory.mktemp(recipe) if is_new else None)
+        small = RECIPES[recipe]
+        run = small.arguments(folder / "base", folder / "rows.jsonl", folder / "out", "epochs=2")
+        if is_new:
+            write_checkpoint(folder / "base")
+            small.write_rows(folder / "rows.jsonl", 1)
+            result = tune_run(*run, recipe=recipe)
+            assert result.returncode == 0, result.stderr
+        return run, folder / "out"
+
+    return run_of
+
+
+def slow(*parameters):
+    return pytest.param(*parameters, marks=pytest.mark.slow)
+
+
+OF_ADAPTERS = ["lora_rank=8", "lora_attn_modules=[q_proj]"]
+OF_ALL = ["seed=5", "batch_size=1", "packed=true"]
 
 
 @pytest.mark.parametrize(
-    "override", ["lora_rank=8", "seed=5", "batch_size=1", "lora_attn_modules=[q_proj]", "packed=true"]
+    ("recipe", "override"),
+    [(recipe, override) for recipe in ADAPTER_RECIPES for override in OF_ADAPTERS]
+    + [("full_single_device", "train_only=[norm]")]
+    + [(recipe, override) for recipe in RECIPES for override in OF_ALL],
 )
-def test_L19_differences_that_change_shapes_or_order_are_refused(short_run, monkeypatch, override):
-    run, output_dir = short_run
+def test_L19_differences_that_change_shapes_or_order_are_refused(run_of, monkeypatch, recipe, override):
+    run, output_dir = run_of(recipe)
     monkeypatch.chdir(PROJECT)
+    settings = RECIPES[recipe].settings
     with pytest.raises(UserError, match=f"resume_from_checkpoint: {override.partition('=')[0]} was"):
-        open_run_to_resume(True, output_dir).check_config(config_of(*run, override), LoRASettings)
+        open_run_to_resume(True, output_dir).check_config(config_of(*run, override, settings=settings), settings)
 
 
-def test_L19_other_differences_are_listed(short_run, monkeypatch, capsys):
-    run, output_dir = short_run
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_L19_other_differences_are_listed(run_of, monkeypatch, capsys, recipe):
+    run, output_dir = run_of(recipe)
     monkeypatch.chdir(PROJECT)
-    config = config_of(*run, "optimizer.lr=1e-5", "sample_prompts=[x]")
-    open_run_to_resume(True, output_dir).check_config(config, LoRASettings)
+    settings = RECIPES[recipe].settings
+    before = config_of(*run, settings=settings)["optimizer"]["lr"]
+    config = config_of(*run, "optimizer.lr=1e-5", "sample_prompts=[x]", settings=settings)
+    open_run_to_resume(True, output_dir).check_config(config, settings)
     said = capsys.readouterr().out
-    assert "differs from the checkpoint: optimizer.lr was 0.0002, now 1e-05\n" in said
+    assert f"differs from the checkpoint: optimizer.lr was {before}, now 1e-05\n" in said
     assert "sample_prompts" not in said
 
 
@@ -216,12 +252,37 @@ def test_L19_a_key_that_the_run_was_begun_without_is_no_difference(short_run, mo
     assert "on_empty_answer was None, now 'error'" in capsys.readouterr().out
 
 
-def test_L19_other_rows_are_refused(short_run, tmp_path):
-    run, _ = short_run
-    source = tmp_path / "copy/rows.jsonl"
-    source.write_text("\n".join(source.read_text().splitlines()[1:]))
-    result = tune_run(*run, "resume_from_checkpoint=true")
-    assert result.returncode == 2 and "was trained on other rows" in result.stderr
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_L19_other_rows_are_refused(run_of, tmp_path, recipe):
+    run, _ = run_of(recipe)
+    other = RECIPES[recipe].write_rows(tmp_path / "rows.jsonl", 2)
+    result = tune_run(*run, "resume_from_checkpoint=true", f"dataset.source={other}", "epochs=3", recipe=recipe)
+    assert result.returncode == 2 and "was trained on other rows" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_L10_rows_that_do_not_fill_a_batch_are_trained_on(run_of, recipe):
+    _, output_dir = run_of(recipe)
+    assert [record["step"] for record in records(output_dir)] == [1, 2]
+
+
+SLOW_FOR_OTHERS = [recipe if recipe == "lora_single_device" else slow(recipe) for recipe in RECIPES]
+
+
+@pytest.mark.parametrize("recipe", SLOW_FOR_OTHERS)
+def test_L16_two_runs_are_bit_equal_and_another_seed_is_not(make_checkpoint, tmp_path, recipe):
+    """With dropout, where there is an adapter; of a whole model only the order of the rows is drawn."""
+    checkpoint, small = make_checkpoint(), RECIPES[recipe]
+    rows = small.write_rows(tmp_path / "rows.jsonl", 5)
+    overrides = ["epochs=2"] + (["lora_dropout=0.1"] if recipe in ADAPTER_RECIPES else [])
+    results = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run = small.arguments(checkpoint, rows, tmp_path / name, f"seed={seed}", *overrides)
+        result = tune_run(*run, recipe=recipe)
+        assert result.returncode == 0, result.stderr
+        results.append(outcome(tmp_path / name)[1])
+    assert_equal(results[0], results[1])
+    assert not any(torch.equal(results[0][key], results[2][key]) for key in results[0])
 
 
 def test_nothing_to_resume(tmp_path):
@@ -230,10 +291,19 @@ def test_nothing_to_resume(tmp_path):
     assert open_run_to_resume(False, tmp_path) is None
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_L30_a_signal_saves_and_the_run_goes_on_from_there(finished_run, tmp_path, number, exit_code):
-    run = [*run_in(finished_run), f"output_dir={tmp_path / 'out'}"]
-    process = ForkedTune(*TRAINING, *run, "epochs=200", "save_every_n_steps=10000")  # so that only the signal saves
+@pytest.mark.parametrize(
+    ("recipe", "number", "exit_code"),
+    [
+        ("lora_single_device", signal.SIGINT, 130),
+        ("lora_single_device", signal.SIGTERM, 143),
+        slow("full_single_device", signal.SIGTERM, 143),
+        slow("lora_dpo_single_device", signal.SIGINT, 130),
+    ],
+)
+def test_L30_a_signal_saves_and_the_run_goes_on_from_there(run_of, tmp_path, recipe, number, exit_code):
+    # Only the signal saves.
+    run = [*run_of(recipe)[0], f"output_dir={tmp_path / 'out'}", "epochs=600", "save_every_n_steps=10000"]
+    process = ForkedTune("run", f"recipes/{recipe}.py", *run)
     while process.poll() is None and num_records(tmp_path / "out") < 2:
         time.sleep(0.01)
     process.send_signal(number)

@@ -1,6 +1,8 @@
 """L26: whatever a config says, it is read right or refused; never a traceback, never a key passed over in silence."""
 
 import string
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -8,15 +10,42 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from custom_components.config.component_checks import known_annotations
+from custom_components.config.full_settings import FullSettings
 from custom_components.config.lora_settings import LoRASettings
+from custom_components.config.preference_settings import PreferenceSettings
 from custom_components.config.reading import load_settings
+from custom_components.config.settings import Settings
 from custom_components.config.task_settings import GenerationSettings
 from custom_components.runtime.errors import UserError
 from tests.support.paths import PROJECT
 
-TINY = PROJECT / "configs/tiny_qlora.yaml"
-VALUES = yaml.safe_load(TINY.read_text())
-KNOWN_KEYS = sorted(known_annotations(LoRASettings, VALUES))
+
+class Config(NamedTuple):
+    """A config, what it has, the keys that it can have, and their settings."""
+
+    path: Path
+    values: dict[str, Any]
+    known_keys: list[str]
+    settings: type[Settings]
+
+
+def config_of(name, settings_type):
+    path = PROJECT / f"configs/{name}.yaml"
+    values = yaml.safe_load(path.read_text())
+    return Config(path, values, sorted(known_annotations(settings_type, values)), settings_type)
+
+
+CONFIGS = {
+    name: config_of(name, settings_type)
+    for name, settings_type in (
+        ("tiny_qlora", LoRASettings),
+        ("tiny_full", FullSettings),
+        ("tiny_dpo", PreferenceSettings),
+    )
+}
+# Each example is of one of them, drawn.
+configs = st.sampled_from(sorted(CONFIGS)).map(CONFIGS.__getitem__)
+TINY = CONFIGS["tiny_qlora"].path
 names = st.text(string.ascii_lowercase + "_", min_size=1, max_size=12)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 values = st.recursive(
@@ -30,15 +59,16 @@ def in_project(monkeypatch):
     monkeypatch.chdir(PROJECT)
 
 
-def load(config, *overrides):
-    return load_settings(LoRASettings, ["--config", str(config), *overrides])
+def load(config, *overrides, settings_type=LoRASettings):
+    return load_settings(settings_type, ["--config", str(config), *overrides])
 
 
 @FUZZ
-@given(st.dictionaries(st.sampled_from(KNOWN_KEYS) | names, values, max_size=4))
-def test_L26_any_values_of_any_keys(tmp_path, changes):
+@given(configs, st.data())
+def test_L26_any_values_of_any_keys(tmp_path, of_recipe, data):
     """Known and unknown keys with random values, in the file."""
-    config = dict(VALUES)
+    changes = data.draw(st.dictionaries(st.sampled_from(of_recipe.known_keys) | names, values, max_size=4))
+    config = dict(of_recipe.values)
     for key, value in changes.items():
         parent, _, name = key.partition(".")
         if name and isinstance(config.get(parent), dict):
@@ -46,9 +76,9 @@ def test_L26_any_values_of_any_keys(tmp_path, changes):
         elif not name:
             config[parent] = value
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
-    unknown = [key for key in config if key not in LoRASettings.model_fields]
+    unknown = [key for key in config if key not in of_recipe.settings.model_fields]
     try:
-        load(tmp_path / "config.yaml")
+        load(tmp_path / "config.yaml", settings_type=of_recipe.settings)
     except UserError as error:
         assert all(any(message.startswith(f"{key}: ") for message in error.messages) for key in unknown)
     else:
@@ -56,15 +86,17 @@ def test_L26_any_values_of_any_keys(tmp_path, changes):
 
 
 @FUZZ
-@given(st.lists(st.text(max_size=20) | st.builds("{}={}".format, st.sampled_from(KNOWN_KEYS), st.text(max_size=12))))
-def test_L26_any_overrides(overrides):
+@given(configs, st.data())
+def test_L26_any_overrides(of_recipe, data):
+    known = st.builds("{}={}".format, st.sampled_from(of_recipe.known_keys), st.text(max_size=12))
+    overrides = data.draw(st.lists(st.text(max_size=20) | known))
     try:
-        load(TINY, *overrides)
+        load(of_recipe.path, *overrides, settings_type=of_recipe.settings)
     except UserError:
         return
     for override in overrides:
         key, equals, _ = override.removeprefix("~").partition("=")
-        assert key in KNOWN_KEYS or key.partition(".")[0] in VALUES, override
+        assert key in of_recipe.known_keys or key.partition(".")[0] in of_recipe.values, override
         assert equals or override.startswith("~")
 
 
@@ -89,12 +121,12 @@ def test_L26_a_key_left_out_has_its_default():
 
 
 @FUZZ
-@given(names.filter(lambda name: name not in LoRASettings.model_fields), st.sampled_from(["", "model.", "optimizer."]))
-def test_L26_an_unknown_key_at_any_depth_is_an_error(name, prefix):
-    if f"{prefix}{name}" in KNOWN_KEYS or name == "_component_":
+@given(configs, names, st.sampled_from(["", "model.", "optimizer.", "loss."]))
+def test_L26_an_unknown_key_at_any_depth_is_an_error(of_recipe, name, prefix):
+    if name in of_recipe.settings.model_fields or f"{prefix}{name}" in of_recipe.known_keys or name == "_component_":
         return
     with pytest.raises(UserError) as error:
-        load(TINY, f"{prefix}{name}=1")
+        load(of_recipe.path, f"{prefix}{name}=1", settings_type=of_recipe.settings)
     assert f"{prefix}{name}: " in str(error.value)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
 from custom_components.models import nf4
-from custom_components.models.builders import lora_llama_from_config
+from custom_components.models.builders import llama_from_config, lora_llama_from_config
 from custom_components.models.dora import DoRALinear
 from custom_components.models.linear_names import hugging_face_module
 from custom_components.models.lora import LoRALinear, adapter_modules
@@ -33,6 +33,19 @@ def loaded_model(
     torch.manual_seed(seed)
     load_base_weights(model, open_checkpoint(checkpoint_dir), dtype, CPU)
     return model
+
+
+def whole_model(
+    checkpoint_dir: Path,
+    train_only: list[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    trained_dtype: torch.dtype | None = None,
+) -> TransformerDecoder:
+    """A checkpoint's model whose own weights are trained, all or those that `train_only` names."""
+    with torch.device("meta"):
+        model = llama_from_config(checkpoint_dir, train_only)
+    load_base_weights(model, open_checkpoint(checkpoint_dir), dtype, CPU, trained_dtype=trained_dtype)
+    return model.train()
 
 
 def inference_model(

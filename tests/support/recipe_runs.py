@@ -6,14 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
+from custom_components.config.full_settings import FullSettings
+from custom_components.config.lora_settings import LoRASettings
+from custom_components.config.preference_settings import PreferenceSettings
+from custom_components.config.training_settings import TrainingSettings
 from custom_components.runtime.errors import run_recipe
 from custom_components.runtime.stopping import STOP_SIGNALS
 from tests.support.forked_tune import LIMIT_SECONDS, ForkedTune
 from tests.support.paths import PROJECT
+from tests.support.rows import random_dialogs, write_dialogs, write_pairs
 
 TUNE = Path(sys.executable).with_name("tune")
 
@@ -54,6 +61,7 @@ def preference_arguments(checkpoint: Path, pairs: Path, output_dir: Path, *overr
     return [
         *("--config", "configs/tiny_dpo.yaml", *(f"{key}={value}" for key, value in names.items())),
         *("~dataset_val", "run_val_every_n_steps=null", f"output_dir={output_dir}", "overwrite_output_dir=false"),
+        "loss._component_=custom_components.training.preference_losses.sigmoid",
         *("device=cpu", "batch_size=2", "cache_dir=null", WITHOUT_ESTIMATE, *overrides),
     ]
 
@@ -71,6 +79,31 @@ def full_arguments(checkpoint: Path, rows: Path, output_dir: Path, *overrides: s
         WITHOUT_ESTIMATE,
         *("overwrite_output_dir=false", "run_val_every_n_steps=null", *overrides),
     ]
+
+
+class SmallRun(NamedTuple):
+    """A recipe's settings, and small runs of it.
+
+    Attributes:
+        arguments: given a checkpoint, a file of rows, a directory to write to and overrides.
+        write_rows: writes so many rows to a file.
+    """
+
+    settings: type[TrainingSettings]
+    arguments: Callable[..., list[str]]
+    write_rows: Callable[[Path, int], Path]
+
+
+def _write_dialogs(path: Path, num_dialogs: int) -> Path:
+    return write_dialogs(path, random_dialogs(num_dialogs))
+
+
+# The training recipes, for laws of all of them.
+RECIPES = {
+    "lora_single_device": SmallRun(LoRASettings, arguments, _write_dialogs),
+    "full_single_device": SmallRun(FullSettings, full_arguments, _write_dialogs),
+    "lora_dpo_single_device": SmallRun(PreferenceSettings, preference_arguments, write_pairs),
+}
 
 
 def run_here(recipe: str, *arguments: str) -> tuple[int, str, str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from custom_components.training import preference_losses
 from custom_components.training.preference_losses import AnswerLogProbabilities, needs_reference
 
-LOSSES = ["sigmoid", "cdpo", "robust", "ipo", "simpo", "orpo"]
+LOSSES = ["sigmoid", "rpo", "cdpo", "robust", "ipo", "simpo", "orpo"]
 log_probabilities = st.floats(-400, -0.5)
 
 
@@ -40,6 +40,8 @@ def by_paper(name, policy, reference, num_tokens):
     right, flipped = -math.log(p_right), -math.log(1 - p_right)
     if name == "sigmoid":
         return right
+    if name == "rpo":
+        return right - averages[0]
     if name == "cdpo":
         return (1 - epsilon) * right + epsilon * flipped
     if name == "robust":
@@ -67,6 +69,8 @@ def trl_formula(name, policy_N2, reference_N2, num_tokens_N2, beta, label_smooth
     delta_score = chosen_scores - rejected_scores
     if name == "sigmoid":
         return -F.logsigmoid(beta * delta_score)
+    if name == "rpo":  # loss_type ["sigmoid", "sft"]; of equal lengths, because it averages over all pairs' tokens
+        return -F.logsigmoid(beta * delta_score) - policy_N2[:, 0] / num_tokens_N2[:, 0]
     if name == "robust":
         clean = -(1 - label_smoothing) * F.logsigmoid(beta * delta_score)
         flipped = -label_smoothing * F.logsigmoid(-beta * delta_score)
@@ -75,7 +79,7 @@ def trl_formula(name, policy_N2, reference_N2, num_tokens_N2, beta, label_smooth
     return (average - 1 / (2 * beta)) ** 2
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "ipo", "robust"])
+@pytest.mark.parametrize("name", ["sigmoid", "rpo", "ipo", "robust"])
 def test_L37_loss_and_gradients_equal_trls_on_the_same_log_probabilities(name):
     smoothing = {"label_smoothing": 0.2} if name == "robust" else {}
     ours, theirs = some_answers(), some_answers()
