@@ -65,7 +65,8 @@ def component_problems(
         yield NodeProblem(key, f"missing: the dotted path of the component to build, such as {marker.ours}")
         return
     if path in marker.of_other_recipes:
-        yield NodeProblem(key, f"{path!r} is for {marker.of_other_recipes[path]}; here it is {marker.ours}")
+        ours = marker.counterparts.get(path, marker.ours)
+        yield NodeProblem(key, f"{path!r} is for {marker.of_other_recipes[path]}; here it is {ours}")
         return
     key_problems = [*_key_problems(name, node, marker, known_keys)]
     if not _is_foreign(path, marker):

@@ -1,15 +1,29 @@
 """Settings of full fine-tuning."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PositiveInt
 
 from custom_components.config.settings import ComponentNode
-from custom_components.config.training_settings import RunPaths, TrainingSettings
+from custom_components.config.training_settings import BUILDERS_WITHOUT_ADAPTERS, RunPaths, TrainingSettings
 
+_SIZES = ("llama2_7b", "llama2_13b", "llama2_70b")
+_WITH_ADAPTERS = [
+    *(f"custom_components.models.{kind}_{size}" for kind in ("lora", "qlora") for size in _SIZES),
+    *(f"custom_components.models.lora_{name}" for name in ("llama_from_config", "code_llama2_7b", "open_llama_3b")),
+    *(f"custom_components.models.lora_{name}" for name in ("llama3_8b", "llama3_1_8b", "llama3_2_1b", "llama3_2_3b")),
+    *(f"custom_components.models.lora_{name}" for name in ("tinyllama_1b", "mistral_7b")),
+]
 FULL_MODEL = ComponentNode(
-    "custom_components.models.llama_from_config", methods={"forward": 1}, attributes=("layers", "output")
+    "custom_components.models.llama_from_config",
+    methods={"forward": 1},
+    attributes=("layers", "output"),
+    of_other_recipes=dict.fromkeys(_WITH_ADAPTERS, "recipes/lora_single_device.py"),
+    counterparts={
+        path: plain for path in _WITH_ADAPTERS if (plain := re.sub("q?lora_", "", path)) in BUILDERS_WITHOUT_ADAPTERS
+    },
 )
 
 

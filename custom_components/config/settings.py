@@ -101,6 +101,7 @@ class ComponentNode:
         attributes: of what the component makes, those that the recipe reads.
         trial: called with the component and its keys; it raises what they are refused for.
         of_other_recipes: components of ours that would fit by their methods, and the recipe that each is for.
+        counterparts: for some of these, the component to name here; for the others it is `ours`.
     """
 
     ours: str
@@ -111,6 +112,7 @@ class ComponentNode:
     attributes: tuple[str, ...] = ()
     trial: Trial | None = None
     of_other_recipes: Mapping[str, str] = field(default_factory=dict)
+    counterparts: Mapping[str, str] = field(default_factory=dict)
 
 
 # torchtune's names of the nodes that the recipes share.

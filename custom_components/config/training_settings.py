@@ -26,8 +26,17 @@ if TYPE_CHECKING:  # note: it takes seconds, and `--help` is to come at once
 _PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _OPTIMIZER_KEYS = ("lr", "weight_decay", "betas", "eps")
 
+_BUILDERS = "custom_components.models."
+# The same with adapters has `lora_` before its name.
+BUILDERS_WITHOUT_ADAPTERS = [
+    _BUILDERS + name for name in ("llama_from_config", "llama2_7b", "llama2_13b", "llama2_70b")
+]
 MODEL = ComponentNode(
-    "custom_components.models.lora_llama_from_config", methods={"forward": 1}, attributes=("layers", "output")
+    f"{_BUILDERS}lora_llama_from_config",
+    methods={"forward": 1},
+    attributes=("layers", "output"),
+    of_other_recipes=dict.fromkeys(BUILDERS_WITHOUT_ADAPTERS, "recipes/full_single_device.py"),
+    counterparts={path: path.replace(_BUILDERS, f"{_BUILDERS}lora_") for path in BUILDERS_WITHOUT_ADAPTERS},
 )
 OPTIMIZER = ComponentNode(
     "torch.optim.AdamW",

@@ -11,11 +11,13 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from custom_components.config.components import instantiate
+from custom_components.config.lora_settings import AdapterKeys
 from custom_components.config.training_settings import TrainingSettings, refuse_cuda_only_settings
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.datasets.training_data import Data, RowsOfRun
 from custom_components.distributed.ranks import ALONE, Ranks
 from custom_components.memory.fitting import Fit, fit_to_device
+from custom_components.models.lora import adapter_modules
 from custom_components.models.token_rows import train_token_rows
 from custom_components.recipe_parts.step_choices import step_choices, step_parts, step_rows, with_forwards_of
 from custom_components.runs.resuming import AUTO, ResumedRun, open_run_to_resume
@@ -163,7 +165,8 @@ def model_without_weights(settings: TrainingSettings, tokenizer: ChatTransform) 
     """Build the model of a config on the meta device, with room for the tokens that are trained.
 
     Raises:
-        UserError: tokens are to be trained beside an adapter, and there is none.
+        UserError: the model has an adapter and the recipe trains none, or the reverse; tokens are to be trained beside
+            an adapter, and there is none.
     """
     if tokenizer.trainable_ids and "trainable_tokens" not in type(settings).model_fields:
         raise UserError(
@@ -172,9 +175,22 @@ def model_without_weights(settings: TrainingSettings, tokenizer: ChatTransform) 
         )
     with torch.device("meta"):
         model = instantiate(settings.model)
+    _check_adapters(settings, has_adapters=bool(adapter_modules(model)))
     if tokenizer.trainable_ids:
         train_token_rows(model, tokenizer.trainable_ids)
     return model
+
+
+def _check_adapters(settings: TrainingSettings, *, has_adapters: bool) -> None:
+    """Refuse a model of the user's own that is for another recipe; ours are known by their names."""
+    trains_adapter = isinstance(settings, AdapterKeys)
+    if has_adapters == trains_adapter:
+        return
+    other, kind = ("full", "without") if trains_adapter else ("lora", "with")
+    raise UserError(
+        f"model._component_: {settings.model['_component_']!r} builds a model {kind} adapters, which is for "
+        f"recipes/{other}_single_device.py; use that, or another component"
+    )
 
 
 def open_rows(settings: TrainingSettings, tokenizer: ChatTransform) -> Data:

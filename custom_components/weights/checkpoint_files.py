@@ -90,8 +90,11 @@ class BaseCheckpoint:
 
     @property
     def name(self) -> str:
-        """Give the name on the hub, else the directory."""
-        return self.hub_name or str(self.directory)
+        """Give the name on the hub, else the directory, from the root: PEFT and transformers load it from anywhere.
+
+        They take a relative one for a name on the hub where it does not exist.
+        """
+        return self.hub_name or str(self.directory.resolve())
 
 
 def open_checkpoint(checkpoint_dir: Path) -> BaseCheckpoint:

@@ -99,6 +99,24 @@ def test_the_base_is_named_as_it_was_downloaded(tmp_path):
     assert BaseCheckpoint(tmp_path, LLAMA2_7B).name == "meta-llama/Llama-2-7b-hf"
 
 
+@pytest.mark.parametrize("directory", ["base", "../work/base", "link"])
+def test_peft_and_transformers_find_a_base_without_a_name_from_anywhere(tmp_path, monkeypatch, peft, directory):
+    """AutoPeftModel and transformers take a relative directory that is not there for a name on the hub."""
+    transformers = pytest.importorskip("transformers")
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    for path in (work, elsewhere):
+        path.mkdir()
+    monkeypatch.chdir(work)
+    (work / "link").symlink_to(write_checkpoint(work / "base"))
+    model = with_random_adapters(loaded_model(Path(directory))).eval()
+    adapter = saved_adapter(model, tmp_path / "adapter", base_model=open_checkpoint(Path(directory)).name)
+    monkeypatch.chdir(elsewhere)
+    for theirs in (peft.AutoPeftModelForCausalLM, transformers.AutoModelForCausalLM):
+        with torch.no_grad():
+            logits = theirs.from_pretrained(adapter, dtype=torch.float32)(TOKENS).logits
+            torch.testing.assert_close(model(TOKENS), logits, atol=1e-4, rtol=0)
+
+
 def test_the_base_is_named_as_the_hub_does_where_that_is_known(tmp_path, monkeypatch):
     cached = tmp_path / "models--meta-llama--Llama-2-7b-hf" / "snapshots" / "01c7f73d"
     cached.mkdir(parents=True)
@@ -109,9 +127,10 @@ def test_the_base_is_named_as_the_hub_does_where_that_is_known(tmp_path, monkeyp
     monkeypatch.chdir(write_checkpoint(tmp_path / "Llama-2-7b-hf", **config).parent)
     assert open_checkpoint(Path("Llama-2-7b-hf")).name == "meta-llama/Llama-2-7b-hf"
     # What was trained further names its parent there.
-    assert open_checkpoint(write_checkpoint(Path("my-model"), **config)).name == "my-model"
+    unknown = str(Path("my-model").resolve())
+    assert open_checkpoint(write_checkpoint(Path("my-model"), **config)).name == unknown
     Path("my-model/README.md").write_text("---\nbase_model: meta-llama/Llama-2-7b-hf\n---\n")
-    assert open_checkpoint(Path("my-model")).name == "my-model"
+    assert open_checkpoint(Path("my-model")).name == unknown
     # The card of a model that was pretrained names no parent.
     Path("my-model/README.md").write_text("---\nlicense: llama2\n---\n")
     assert open_checkpoint(Path("my-model")).name == "meta-llama/Llama-2-7b-hf"

@@ -17,8 +17,13 @@ WEIGHTS = "adapter_model.safetensors"
 PROMPT_FORMAT = PromptFormat("llama2", "Be kind.", ["</s>"])
 
 
-def saved_adapter(model: TransformerDecoder, directory: Path, prompt_format: PromptFormat = PROMPT_FORMAT) -> Path:
-    save_adapter(model, directory, "a/base", prompt_format.texts())
+def saved_adapter(
+    model: TransformerDecoder,
+    directory: Path,
+    prompt_format: PromptFormat = PROMPT_FORMAT,
+    base_model: str = "a/base",
+) -> Path:
+    save_adapter(model, directory, base_model, prompt_format.texts())
     return directory
 
 

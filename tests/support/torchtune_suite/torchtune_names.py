@@ -2,7 +2,8 @@
 
 Arguments that are not ours (a bias, dropout of attention, other NF4 blocks, ...) skip the test that gives them, with
 the argument as the reason. With TORCHTUNE_S_OWN=1 in the environment the classes are torchtune's, to see which tests
-do not pass with them either. Used by tests/models/test_torchtune_suite.py.
+do not pass with them either; with NF4_ROUNDED_ONCE=1 torchao dequantizes weights to the values that our products take.
+Used by tests/models/test_torchtune_suite.py.
 """
 
 import importlib
@@ -21,9 +22,11 @@ import torchtune.modules.peft
 import torchtune.modules.position_embeddings
 import torchtune.modules.rms_norm
 from torch import nn
+from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune.models.llama2._model_utils import scale_hidden_dim_for_mlp
 from torchtune.modules import KVCache
 
+from custom_components.models import nf4
 from custom_components.models.attention import SelfAttention
 from custom_components.models.builders import full_llama
 from custom_components.models.dora import DoRALinear
@@ -174,6 +177,8 @@ def pytest_configure() -> None:
         for name, ours in names.items():
             assert hasattr(module, name)
             setattr(module, name, ours)
+    if "NF4_ROUNDED_ONCE" in os.environ:
+        NF4Tensor.get_original_weight = lambda weight: nf4.dequantize(weight, weight.dtype)
     setattr(LoRALinear, "_quantize_base", property(lambda layer: layer.quantize_base))  # noqa: B010
     test_utils: Any = importlib.import_module("tests.test_utils")  # torchtune's
     fixed_init_model = test_utils.fixed_init_model
