@@ -37,6 +37,7 @@ from custom_components.transforms.tokenizer_fitting import fit_tokenizer
 from custom_components.weights.adapted_model import load_model_for_inference, model_for_adapter
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint
+from custom_components.weights.checkpoint_loading import base_format
 
 if TYPE_CHECKING:  # lm-eval is an extra
     from custom_components.evaluation.lm_eval import LoadedTasks
@@ -50,13 +51,14 @@ def recipe_main() -> None:
         base = open_checkpoint(settings.checkpoint_dir)
         adapter = open_adapter(settings.adapter_dir) if settings.adapter_dir else None
         tokenizer = trained_tokenizer(settings)
-        tokenizer = fit_tokenizer(tokenizer, model_for_adapter(base, adapter, quantize_base=False))
+        tokenizer = fit_tokenizer(tokenizer, model_for_adapter(base, adapter))
         dataset = rows_to_evaluate(settings, tokenizer)
         questions = questions_to_answer(settings, dataset, tokenizer)
         tasks = tasks_to_solve(settings)
 
-        model = load_model_for_inference(base, adapter, settings.quantize_base, dtype, device)
-        say(f"device {device}, dtype {dtype_words}{'; the base in NF4' if settings.quantize_base else ''}")
+        model = load_model_for_inference(base, adapter, settings.quantize_base, dtype, device, settings.quantization)
+        format = base_format(model)
+        say(f"device {device}, dtype {dtype_words}{f'; the base in {format}' if format else ''}")
         rows: dict[str, dict[str, Measures]] = {}
         answers: dict[str, list[str]] = {}
         solved: dict[str, Mapping[str, Measures]] = {}
@@ -83,6 +85,7 @@ def recipe_main() -> None:
             "checkpoint_dir": str(settings.checkpoint_dir),
             "adapter_dir": str(settings.adapter_dir) if settings.adapter_dir else None,
             "quantize_base": settings.quantize_base,
+            "quantization": settings.quantization,
             "dtype": str(dtype).removeprefix("torch."),
             "results": subjects,
             "answers": answer_records(tokenizer, questions, answers),

@@ -96,7 +96,7 @@ def answer_columns(settings: GenerationSettings) -> tuple[str, str]:
 def load_model(settings: GenerationSettings, base: BaseCheckpoint, adapter: StoredAdapter | None) -> TransformerDecoder:
     device = resolved_device(settings.device)
     dtype, _ = resolved_dtype(settings.dtype, device)
-    return load_model_for_inference(base, adapter, settings.quantize_base, dtype, device)
+    return load_model_for_inference(base, adapter, settings.quantize_base, dtype, device, settings.quantization)
 
 
 def samplings(settings: GenerationSettings) -> list[Sampling]:

@@ -40,7 +40,8 @@ from custom_components.export.merged_weights import (
     read_adapter,
 )
 from custom_components.export.modelfile import write_modelfile
-from custom_components.runs.origin import open_origin
+from custom_components.models.quantization import Quantization, chosen_quantization
+from custom_components.runs.origin import Origin, open_origin
 from custom_components.runtime.errors import UserError, run_recipe
 from custom_components.runtime.process_memory import PeakMemory
 from custom_components.runtime.terminal import say
@@ -85,7 +86,9 @@ def recipe_main() -> None:
     key = "adapters" if settings.adapters else "adapter_dir"
     adapters = [read_adapter(checkpoint, open_adapter(a.dir, key), a.weight) for a in settings.weighted_adapters]
     num_embeddings = num_embeddings_of(checkpoint, adapters)
-    base = BaseWeights(checkpoint, dequantized=settings.base == "dequantized", num_embeddings=num_embeddings)
+    origins = [open_origin(directory) for directory in trained_dirs]
+    format = trained_format(origins) if settings.base == "dequantized" else None
+    base = BaseWeights(checkpoint, format, num_embeddings)
     if adapters:
         check_not_merged_yet(settings.checkpoint_dir, adapters, allow_merged_base=settings.allow_merged_base)
     if settings.format == "gguf_lora":
@@ -117,12 +120,31 @@ def recipe_main() -> None:
         (directory / CARD_NAME).write_text(card, encoding="utf-8")
         write_record(directory, checkpoint, settings.base, adapters)
         if settings.prove:
-            prove(written, "f16" if storage in K_QUANTS else storage, base, settings.base, adapters, transform)
+            prove(written, "f16" if storage in K_QUANTS else storage, base, origins, adapters, transform)
     peak_gib = memory.gib()
     say(
         f"merged {settings.output_dir}: {num_bytes / 1e9:.3g} GB in {storage}"
         + (f", peak memory {peak_gib:.2f} GiB" if peak_gib is not None else "")
     )
+
+
+def trained_format(origins: Sequence[Origin]) -> Quantization:
+    """Tell which format the base had while the adapters were trained; NF4 where no run is known.
+
+    Raises:
+        UserError: not the same for all.
+    """
+    formats = {chosen_quantization(False, origin.quantization or "nf4") for origin in origins}
+    if len(formats) > 1:
+        raise UserError(
+            "base: the adapters were trained over bases in different formats, and dequantized is one of them; merge "
+            "onto base=original, or one after the other"
+        )
+    return formats.pop() or "nf4"
+
+
+def format_name(format: Quantization) -> str:
+    return "int8" if format == "int8" else "NF4"
 
 
 def storage_of(settings: MergeSettings, base: BaseWeights) -> str:
@@ -158,7 +180,7 @@ def write_hugging_face(
         pad_id=tokenizer.pad_id,
     )
     write_tokenizer(directory, tokenizer, merged.shape.max_seq_len)
-    return BaseWeights(open_checkpoint(directory), dequantized=False)
+    return BaseWeights(open_checkpoint(directory))
 
 
 def write_gguf_file(
@@ -226,7 +248,7 @@ def prove(
     written: Weights,
     storage: str,
     base: BaseWeights,
-    base_name: str,
+    origins: Sequence[Origin],
     adapters: Sequence[MergedAdapter],
     tokenizer: ChatTransform,
 ) -> None:
@@ -235,7 +257,7 @@ def prove(
     Raises:
         UserError: further than rounding explains.
     """
-    origins = [open_origin(adapter.directory) for adapter in adapters] or [open_origin(base.checkpoint.directory)]
+    base_name = "original" if base.quantization is None else "dequantized"
     rows, kind = origins[0].example_rows(tokenizer)
     say(f"compared in fp32 on {sum(map(len, rows))} tokens of {len(rows)} {kind}:")
     logits_TV = logits_of_weights(written, rows)
@@ -249,10 +271,11 @@ def prove(
     say(f"  merged against the {base_name} weights alone: {alone}")
     if proof.relative_difference > alone.relative_difference / 2:
         say(f"warning: rounding to {storage} changes the logits about as much as the adapter does; write more bits")
-    if base_name == "original" and any(origin.has_nf4_base for origin in origins):
-        trained_on = BaseWeights(base.checkpoint, dequantized=True, num_embeddings=base.shape.vocab_size)
+    if base.quantization is None and any(origin.quantization for origin in origins):
+        format = trained_format(origins)
+        trained_on = BaseWeights(base.checkpoint, format, base.shape.vocab_size)
         trained = compared(logits_TV, logits_with_adapters(trained_on, adapters, rows))
-        say(f"  merged against the NF4 weights + adapter, as trained: {trained}")
+        say(f"  merged against the {format_name(format)} weights + adapter, as trained: {trained}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,13 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
-from custom_components.config.settings import AttentionModule, PathText, regular_expression
+from custom_components.config.settings import (
+    AttentionModule,
+    PathText,
+    QuantizationName,
+    quantization_problems,
+    regular_expression,
+)
 from custom_components.config.training_settings import RunPaths, TrainingSettings
 
 _Pattern = Annotated[str, AfterValidator(regular_expression)]
@@ -29,6 +35,7 @@ class AdapterKeys(RunPaths):
     layers_to_transform: list[NonNegativeInt] | None = None
     trainable_tokens: list[Annotated[str, Field(min_length=1)]] | None = None
     quantize_base: bool
+    quantization: QuantizationName | None = None
 
 
 class LoRASettings(TrainingSettings, AdapterKeys):
@@ -40,7 +47,7 @@ class LoRASettings(TrainingSettings, AdapterKeys):
 
     @property
     def quantized_cache_dir(self) -> Path | None:
-        """Give the directory where the 4-bit base is kept for the next start; None: it is not kept."""
+        """Give the directory where the quantized base is kept for the next start; None: it is not kept."""
         return self.cache_dir if self.quantized_cache else None
 
     @property
@@ -64,7 +71,8 @@ class LoRASettings(TrainingSettings, AdapterKeys):
                 "lora_attn_modules",
                 "[] with apply_lora_to_mlp and apply_lora_to_output false leaves nothing to train",
             )
-        for key in ("rank_pattern", "alpha_pattern", "layers_to_transform"):
+        yield from quantization_problems(self.quantize_base, self.quantization)
+        for key in ("rank_pattern", "alpha_pattern", "layers_to_transform", "quantization"):
             if getattr(self, key) is not None and key not in self.model:
                 yield key, f"does not reach the model; write {key}: ${{{key}}} in its node"
         if self.trainable_tokens is not None and "trainable_tokens" not in self.tokenizer:

@@ -46,6 +46,19 @@ def regular_expression(pattern: str) -> str:
     return pattern
 
 
+# How the base's linear weights are kept; models/quantization.py has the formats.
+QuantizationName = Literal["nf4", "nf4_single", "int8", "none"]
+
+
+def quantization_problems(quantize_base: bool, quantization: str | None) -> Iterator[tuple[str, str]]:
+    """Yield a problem if the two settings are at odds."""
+    if quantize_base and quantization not in (None, "nf4"):
+        yield (
+            "quantization",
+            f"{quantization} beside quantize_base true, which is nf4; set quantize_base=false, or quantization=null",
+        )
+
+
 def _in_home(path: Path) -> Path:
     try:
         return path.expanduser()

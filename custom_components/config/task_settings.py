@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
-from custom_components.config.settings import DATASET, Device, DtypeName, PathText, Settings, path_text
+from custom_components.config.settings import (
+    DATASET,
+    Device,
+    DtypeName,
+    PathText,
+    QuantizationName,
+    Settings,
+    path_text,
+    quantization_problems,
+)
 
 
 class GenerationSettings(Settings):
@@ -31,6 +40,7 @@ class GenerationSettings(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**43)] = 0
     num_answers: PositiveInt = 1
     quantize_base: bool = False
+    quantization: QuantizationName | None = None
     fold_adapter: bool = False
     device: Device = "auto"
     dtype: DtypeName = "auto"
@@ -55,10 +65,16 @@ class GenerationSettings(Settings):
                 yield key, "true needs an adapter_dir"
         if self.fold_adapter and self.compare:
             yield "fold_adapter", "true beside compare: a folded adapter cannot be taken away; set one of them to false"
+        yield from quantization_problems(self.quantize_base, self.quantization)
         if self.fold_adapter and self.quantize_base:
             yield (
                 "fold_adapter",
                 "true beside quantize_base: 4-bit weights cannot take it up; set one of them to false",
+            )
+        if self.fold_adapter and self.quantization not in (None, "none"):
+            yield (
+                "fold_adapter",
+                f"true beside quantization {self.quantization}: quantized weights cannot take it up; set it to false",
             )
 
 
@@ -92,10 +108,12 @@ class EvaluationSettings(Settings):
     apply_chat_template: bool = False
 
     quantize_base: bool = False
+    quantization: QuantizationName | None = None
     device: Device = "auto"
     dtype: DtypeName = "auto"
 
     def combination_problems(self) -> Iterator[tuple[str, str]]:
+        yield from quantization_problems(self.quantize_base, self.quantization)
         if self.dataset is None and not self.tasks:
             yield "dataset", "null without tasks leaves nothing to evaluate; name one of the two"
         if self.apply_chat_template and not self.tasks:

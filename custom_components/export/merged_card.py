@@ -84,7 +84,7 @@ def merged_card(
 
     Args:
         adapters: directories, each with its weight.
-        merged_onto: the base's weights as they are in the checkpoint, or as NF4 holds them.
+        merged_onto: the base's weights as they are in the checkpoint, or as training held them, quantized.
         file_names: of the files beside the card; with a `.gguf` it says how to load that one.
     """
     gguf_file = next((name for name in file_names if name.endswith(".gguf")), None)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torchtune.modules import TransformerDecoder
 
-from custom_components.models import nf4
 from custom_components.models.llama import lora_llama
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules, merged_weight
+from custom_components.models.quantization import Quantization, dequantize, quantize
 from custom_components.models.shapes import LlamaShape
 from custom_components.models.token_rows import TokenRows, token_rows
 from custom_components.runtime.errors import UserError
@@ -39,7 +39,8 @@ class BaseWeights:
         checkpoint: the base.
         num_embeddings: rows of embedding and head, with those of new tokens: the mean of the others. None: the
             checkpoint's.
-        dequantized: give the linear weights that QLoRA quantizes after an NF4 round trip, the values training used.
+        quantization: give the linear weights that training quantized to this format after a round trip, the values
+            training used; None: as they are stored.
 
     Attributes:
         model: the model without adapters, on the meta device.
@@ -49,12 +50,15 @@ class BaseWeights:
         UserError: the checkpoint is incomplete.
     """
 
-    def __init__(self, checkpoint: BaseCheckpoint, *, dequantized: bool, num_embeddings: int | None = None) -> None:
+    def __init__(
+        self, checkpoint: BaseCheckpoint, quantization: Quantization | None = None, num_embeddings: int | None = None
+    ) -> None:
         self.checkpoint = checkpoint
+        self.quantization = quantization
         num_before = checkpoint.shape.vocab_size
         self.shape: LlamaShape = replace(checkpoint.shape, vocab_size=num_embeddings or num_before)
         with torch.device("meta"):
-            self.model: TransformerDecoder = lora_llama(self.shape, lora_attn_modules=[], quantize_base=dequantized)
+            self.model: TransformerDecoder = lora_llama(self.shape, lora_attn_modules=[], quantization=quantization)
         self._sources = check_base_weights(self.model, checkpoint, self.shape.vocab_size - num_before)
         self.shapes = {name: source.shape for name, source in self._sources.items()}
 
@@ -72,8 +76,8 @@ class BaseWeights:
             name = EMBEDDING
         value = self._sources[name].read()
         module = self.model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, FrozenLinear) and module.quantize_base:
-            return nf4.dequantize(nf4.quantize(value), torch.float32)
+        if isinstance(module, FrozenLinear) and module.quantization is not None:
+            return dequantize(quantize(value, module.quantization), torch.float32)
         return value
 
 
@@ -114,7 +118,7 @@ def read_adapter(base: BaseCheckpoint, stored: StoredAdapter, weight: float = 1.
     Raises:
         UserError: an adapter of another model, or not finite.
     """
-    model = model_for_adapter(base, stored, quantize_base=False)
+    model = model_for_adapter(base, stored)
     modules = adapter_modules(model)
     for module in modules.values():
         module.allocate_adapter(torch.device("cpu"))

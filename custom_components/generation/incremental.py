@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from custom_components.generation.inference_linear import InferenceLinear
-from custom_components.models import nf4
+from custom_components.models import quantization
 from custom_components.models.attention import attend
 from custom_components.models.lora import FrozenLinear, adapter_modules, lora_linears, merged_weight
 from custom_components.models.rotary import rotate
@@ -189,10 +189,10 @@ def fold_adapters(model: TransformerDecoder) -> None:
         UserError: a layer's weight is quantized.
     """
     for name, module in adapter_modules(model).items():
-        if nf4.is_quantized(module.weight):
+        if quantization.is_quantized(module.weight):
             raise UserError(
-                "fold_adapter: true needs an unquantized base, the weights of an NF4 one have no room for it; "
-                "set quantize_base=false, or fold_adapter=false"
+                "fold_adapter: true needs an unquantized base, the weights of a quantized one have no room for it; "
+                "set quantize_base=false and quantization=null, or fold_adapter=false"
             )
         with torch.device("meta"):
             frozen = FrozenLinear(module.in_dim, module.out_dim)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from custom_components.generation import nf4_gemv
-from custom_components.models import nf4, nf4_product
+from custom_components.models import nf4_product, quantization
 from custom_components.models.lora import FrozenLinear, LoRALinear
 
 
@@ -83,7 +83,7 @@ class _JoinedLinear(nn.Module):
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()
-        joined = [torch.cat(list(weights))] if not any(map(nf4.is_quantized, weights)) else weights
+        joined = [torch.cat(list(weights))] if not any(map(quantization.is_quantized, weights)) else weights
         self.weights = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in joined)
 
     def forward(self, input_RI: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from torchtune.modules import RMSNorm, TransformerDecoder
 
 from custom_components.memory.simulated_step import StepMemory, simulated_step
-from custom_components.models import nf4
+from custom_components.models import quantization
 from custom_components.models.hidden_states import num_layers_with_backward
 from custom_components.models.lora import FrozenLinear
 from custom_components.models.trained import trained_base_parameters
@@ -73,7 +73,7 @@ class MemoryEstimate:
     """Bytes by kind, and the peak that they add up to.
 
     Attributes:
-        num_parameters: of the base in NF4, of the base otherwise, and trained.
+        num_parameters: of the base in NF4 and in int8, of the base otherwise, and trained.
         base_bytes: the frozen weights.
         trained_bytes: the trained parameters: an adapter's, in fp32, or the model's own.
         trains_adapter: they are an adapter's.
@@ -162,21 +162,23 @@ def estimate_memory(
     # Adapters and norms are trained in fp32.
     trained_bytes = 4 * (num_trained - num_matrix_weights) + trained_dtype.itemsize * num_matrix_weights
     gradient_bytes = 0 if parts.frees_gradients else trained_bytes
-    num_quantized = sum(
-        parameter.numel() for module, parameter in frozen if isinstance(module, FrozenLinear) and module.quantize_base
-    )
+    formats = {"nf4": "NF4", "nf4_single": "NF4", "int8": "int8"}
+    num_quantized = dict.fromkeys(formats.values(), 0)
+    for module, parameter in frozen:
+        if isinstance(module, FrozenLinear) and module.quantization is not None:
+            num_quantized[formats[module.quantization]] += parameter.numel()
     base = [*(parameter for _, parameter in frozen), *matrices]
     largest_numels = sorted(parameter.numel() for parameter in base)[-NUM_LOADING_THREADS:]
     overhead_bytes = _OVERHEAD_BYTES[device_type]
     if device_type == "cpu":
-        overhead_bytes += _BITSANDBYTES_BYTES if num_quantized else 0
+        overhead_bytes += _BITSANDBYTES_BYTES if num_quantized["NF4"] else 0
         # What oneDNN packs, and the heap does not use again, is about the largest weight of a layer. An output head of
         # 128,256 rows takes nothing of the kind: its products were measured with less than a tenth of its size.
         overhead_bytes += dtype.itemsize * max(parameter.numel() for parameter in model.layers.parameters())
     return MemoryEstimate(
         num_parameters={
-            "NF4": num_quantized,
-            "other frozen": sum(parameter.numel() for _, parameter in frozen) - num_quantized,
+            **num_quantized,
+            "other frozen": sum(parameter.numel() for _, parameter in frozen) - sum(num_quantized.values()),
             "trained": num_trained,
         },
         base_bytes=sum(_frozen_bytes(module, parameter, dtype) for module, parameter in frozen),
@@ -234,7 +236,7 @@ def _stored_bytes(tensor: torch.Tensor) -> int:
 
 
 def _frozen_bytes(module: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> int:
-    if isinstance(module, FrozenLinear) and module.quantize_base:
-        weight = nf4.empty(parameter.shape, dtype, torch.device("meta"))
-        return sum(tensor.nbytes for tensor in nf4.stored_tensors(weight))
+    if isinstance(module, FrozenLinear) and module.quantization is not None:
+        weight = quantization.empty(parameter.shape, module.quantization, dtype, torch.device("meta"))
+        return sum(tensor.nbytes for tensor in quantization.stored_tensors(weight))
     return parameter.numel() * (4 if isinstance(module, RMSNorm) else dtype.itemsize)

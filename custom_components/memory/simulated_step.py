@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 
 from custom_components.datasets.batching import Batch
-from custom_components.models import nf4
+from custom_components.models import quantization
 from custom_components.models.hidden_states import first_layer_with_backward
 from custom_components.models.lora import FrozenLinear
 from custom_components.models.trained import (
@@ -78,8 +78,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
-    # note: an NF4 tensor reports the bytes of its dequantized weight; the tensors inside it are counted instead.
-    tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor) and not nf4.is_quantized(value)]
+    # note: a quantized tensor reports the bytes of its dequantized weight; the tensors inside it are counted instead.
+    tensors = [
+        value for value in tree_leaves(values) if isinstance(value, Tensor) and not quantization.is_quantized(value)
+    ]
     return [tensor.untyped_storage() for tensor in tensors]
 
 
@@ -203,8 +205,8 @@ def _give_shapes(module: nn.Module, dtype: torch.dtype, trained_dtype: torch.dty
             value = torch.empty(parameter.shape, dtype=trained_dtype)
         elif parameter.requires_grad or isinstance(module, RMSNorm):
             value = torch.empty(parameter.shape, dtype=torch.float32)
-        elif isinstance(module, FrozenLinear) and module.quantize_base:
-            value = nf4.empty(parameter.shape, dtype)
+        elif isinstance(module, FrozenLinear) and module.quantization is not None:
+            value = quantization.empty(parameter.shape, module.quantization, dtype)
         else:
             value = torch.empty(parameter.shape, dtype=dtype)
         setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))

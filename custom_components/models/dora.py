@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from custom_components.models import nf4, nf4_product
+from custom_components.models import nf4_product, quantization
 from custom_components.models.lora import LoRALinear
 
 
@@ -75,7 +75,9 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def base_changed(self) -> None:
-        weight = nf4.dequantize(self.weight, self.weight.dtype) if nf4.is_quantized(self.weight) else self.weight
+        weight = self.weight
+        if quantization.is_quantized(weight):
+            weight = quantization.dequantize(weight, weight.dtype)
         # note: whole also where FSDP has sharded the weight, which it gathers for a forward, and buffers not.
         self.base_squared_norms = _whole(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)).square()
 

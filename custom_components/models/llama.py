@@ -11,13 +11,13 @@ from torchtune.modules import TiedLinear, TransformerDecoder
 from torchtune.modules.common_utils import reparametrize_as_dtype_state_dict_post_hook
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from custom_components.models import nf4
 from custom_components.models.attention import SelfAttention
 from custom_components.models.dora import DoRALinear
 from custom_components.models.feed_forward import FeedForward
 from custom_components.models.layer import LlamaLayer
 from custom_components.models.linear_names import hugging_face_module, matching_pattern
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
+from custom_components.models.quantization import Quantization, can_quantize, chosen_quantization
 from custom_components.models.rms_norm import RMSNorm
 from custom_components.models.rotary import RotaryPositions
 from custom_components.models.shapes import LlamaShape
@@ -125,11 +125,11 @@ def trained_linear(place: LinearPlace) -> nn.Module:
     return TrainedLinear(place.in_dim, place.out_dim)
 
 
-def frozen_linear(place: LinearPlace, *, quantize_base: bool) -> nn.Module:
-    """Make a frozen layer for any place; with `quantize_base` in NF4, except for the head and odd shapes."""
+def frozen_linear(place: LinearPlace, quantization: Quantization | None) -> nn.Module:
+    """Make a frozen layer for any place, in this format except for the head and odd shapes."""
     if place.tied_to is not None:
         return TiedLinear(place.tied_to)
-    return FrozenLinear(place.in_dim, place.out_dim, quantize_base=quantize_base and _can_quantize(place))
+    return FrozenLinear(place.in_dim, place.out_dim, quantization=_quantization_of(place, quantization))
 
 
 def full_llama(shape: LlamaShape, train_only: Sequence[str] | None = None) -> TransformerDecoder:
@@ -147,15 +147,18 @@ def full_llama(shape: LlamaShape, train_only: Sequence[str] | None = None) -> Tr
     def linear(place: LinearPlace) -> nn.Module:
         if place.tied_to is not None or is_trained(f"{place.name}.weight"):
             return trained_linear(place)
-        return frozen_linear(place, quantize_base=False)
+        return frozen_linear(place, None)
 
     model = llama(shape, linear)
     train_parameters(model, train_only)
     return model
 
 
-def _can_quantize(place: LinearPlace) -> bool:
-    return place.role != "output" and nf4.can_quantize((place.out_dim, place.in_dim))
+def _quantization_of(place: LinearPlace, quantization: Quantization | None) -> Quantization | None:
+    """Give the format of one layer: the head stays as it is, and so do shapes that the format cannot hold."""
+    if quantization is None or place.role == "output":
+        return None
+    return quantization if can_quantize((place.out_dim, place.in_dim), quantization) else None
 
 
 def lora_llama(
@@ -169,6 +172,7 @@ def lora_llama(
     use_dora: bool = False,
     quantize_base: bool = False,
     *,
+    quantization: str | None = None,
     adapter_dtype: str | None = None,
     use_rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
@@ -186,6 +190,7 @@ def lora_llama(
         use_dora: adapters are :class:`DoRALinear`.
         quantize_base: NF4 for the linear weights of attention and feed-forward that divide into blocks; embeddings and
             output head stay as they are.
+        quantization: the format of those weights: nf4, nf4_single, int8, or none; None: as `quantize_base` says.
         adapter_dtype, use_rslora: see :class:`LoRALinear`.
         rank_pattern, alpha_pattern: rank and alpha of layers that differ from `lora_rank` and `lora_alpha`, by regular
             expressions of the end of a layer's name, Hugging Face's (`layers.0.self_attn.q_proj`) or torchtune's. The
@@ -193,12 +198,13 @@ def lora_llama(
         layers_to_transform: numbers of the layers that have adapters; None: all. The output head is none of them.
 
     Raises:
-        ValueError: for an attention module that does not exist.
+        ValueError: for an attention module that does not exist, or a `quantization` at odds with `quantize_base`.
         UserError: for a layer that does not exist, or a pattern that gives no adapter its value.
     """
     adapted_modules = {HUGGING_FACE_SPELLINGS.get(name, name) for name in lora_attn_modules}
     if unknown := adapted_modules - set(ATTENTION_MODULES):
         raise ValueError(f"lora_attn_modules: {sorted(unknown)} are none of {list(ATTENTION_MODULES)}")
+    chosen = chosen_quantization(quantize_base, quantization)
     variant = DoRALinear if use_dora else LoRALinear
     adapted_layers = _adapted_layers(layers_to_transform, shape.num_layers)
 
@@ -209,14 +215,14 @@ def lora_llama(
             "output": apply_lora_to_output,
         }[place.role]
         if not is_adapted:
-            return frozen_linear(place, quantize_base=quantize_base)
+            return frozen_linear(place, chosen)
         return variant(
             place.in_dim,
             place.out_dim,
             _value_of(place.name, rank_pattern, lora_rank),
             _value_of(place.name, alpha_pattern, lora_alpha),
             lora_dropout,
-            quantize_base=quantize_base and _can_quantize(place),
+            quantization=_quantization_of(place, chosen),
             weight=None if place.tied_to is None else place.tied_to.weight,
             adapter_dtype=adapter_dtype,
             use_rslora=use_rslora,
@@ -225,7 +231,7 @@ def lora_llama(
     model = llama(shape, linear)
     _check_that_patterns_count(model, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern})
     set_trainable_params(model, get_adapter_params(model))
-    if quantize_base:
+    if chosen is not None:
         # For torchtune's own recipes, which save the state dict: it has NF4 weights in the compute dtype.
         model._register_state_dict_hook(
             partial(reparametrize_as_dtype_state_dict_post_hook, dtype=model.tok_embeddings.weight.dtype)

@@ -1,4 +1,4 @@
-"""A frozen linear layer, NF4 or not, and the same with a low-rank adapter.
+"""A frozen linear layer, quantized or not, and the same with a low-rank adapter.
 
 LoRA: Hu et al. 2021, arXiv 2106.09685, section 4.1: W x + s B A x, s = alpha / r, A random and B zero at the start.
 rsLoRA: Kalajdzievski 2023, arXiv 2312.03732: s = alpha / sqrt(r), with which the update does not shrink as r grows.
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
-from custom_components.models import nf4, nf4_product
+from custom_components.models import nf4_product
+from custom_components.models.quantization import Quantization, can_quantize, chosen_quantization, quantize
 
 
 class FrozenLinear(nn.Module):
@@ -29,25 +30,40 @@ class FrozenLinear(nn.Module):
         in_dim, out_dim: the weight's shape is (out_dim, in_dim).
         quantize_base: keep the weight in NF4. A weight with values is quantized at once; one on the meta device is
             quantized when it is loaded (see `checkpoint_loading`).
+        quantization: the format to keep it in, see :func:`chosen_quantization`.
         weight: the parameter of another module, to share; None: the layer has its own.
 
     Raises:
-        AssertionError: if `quantize_base` is set for a shape that does not divide into NF4 blocks.
+        AssertionError: for a shape that the format cannot hold: NF4 has blocks.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, quantize_base: bool = False, weight: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        quantize_base: bool = False,
+        quantization: str | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        assert not quantize_base or nf4.can_quantize((out_dim, in_dim)), (out_dim, in_dim)
         self.in_dim = in_dim
         self.out_dim = out_dim
-        self.quantize_base = quantize_base
+        self.quantization: Quantization | None = chosen_quantization(quantize_base, quantization)
+        shape = (out_dim, in_dim)
+        assert self.quantization is None or can_quantize(shape, self.quantization), shape
         if weight is None:
             values = torch.empty(out_dim, in_dim)
             if not values.is_meta:
                 nn.init.kaiming_uniform_(values, a=math.sqrt(5))
-                values = nf4.quantize(values) if quantize_base else values
+                values = values if self.quantization is None else quantize(values, self.quantization)
             weight = nn.Parameter(values, requires_grad=False)
         self.weight = weight
+
+    @property
+    def quantize_base(self) -> bool:
+        """Whether the weight is kept in another format than the compute dtype's."""
+        return self.quantization is not None
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_dim) -> (..., out_dim)."""
@@ -66,7 +82,7 @@ class LoRALinear(FrozenLinear):
         rank: R, the inner dimension of the update.
         alpha: the update is scaled by alpha / rank, or alpha / sqrt(rank).
         dropout: probability of dropping an input of the update while training.
-        quantize_base, weight: as in :class:`FrozenLinear`.
+        quantize_base, quantization, weight: as in :class:`FrozenLinear`.
         adapter_dtype: dtype of the adapter's parameters, and so of the optimizer's state. They are cast to the input's
             dtype for the products. None: torch's default dtype, which is fp32 whatever the compute dtype, because in
             bf16 small updates round away. torchtune's recipes build models under their own `dtype`, and want it here.
@@ -87,11 +103,12 @@ class LoRALinear(FrozenLinear):
         dropout: float = 0.0,
         *,
         quantize_base: bool = False,
+        quantization: str | None = None,
         weight: Tensor | None = None,
         adapter_dtype: str | None = None,
         use_rslora: bool = False,
     ) -> None:
-        super().__init__(in_dim, out_dim, quantize_base=quantize_base, weight=weight)
+        super().__init__(in_dim, out_dim, quantize_base=quantize_base, quantization=quantization, weight=weight)
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout

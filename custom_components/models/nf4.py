@@ -2,8 +2,9 @@
 
 NF4 is QLoRA's 4-bit NormalFloat with double quantization (Dettmers et al. 2023, arXiv 2305.14314, sections 3 and
 appendix E): blocks of 64 weights share an absmax scaler; the scalers, less their mean, are stored as int8 in blocks
-of 256. The storage is torchao's NF4Tensor, which bitsandbytes' operator reads as well (the same codebook, high nibble
-first), so that there is one format and several ways to read it.
+of 256. Without double quantization they are stored in fp32, in one block with the factor 1 and the mean 0. The storage
+is torchao's NF4Tensor, which bitsandbytes' operator reads as well (the same codebook, high nibble first), so that there
+is one format and several ways to read it.
 """
 
 import functools
@@ -36,12 +37,13 @@ def is_quantized(weight: Tensor) -> bool:
     return isinstance(weight, NF4Tensor)
 
 
-def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
+def quantize(weight: Tensor, dtype: torch.dtype | None = None, *, double: bool = True) -> NF4Tensor:
     """Quantize a weight to NF4, on its device.
 
     Args:
         weight: (out_dim, in_dim), any floating dtype, `can_quantize`.
         dtype: the dtype that torchao dequantizes to; default: the weight's.
+        double: quantize the scalers too.
 
     The nearest code is found by bucketizing over the midpoints between codes, and the scalers stay in fp32: both
     are faster and closer to the original than torchao's own `to_nf4`, and the storage is the same.
@@ -64,7 +66,9 @@ def quantize(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
         blocks = blocks / torch.where(absmax == 0, 1.0, absmax).unsqueeze(1)
         codes = torch.bucketize(blocks, midpoints, out_int32=True).to(torch.uint8).view(-1, 2)
         packed_codes[start * BLOCK_SIZE // 2 :][: len(codes)] = codes[:, 0] << 4 | codes[:, 1]
-    return from_stored_tensors([packed_codes, *_quantized_scalers(scalers)], weight.shape, dtype)
+    one, zero = torch.ones(1, device=weight.device), torch.zeros((), device=weight.device)
+    stored_scalers = _quantized_scalers(scalers) if double else (scalers, one, zero)
+    return from_stored_tensors([packed_codes, *stored_scalers], weight.shape, dtype)
 
 
 def _scaler_block_size(num_blocks: int) -> int:
@@ -107,13 +111,15 @@ def from_stored_tensors(tensors: Sequence[Tensor], shape: torch.Size, dtype: tor
     )
 
 
-def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None) -> NF4Tensor:
+def empty(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device | None = None, *, double: bool = True
+) -> NF4Tensor:
     """Allocate a weight of this shape without values, as `torch.empty` does."""
     num_blocks = shape.numel() // BLOCK_SIZE
     tensors = [
         torch.empty(shape.numel() // 2, dtype=torch.uint8, device=device),
-        torch.empty(num_blocks, dtype=torch.int8, device=device),
-        torch.empty(num_blocks // _scaler_block_size(num_blocks), device=device),
+        torch.empty(num_blocks, dtype=torch.int8 if double else torch.float32, device=device),
+        torch.empty(num_blocks // _scaler_block_size(num_blocks) if double else 1, device=device),
         torch.empty((), device=device),
     ]
     return from_stored_tensors(tensors, shape, dtype)

@@ -1,4 +1,4 @@
-"""Products with frozen weights, 4-bit or dense, that keep no dequantized copy."""
+"""Products with frozen weights, quantized or dense, that keep no dequantized copy."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +13,13 @@ from custom_components.models.nf4 import (
     BLOCK_SIZE,
     bitsandbytes_dequantizes,
     block_scalers,
-    dequantize,
     dequantize_with_bitsandbytes,
-    from_stored_tensors,
-    stored_tensors,
 )
+from custom_components.models.quantization import dequantize, from_stored_tensors, is_quantized, stored_tensors
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """Computes `input @ weight.T` and keeps the 4-bit weight for the backward, never a dequantized copy.
+    """Computes `input @ weight.T` and keeps the quantized weight for the backward, never a dequantized copy.
 
     The weight is kept outside autograd, so that a recomputed layer does not repeat its last product.
     """
@@ -91,10 +89,10 @@ DENSE_WEIGHT_MEMORY = DenseWeightMemory()
 
 def _product(input: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
     """Compute `input @ weight.T`, or with `transposed` `input @ weight`; never a view."""
-    if isinstance(weight, NF4Tensor) and torch.compiler.is_compiling():
+    if is_quantized(weight) and torch.compiler.is_compiling():
         return _opaque_product(input, stored_tensors(weight), list(weight.shape), transposed)
     if not isinstance(weight, NF4Tensor) or not _is_read_in_bands(weight):
-        dense = dequantize(weight, input.dtype) if isinstance(weight, NF4Tensor) else weight
+        dense = dequantize(weight, input.dtype) if is_quantized(weight) else weight
         return input @ dense if transposed else F.linear(input, dense)
     if transposed:
         return input @ _dense_of_bands(weight, input.dtype)
@@ -144,7 +142,7 @@ def _(input: Tensor, stored: Sequence[Tensor], shape: Sequence[int], transposed:
 
 
 def frozen_product(input: Tensor, weight: Tensor) -> Tensor:
-    """Compute `input @ weight.T` for an ordinary or an NF4 weight, as a new tensor that may be changed in place.
+    """Compute `input @ weight.T` for an ordinary or a quantized weight, as a new tensor that may be changed in place.
 
     Args:
         input: (..., in_dim).

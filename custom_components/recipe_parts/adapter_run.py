@@ -31,7 +31,7 @@ from custom_components.weights.adapters import (
     save_adapter,
 )
 from custom_components.weights.card import CARD_NAME, TrainedSteps
-from custom_components.weights.checkpoint_loading import frozen_checksum, load_base_weights
+from custom_components.weights.checkpoint_loading import base_format, frozen_checksum, load_base_weights
 
 AdapterOpening = Opening[LoRASettings, RowsOfRun[Any]]
 SettingsType = TypeVar("SettingsType", bound=LoRASettings)
@@ -63,7 +63,7 @@ def adapter_run(
     settings, machine, model = opening.settings, opening.machine, opening.model
     load_base_weights(model, opening.base, machine.dtype, machine.device, settings.quantized_cache_dir)
     copy_into_adapter(model, start)
-    describe_adapted_model(model, machine.device, machine.dtype_words, is_base_quantized=settings.quantize_base)
+    describe_adapted_model(model, machine.device, machine.dtype_words)
     weights = AdapterWeights(model, opening.base.name, opening.adapter_texts)
     return fitted_run(opening, weights, directory)
 
@@ -108,7 +108,7 @@ def save_adapter_result(
     training = TrainingFacts(
         opening.base,
         adapter_settings(model),
-        settings.quantize_base,
+        base_format(model),
         opening.prompt_format,
         settings.train_on,
         settings.training_hyperparameters(),

@@ -31,7 +31,7 @@ from custom_components.training.preference import (
 from custom_components.training.preference_losses import needs_reference
 from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.weights.adapters import adapter_settings
-from custom_components.weights.checkpoint_loading import frozen_checksum
+from custom_components.weights.checkpoint_loading import base_format, frozen_checksum
 
 PreferenceOpening = Opening[PreferenceSettings, PairData]
 
@@ -124,7 +124,7 @@ def _key(opening: PreferenceOpening, run: Run[PreferenceSettings], start: Mappin
     return ReferenceKey(
         pairs=[dataset.digest for dataset in (data.train, data.validation) if dataset is not None],
         base=frozen_checksum(run.weights.model),
-        is_base_quantized=run.settings.quantize_base,
+        is_base_quantized=base_format(run.weights.model) is not None,
         dtype=str(run.dtype),
         max_seq_len=data.tokenizer.max_seq_len,
         prompt_template=run.settings.prompt_template,

@@ -37,7 +37,7 @@ class TrainingFacts:
     Attributes:
         base: the model that was adapted.
         adapter: its sizes and its variant.
-        is_base_quantized: it was trained over NF4 weights.
+        base_format: what the base was quantized to, in words; None: it was not.
         train_on: what was supervised, a value of the config's key.
         hyperparameters: by their names in the config; None: without effect, and not named.
         preference_loss: the name of the loss of pairs of answers; None: it was trained on single answers.
@@ -45,11 +45,16 @@ class TrainingFacts:
 
     base: BaseCheckpoint
     adapter: AdapterSettings
-    is_base_quantized: bool
+    base_format: str | None
     prompt_format: PromptFormat
     train_on: str
     hyperparameters: Mapping[str, object]
     preference_loss: str | None = None
+
+    @property
+    def is_qlora(self) -> bool:
+        """Whether it was trained over NF4 weights."""
+        return self.base_format is not None and "NF4" in self.base_format
 
     @property
     def method(self) -> str:
@@ -91,11 +96,11 @@ def adapter_card(
         training.base,
         relation="adapter",
         library_name="peft",
-        tags=["lora", *(["qlora"] if training.is_base_quantized else []), *(["dpo"] if is_of_pairs else []), TAG],
+        tags=["lora", *(["qlora"] if training.is_qlora else []), *(["dpo"] if is_of_pairs else []), TAG],
         datasets=[summary.source for summary in dataset.summaries if is_on_hub(summary.source)],
         steps=steps,
     )
-    kind = "QLoRA" if training.is_base_quantized else "LoRA"
+    kind = "QLoRA" if training.is_qlora else "LoRA"
     return "".join(
         [
             head,
@@ -124,7 +129,7 @@ def _hyperparameters(training: TrainingFacts, progress: Progress) -> Mapping[str
         "lora_alpha": adapter.alpha,
         "lora_dropout": adapter.dropout,
         **adapter.flags,
-        "base while training": "4-bit NF4 with double quantization" if training.is_base_quantized else None,
+        "base while training": training.base_format,
         "optimizer steps": progress.num_steps,
         **training.hyperparameters,
     }

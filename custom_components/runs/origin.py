@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from custom_components import datasets
+from custom_components.config.settings import QuantizationName
 from custom_components.datasets.chat import chat_dataset
 from custom_components.datasets.pair_rows import PreferenceDataset
 from custom_components.datasets.preference import preference_dataset
@@ -57,8 +58,12 @@ class Origin:
     config: Mapping[str, Any]
 
     @property
-    def has_nf4_base(self) -> bool:
-        return self.config.get("quantize_base") is True
+    def quantization(self) -> str | None:
+        """The format of the base that the run trained over; None: it was not quantized, or no run is known."""
+        stated = self.config.get("quantization")
+        if stated not in get_args(QuantizationName):
+            return "nf4" if self.config.get("quantize_base") is True else None
+        return None if stated == "none" else str(stated)
 
     def example_rows(self, tokenizer: ChatTransform) -> tuple[list[list[int]], str]:
         """Give the first tokens of a few rows to compare models on, and in words what they are.

@@ -12,20 +12,19 @@ from custom_components.runs.run import Run
 from custom_components.runtime.launched import launch_options
 from custom_components.runtime.terminal import say
 from custom_components.training.state import Progress
-from custom_components.weights.checkpoint_loading import unquantized_modules
+from custom_components.weights.checkpoint_loading import base_format, unquantized_modules
 
 # Overrides of the command that began a run and that would not go on with it.
 _NOT_FOR_GOING_ON = ("resume_from_checkpoint=", "overwrite_output_dir=", "init_adapter_from=")
 
 
-def describe_adapted_model(
-    model: TransformerDecoder, device: torch.device, dtype_words: str, *, is_base_quantized: bool
-) -> None:
+def describe_adapted_model(model: TransformerDecoder, device: torch.device, dtype_words: str) -> None:
     """Print device and dtype, and how much of an adapter is trained over what base."""
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    base = "NF4" if is_base_quantized else dtype_words.split(",")[0]
+    format = base_format(model)
+    base = format or dtype_words.split(",")[0]
     say(f"device {device}, dtype {dtype_words}\n{num_trained:,} trained parameters in fp32 over a base in {base}")
-    if is_base_quantized and (names := unquantized_modules(model)):
+    if format and (names := unquantized_modules(model)):
         say(f"not quantized, NF4 blocks do not divide them: {', '.join(names)}")
 
 

@@ -48,7 +48,8 @@ _UNDECISIVE_KEYS = {
 # Changing these gives other shapes or another order of the data: it would be a different run.
 _FIXED_KEYS = {
     *("lora_rank", "lora_alpha", "lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output"),
-    *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "quantize_base"),
+    *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform"),
+    *("quantize_base", "quantization"),
     *("trainable_tokens", "train_only"),
     *("max_seq_len", "prompt_template", "train_on", "val_fraction", "packed", "group_by_length", "shuffle", "seed"),
     *("batch_size", "gradient_accumulation_steps", "max_steps_per_epoch", "lora_plus_ratio", "optimizer._component_"),

@@ -38,7 +38,9 @@ def lora_settings(stored: StoredAdapter) -> dict[str, Any]:
     }
 
 
-def model_for_adapter(base: BaseCheckpoint, stored: StoredAdapter | None, quantize_base: bool) -> TransformerDecoder:
+def model_for_adapter(
+    base: BaseCheckpoint, stored: StoredAdapter | None, quantize_base: bool = False, quantization: str | None = None
+) -> TransformerDecoder:
     """Build a checkpoint's model on the meta device, with adapters where the one on disk has them.
 
     Raises:
@@ -46,7 +48,7 @@ def model_for_adapter(base: BaseCheckpoint, stored: StoredAdapter | None, quanti
     """
     lora = {"lora_attn_modules": []} if stored is None else lora_settings(stored)
     with torch.device("meta"):
-        model = lora_llama(base.shape, quantize_base=quantize_base, **lora)
+        model = lora_llama(base.shape, quantize_base=quantize_base, quantization=quantization, **lora)
         if stored is None:
             return model
         is_tied = base.shape.tied_embeddings
@@ -56,7 +58,7 @@ def model_for_adapter(base: BaseCheckpoint, stored: StoredAdapter | None, quanti
         for name, layer in adapter_modules(model).items():
             if name not in stored.modules:
                 parent, _, child = name.rpartition(".")
-                frozen = FrozenLinear(layer.in_dim, layer.out_dim, quantize_base=layer.quantize_base)
+                frozen = FrozenLinear(layer.in_dim, layer.out_dim, quantization=layer.quantization)
                 setattr(model.get_submodule(parent), child, frozen)
     if stored.base_weights:
         sources = check_base_weights(model, base)
@@ -72,13 +74,17 @@ def load_model_for_inference(
     quantize_base: bool,
     dtype: torch.dtype,
     device: torch.device,
+    quantization: str | None = None,
 ) -> TransformerDecoder:
     """Load a checkpoint's model, with an adapter where one is given, ready to answer.
+
+    Args:
+        quantize_base, quantization: see :func:`lora_llama`.
 
     Raises:
         UserError: a checkpoint or adapter that is incomplete, or that does not fit the other.
     """
-    model = model_for_adapter(base, stored, quantize_base)
+    model = model_for_adapter(base, stored, quantize_base, quantization)
     adapter = check_adapter_fits(model, stored) if stored else {}
     load_base_weights(model, base, dtype, device)
     copy_into_adapter(model, adapter)

@@ -11,8 +11,9 @@ from torchtune.modules import RMSNorm, TransformerDecoder
 from torchtune.modules.peft import get_adapter_params
 from tqdm import tqdm
 
-from custom_components.models import nf4
+from custom_components.models import quantization
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
+from custom_components.models.quantization import Quantization
 from custom_components.models.shapes import LlamaShape
 from custom_components.models.token_rows import HeadWithTokenRows, added_rows, token_rows
 from custom_components.models.trained import TokenEmbedding
@@ -38,8 +39,9 @@ def load_base_weights(
 
     Args:
         model: of `lora_llama`, `full_llama` or a named builder, built under `torch.device("meta")`.
-        dtype: of the weights that are not in NF4, and of products with those that are.
-        quantized_cache_dir: where NF4 weights are kept for the next start, see :class:`QuantizedCache`; None: nowhere.
+        dtype: of the weights that are not quantized, and of products with those that are.
+        quantized_cache_dir: where quantized weights are kept for the next start, see :class:`QuantizedCache`; None:
+            nowhere.
         trained_dtype: of the base's weights that are trained; None: `dtype`.
 
     Raises:
@@ -50,6 +52,7 @@ def load_base_weights(
         if isinstance(module, RMSNorm):
             module.eps = base.shape.norm_eps  # Llama 2's chat models state another than the base models
 
+    format = quantization_of(model)
     quantized = {
         f"{name}.weight": module.weight.shape
         for name, module in model.named_modules()
@@ -57,18 +60,18 @@ def load_base_weights(
     }
     newly_quantized: list[str] = []
     cache = cached = None
-    if quantized_cache_dir is not None and quantized:
-        cache = QuantizedCache(quantized_cache_dir, base)
+    if quantized_cache_dir is not None and format is not None:
+        cache = QuantizedCache(quantized_cache_dir, base, format)
         cached = cache.weights(quantized, dtype, device)
 
     def load(name: str) -> None:
         module_name, _, parameter_name = name.rpartition(".")
         module = model.get_submodule(module_name)
         is_trained = model.get_parameter(name).requires_grad
-        if name in quantized:
+        if format is not None and name in quantized:
             value = None if cached is None else cached.read(name, quantized[name])
             if value is None:
-                value = nf4.quantize(sources[name].read().to(device), dtype)
+                value = quantization.quantize(sources[name].read().to(device), format, dtype)
                 newly_quantized.append(name)
         else:
             # Norms stay in fp32, the dtype they compute in.
@@ -123,6 +126,18 @@ def check_base_weights(
     base_names = [name for name, _ in model.named_parameters() if name not in of_adapters]
     _check_tensors(model, base_names, sources, base.directory)
     return {name: _checked_when_read(source) for name, source in sources.items()}
+
+
+def quantization_of(model: TransformerDecoder) -> Quantization | None:
+    """Tell which format the frozen linear weights are kept in; None: the compute dtype."""
+    formats = [module.quantization for module in model.modules() if isinstance(module, FrozenLinear)]
+    return next((format for format in formats if format is not None), None)
+
+
+def base_format(model: TransformerDecoder) -> str | None:
+    """Give the format of a quantized base in words; None: it is not quantized."""
+    format = quantization_of(model)
+    return None if format is None else quantization.WORDS[format]
 
 
 def unquantized_modules(model: TransformerDecoder) -> list[str]:
@@ -225,10 +240,10 @@ def _check_tensors(
 
 
 def frozen_checksum(model: TransformerDecoder) -> str:
-    """Hash every byte of the frozen parameters, NF4 storage included."""
+    """Hash every byte of the frozen parameters, quantized ones as they are stored."""
     checksum = hashlib.sha256()
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            for tensor in nf4.stored_tensors(parameter.data):
+            for tensor in quantization.stored_tensors(parameter.data):
                 checksum.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return checksum.hexdigest()

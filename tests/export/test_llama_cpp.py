@@ -48,7 +48,7 @@ Q8_0_TOLERANCE = 1e-1
 
 
 def export(checkpoint_dir: Path, path: Path, quantization: str = "f16") -> Path:
-    weights = BaseWeights(open_checkpoint(checkpoint_dir), dequantized=False)
+    weights = BaseWeights(open_checkpoint(checkpoint_dir))
     tokenizer_model = checkpoint_dir / "tokenizer.model"
     template = chat_template("llama2", None, control_pieces_of(tokenizer_model))
     write_gguf(
@@ -241,7 +241,7 @@ def test_added_tokens_are_recognized_and_end_answers(make_checkpoint, tmp_path):
     added = {"<|im_start|>": 1024, "<|im_end|>": 1025}
     (directory / "added_tokens.json").write_text(json.dumps(added))
     (directory / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": list(added)}))
-    weights = BaseWeights(open_checkpoint(directory), dequantized=False)
+    weights = BaseWeights(open_checkpoint(directory))
     transform = Llama2ChatTransform(directory / "tokenizer.model")
     write_gguf(
         tmp_path / "model.gguf",

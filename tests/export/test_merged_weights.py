@@ -89,7 +89,7 @@ def test_a_merged_weight_is_the_papers(make_checkpoint, variants):
 def test_a_base_is_not_changed_by_its_merge(base_and_adapter):
     checkpoint, adapter = base_and_adapter
     before = (checkpoint / "model.safetensors").read_bytes()
-    base = BaseWeights(open_checkpoint(checkpoint), dequantized=False)
+    base = BaseWeights(open_checkpoint(checkpoint))
     merged = MergedWeights(base, [read_adapter(base.checkpoint, open_adapter(adapter))])
     assert all(merged.shapes[name] == tuple(tensor.shape) for name, tensor in merged.tensors())
     assert (checkpoint / "model.safetensors").read_bytes() == before
@@ -98,7 +98,7 @@ def test_a_base_is_not_changed_by_its_merge(base_and_adapter):
 def test_dequantized_weights_are_those_of_a_qlora_run(base_and_adapter):
     checkpoint, _ = base_and_adapter
     model = loaded_model(checkpoint, quantize_base=True)
-    base = BaseWeights(open_checkpoint(checkpoint), dequantized=True)
+    base = BaseWeights(open_checkpoint(checkpoint), "nf4")
     input = torch.eye(64)
     for name in ("layers.0.attn.k_proj", "layers.1.mlp.w1"):
         torch.testing.assert_close(model.get_submodule(name).plain_output(input), input @ base.read(f"{name}.weight").T)
@@ -292,12 +292,12 @@ def test_proof_is_of_training_rows_where_they_are(base_and_adapter, tmp_path, ti
         {"format": "nothing"},
     ):
         assert found(node | away) is None
-    assert found(None) is None and not open_origin(adapter).has_nf4_base
+    assert found(None) is None and open_origin(adapter).quantization is None
     found(node, quantize_base=True)
-    assert open_origin(adapter).has_nf4_base
+    assert open_origin(adapter).quantization == "nf4"
     config.write_text("[")
     origin = open_origin(adapter)
-    assert len(origin.example_rows(tiny_tokenizer)[0]) == 4 and not origin.has_nf4_base
+    assert len(origin.example_rows(tiny_tokenizer)[0]) == 4 and origin.quantization is None
 
 
 def test_adapters_of_another_tool(base_and_adapter, tmp_path):

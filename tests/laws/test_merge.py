@@ -119,10 +119,10 @@ def test_L22_several_adapters_with_weights(make_checkpoint, tmp_path, variants):
     merge("both", (first, 0.7), (second, -0.4))
     of_one = merge("one", (first, 1.0), (second, 0.0))
     torch.testing.assert_close(of_one, our_logits(checkpoint, first), atol=1e-4, rtol=0)
-    base = BaseWeights(open_checkpoint(checkpoint), dequantized=False)
+    base = BaseWeights(open_checkpoint(checkpoint))
     weights = {first: 0.7, second: -0.4}
     adapters = [read_adapter(base.checkpoint, open_adapter(path), weight) for path, weight in weights.items()]
-    merged_weights = BaseWeights(open_checkpoint(tmp_path / "both"), dequantized=False)
+    merged_weights = BaseWeights(open_checkpoint(tmp_path / "both"))
     for name in ("layers.0.attn.q_proj.weight", "layers.1.mlp.w2.weight"):
         expected = base.read(name).clone()
         for factor, model in zip((0.7, -0.4), models, strict=True):
@@ -141,7 +141,7 @@ def test_L22_the_proofs_reference_is_the_model_that_answers(make_checkpoint, tmp
     checkpoint = make_checkpoint()
     adapter = saved_adapter(with_random_variants(loaded_model(checkpoint, use_dora=True)), tmp_path / "adapter")
     model = inference_model(checkpoint, adapter)
-    base = BaseWeights(open_checkpoint(checkpoint), dequantized=False)
+    base = BaseWeights(open_checkpoint(checkpoint))
     with torch.no_grad():
         adapters = [read_adapter(base.checkpoint, open_adapter(adapter))]
         streamed = logits_with_adapters(base, adapters, TOKENS.tolist())

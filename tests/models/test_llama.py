@@ -69,7 +69,7 @@ def test_a_maker_may_adapt_some_layers_only():
     def linear(place):
         if place.name.startswith("layers.1."):
             return LoRALinear(place.in_dim, place.out_dim, 4, 8)
-        return frozen_linear(place, quantize_base=True)
+        return frozen_linear(place, "nf4")
 
     model = llama(SHAPE, linear)
     assert {name.split(".")[1] for name in adapter_modules(model)} == {"1"} and len(adapter_modules(model)) == 7
@@ -124,7 +124,7 @@ def model_of_new_variant(make_checkpoint):
 
     def linear(place: LinearPlace) -> nn.Module:
         if place.role == "output":
-            return frozen_linear(place, quantize_base=False)
+            return frozen_linear(place, None)
         return GainLoRALinear(place.in_dim, place.out_dim, 4, 8)
 
     with torch.device("meta"):

@@ -21,6 +21,7 @@ from custom_components.transforms.prompt_format import PromptFormat
 from custom_components.weights.adapter_settings import adapter_settings
 from custom_components.weights.card import CARD_NAME, TrainedSteps
 from custom_components.weights.checkpoint_files import BaseCheckpoint
+from custom_components.weights.checkpoint_loading import base_format
 from tests.support.paths import PROJECT, TINY_TOKENIZER
 
 HUB_BASE = "meta-llama/Llama-2-7b-hf"
@@ -71,7 +72,7 @@ def make_card(rows, tmp_path, monkeypatch):
         training = TrainingFacts(
             BaseCheckpoint(settings.checkpoint_dir, LLAMA2_7B),
             adapter_settings(model),
-            settings.quantize_base,
+            base_format(model),
             PromptFormat(settings.prompt_template, system_prompt, ["</s>"]),
             settings.train_on,
             settings.training_hyperparameters(),

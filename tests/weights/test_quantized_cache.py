@@ -26,7 +26,7 @@ def test_a_second_start_quantizes_nothing_and_has_the_same_bytes(make_checkpoint
     plain = frozen_checksum(load(checkpoint, None))
     assert frozen_checksum(load(checkpoint, tmp_path / "cache")) == plain
     [file] = (tmp_path / "cache/quantized").iterdir()
-    monkeypatch.setattr(checkpoint_loading.nf4, "quantize", None)
+    monkeypatch.setattr(checkpoint_loading.quantization, "quantize", None)
     again = load(checkpoint, tmp_path / "cache")
     assert frozen_checksum(again) == plain
     weight = again.layers[0].mlp.w1.weight

@@ -36,7 +36,7 @@ def refused(directory: Path, words: str, **lora: Any) -> None:
     with pytest.raises(UserError, match="checkpoint_dir: .*" + words):
         loaded_model(directory, **lora)
     with pytest.raises(UserError, match=words):
-        base = BaseWeights(open_checkpoint(directory), dequantized=False)
+        base = BaseWeights(open_checkpoint(directory))
         for name in base.shapes:
             base.read(name)
 
