@@ -41,6 +41,7 @@ KEPT = "enable_activation_checkpointing=false"
     [
         (LORA, ("quantize_base=true", KEPT)),
         pytest.param(LORA, ("quantize_base=false", KEPT), marks=pytest.mark.slow),
+        pytest.param(LORA, ("quantize_base=false", "quantization=int8", KEPT), marks=pytest.mark.slow),
         pytest.param(FULL, (KEPT,), marks=pytest.mark.slow),
         pytest.param(FULL, (KEPT, "optimizer_in_backward=true", "clip_grad_norm=null"), marks=pytest.mark.slow),
     ],
