@@ -11,16 +11,18 @@ from torchtune.config import instantiate
 from torchtune.config._utils import _get_component_from_path
 from torchtune.training import set_default_dtype
 
+from custom_components.models import llama2_tokenizer
 from custom_components.models.shapes import LLAMA2_7B, LLAMA2_13B, LLAMA2_70B
 from custom_components.transforms import Llama2ChatTransform
 from tests.support.forked_tune import ForkedTune
+from tests.support.models import loaded_model
 from tests.support.paths import TINY_TOKENIZER
 
 STOCK_CONFIGS = Path(torchtune.__file__).parents[1] / "recipes/configs/llama2"
 
 
-def with_our_models(config: str) -> str:
-    return (STOCK_CONFIGS / config).read_text().replace("torchtune.models.llama2.", "custom_components.models.")
+def with_our_models(config: str, folder: Path = STOCK_CONFIGS) -> str:
+    return (folder / config).read_text().replace("torchtune.models.llama2.", "custom_components.models.")
 
 
 def our_chat_dataset(rows):
@@ -60,6 +62,29 @@ def test_torchtunes_own_recipe_and_config_train_our_parts(make_checkpoint, tmp_p
     assert result.returncode == 0, result.stderr[-3000:]
     assert "loss:" in next((tmp_path / "out/logs").glob("*.txt")).read_text()
     assert list((tmp_path / "out").rglob("adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_torchtunes_own_generate_answers_with_our_parts(make_checkpoint, tmp_path, cached):
+    checkpoint = make_checkpoint()
+    model = loaded_model(checkpoint).eval()
+    (checkpoint / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text(with_our_models("generation.yaml", STOCK_CONFIGS.parent))
+    prompt, tiny = "Which tree grows there?", "custom_components.models.llama_from_config"
+    result = ForkedTune(
+        *("run", "generate", "--config", str(tmp_path / "config.yaml"), "device=cpu", "dtype=fp32", "top_k=1"),
+        *(f"model._component_={tiny}", f"model.checkpoint_dir={checkpoint}", f"tokenizer.path={TINY_TOKENIZER}"),
+        *(f"checkpointer.checkpoint_dir={checkpoint}", "checkpointer.checkpoint_files=[model.safetensors]"),
+        *(f"checkpointer.output_dir={tmp_path / 'out'}", f"prompt.user={prompt}", "max_new_tokens=12"),
+        f"enable_kv_cache={cached}",
+    ).result()
+    assert result.returncode == 0, result.stderr[-3000:]
+    tokenizer = llama2_tokenizer(str(TINY_TOKENIZER), prompt_template=None)
+    ids = tokenizer({"messages": [{"role": "user", "content": prompt}]}, inference=True)["tokens"]
+    with torch.no_grad():
+        for _ in range(12):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    assert tokenizer.decode(ids) in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("config", ["7B_full.yaml", "7B_qlora_single_device.yaml"])
