@@ -95,16 +95,19 @@ def test_the_recipe_as_a_whole_measures_our_model(test_data, recipe, tmp_path, m
     for kind, entries in ENTRIES.items():
         (tmp_path / f"{kind}.yaml").write_text(TASK.format(kind=kind, rows=tmp_path / "rows.jsonl", entries=entries))
     config = OmegaConf.load(PATH.parent / "configs/eleuther_evaluation.yaml")
-    config |= dict(
-        device="cpu",
-        dtype="fp32",
-        model={"_component_": "custom_components.models.llama_from_config", "checkpoint_dir": str(checkpoint)},
-        tokenizer={"_component_": "custom_components.models.llama2_tokenizer", "path": f"{checkpoint}/tokenizer.model"},
-        tasks=[f"tiny_{kind}" for kind in ENTRIES],
-        batch_size=2,
-        max_seq_length=512,
-        include_path=str(tmp_path),
-    )
+    config |= {
+        "device": "cpu",
+        "dtype": "fp32",
+        "model": {"_component_": "custom_components.models.llama_from_config", "checkpoint_dir": str(checkpoint)},
+        "tokenizer": {
+            "_component_": "custom_components.models.llama2_tokenizer",
+            "path": f"{checkpoint}/tokenizer.model",
+        },
+        "tasks": [f"tiny_{kind}" for kind in ENTRIES],
+        "batch_size": 2,
+        "max_seq_length": 512,
+        "include_path": str(tmp_path),
+    }
     config.checkpointer |= {"checkpoint_dir": str(checkpoint), "checkpoint_files": ["model.safetensors"]}
     measured = recipe.EleutherEvalRecipe(config)
     measured.setup(config)
