@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
@@ -30,6 +30,7 @@ class AdapterKeys(RunPaths):
     apply_lora_to_output: bool = False
     use_dora: bool = False
     use_rslora: bool = False
+    init_lora_weights: Literal["pissa"] | None = None
     rank_pattern: dict[_Pattern, PositiveInt] | None = None
     alpha_pattern: dict[_Pattern, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     layers_to_transform: list[NonNegativeInt] | None = None
@@ -61,6 +62,7 @@ class LoRASettings(TrainingSettings, AdapterKeys):
             "alpha_pattern": self.alpha_pattern,
             "layers_to_transform": self.layers_to_transform,
             "trainable_tokens": self.trainable_tokens,
+            "init_lora_weights": self.init_lora_weights,
             **super().training_hyperparameters(),
             "lora_plus_ratio": self.lora_plus_ratio,
         }
@@ -71,8 +73,12 @@ class LoRASettings(TrainingSettings, AdapterKeys):
                 "lora_attn_modules",
                 "[] with apply_lora_to_mlp and apply_lora_to_output false leaves nothing to train",
             )
+        if self.init_lora_weights and self.use_dora:
+            yield "init_lora_weights", f"{self.init_lora_weights} beside use_dora true: set one of them only"
+        if self.init_lora_weights and self.init_adapter_from is not None:
+            yield "init_lora_weights", "pissa beside init_adapter_from, which has its own values: set one of them only"
         yield from quantization_problems(self.quantize_base, self.quantization)
-        for key in ("rank_pattern", "alpha_pattern", "layers_to_transform", "quantization"):
+        for key in ("rank_pattern", "alpha_pattern", "layers_to_transform", "quantization", "init_lora_weights"):
             if getattr(self, key) is not None and key not in self.model:
                 yield key, f"does not reach the model; write {key}: ${{{key}}} in its node"
         if self.trainable_tokens is not None and "trainable_tokens" not in self.tokenizer:

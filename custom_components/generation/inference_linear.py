@@ -39,7 +39,7 @@ class InferenceLinear(nn.Module):
         if adapters:
             # On the CPU a product of one row with a matrix this thin costs many times as much in bf16 as in fp32.
             adapter_dtype = dtype if adapters[0].lora_a.weight.is_cuda else adapters[0].lora_a.weight.dtype
-            self.low_rank_AI = torch.cat([adapter.lora_a.weight.detach() for adapter in adapters]).to(adapter_dtype)
+            self.low_rank_AI = torch.cat([adapter.down().detach() for adapter in adapters]).to(adapter_dtype)
             self.update_AO = torch.block_diag(*[_scaled_b(layer).T for layer in layers]).to(adapter_dtype).contiguous()
         self.base = _joined_base(layers, dtype)
 
@@ -61,7 +61,7 @@ class InferenceLinear(nn.Module):
 def _scaled_b(layer: FrozenLinear) -> Tensor:
     """Give s B of a layer, (out_dim, rank); rank 0 if it has no adapter."""
     if isinstance(layer, LoRALinear):
-        return layer.lora_b.weight.detach() * layer.scaling
+        return layer.up().detach() * layer.scaling
     return torch.zeros(layer.out_dim, 0, device=layer.weight.device)
 
 

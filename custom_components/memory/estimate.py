@@ -12,6 +12,7 @@ from custom_components.memory.simulated_step import StepMemory, simulated_step
 from custom_components.models import quantization
 from custom_components.models.hidden_states import num_layers_with_backward
 from custom_components.models.lora import FrozenLinear
+from custom_components.models.pissa import PiSSALinear
 from custom_components.models.trained import trained_base_parameters
 from custom_components.runtime.devices import NUM_LOADING_THREADS
 from custom_components.training.loss import LinearCrossEntropy
@@ -74,7 +75,7 @@ class MemoryEstimate:
 
     Attributes:
         num_parameters: of the base in NF4 and in int8, of the base otherwise, and trained.
-        base_bytes: the frozen weights.
+        base_bytes: the frozen weights, and what adapters of PiSSA began as.
         trained_bytes: the trained parameters: an adapter's, in fp32, or the model's own.
         trains_adapter: they are an adapter's.
         gradient_bytes: the gradients of the trained parameters; 0 if the backward frees each when it is complete.
@@ -175,13 +176,15 @@ def estimate_memory(
         # What oneDNN packs, and the heap does not use again, is about the largest weight of a layer. An output head of
         # 128,256 rows takes nothing of the kind: its products were measured with less than a tenth of its size.
         overhead_bytes += dtype.itemsize * max(parameter.numel() for parameter in model.layers.parameters())
+    starts = [module for module in model.modules() if isinstance(module, PiSSALinear)]
+    start_bytes = sum(4 * (module.start_a.numel() + module.start_b.numel()) for module in starts)
     return MemoryEstimate(
         num_parameters={
             **num_quantized,
             "other frozen": sum(parameter.numel() for _, parameter in frozen) - sum(num_quantized.values()),
             "trained": num_trained,
         },
-        base_bytes=sum(_frozen_bytes(module, parameter, dtype) for module, parameter in frozen),
+        base_bytes=sum(_frozen_bytes(module, parameter, dtype) for module, parameter in frozen) + start_bytes,
         trained_bytes=trained_bytes,
         trains_adapter=not matrices,
         gradient_bytes=gradient_bytes,

@@ -17,6 +17,7 @@ from custom_components.models.feed_forward import FeedForward
 from custom_components.models.layer import LlamaLayer
 from custom_components.models.linear_names import hugging_face_module, matching_pattern
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
+from custom_components.models.pissa import PiSSALinear
 from custom_components.models.quantization import Quantization, can_quantize, chosen_quantization
 from custom_components.models.rms_norm import RMSNorm
 from custom_components.models.rotary import RotaryPositions
@@ -175,6 +176,7 @@ def lora_llama(
     quantization: str | None = None,
     adapter_dtype: str | None = None,
     use_rslora: bool = False,
+    init_lora_weights: str | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
@@ -192,6 +194,7 @@ def lora_llama(
             output head stay as they are.
         quantization: the format of those weights: nf4, nf4_single, int8, or none; None: as `quantize_base` says.
         adapter_dtype, use_rslora: see :class:`LoRALinear`.
+        init_lora_weights: "pissa": adapters are :class:`PiSSALinear`; None: A is random and B zero.
         rank_pattern, alpha_pattern: rank and alpha of layers that differ from `lora_rank` and `lora_alpha`, by regular
             expressions of the end of a layer's name, Hugging Face's (`layers.0.self_attn.q_proj`) or torchtune's. The
             first that matches counts.
@@ -205,7 +208,9 @@ def lora_llama(
     if unknown := adapted_modules - set(ATTENTION_MODULES):
         raise ValueError(f"lora_attn_modules: {sorted(unknown)} are none of {list(ATTENTION_MODULES)}")
     chosen = chosen_quantization(quantize_base, quantization)
-    variant = DoRALinear if use_dora else LoRALinear
+    if init_lora_weights not in (None, "pissa") or (init_lora_weights and use_dora):
+        raise ValueError(f"init_lora_weights: {init_lora_weights!r} is not null or pissa, which is without use_dora")
+    variant = DoRALinear if use_dora else PiSSALinear if init_lora_weights else LoRALinear
     adapted_layers = _adapted_layers(layers_to_transform, shape.num_layers)
 
     def linear(place: LinearPlace) -> nn.Module:

@@ -5,7 +5,8 @@ rsLoRA: Kalajdzievski 2023, arXiv 2312.03732: s = alpha / sqrt(r), with which th
 LoRA+: Hayou et al. 2024, arXiv 2402.12354: B learns at a higher rate than A.
 
 Another variant of LoRA is a subclass of :class:`LoRALinear` that overrides what differs in an adapter's life, as
-:class:`~custom_components.models.dora.DoRALinear` does: initialization, forward, merging, inference, names in PEFT.
+:class:`~custom_components.models.dora.DoRALinear` and :class:`~custom_components.models.pissa.PiSSALinear` do:
+initialization, forward, merging, inference, what is on disk, names in PEFT.
 
 Dimensions: `I` in_dim, `O` out_dim, `R` rank.
 """
@@ -132,6 +133,36 @@ class LoRALinear(FrozenLinear):
         """Name the variant as PEFT's config and the builders' arguments do; plain LoRA has no flag."""
         return {"use_rslora": True} if self.use_rslora else {}
 
+    @property
+    def exported_rank(self) -> int:
+        """The rank of the adapter on disk."""
+        return self.rank
+
+    @property
+    def exported_alpha(self) -> float:
+        """The alpha of the adapter on disk."""
+        return self.alpha
+
+    def exported(self, parameter: str) -> Tensor:
+        """Give what a trained parameter is on disk."""
+        return self.get_parameter(parameter)
+
+    def load_exported(self, parameter: str, values: Tensor) -> None:
+        """Take the values of :meth:`exported` back, in place."""
+        self.get_parameter(parameter).copy_(values)
+
+    def has_learned(self) -> bool:
+        """Tell whether the adapter changes anything."""
+        return bool(self.lora_b.weight.any())
+
+    def down(self) -> Tensor:
+        """Give the first matrix of the update, (R, I): A."""
+        return self.lora_a.weight
+
+    def up(self) -> Tensor:
+        """Give the second matrix of the update, (O, R): B."""
+        return self.lora_b.weight
+
     def initialize_parameters(self) -> None:
         """Draw A as PEFT and torchtune draw it and set B to zero, so that the first output is the base's."""
         nn.init.kaiming_uniform_(self.lora_a.weight, a=math.sqrt(5))
@@ -172,7 +203,7 @@ class LoRALinear(FrozenLinear):
     def update(self, low_rank: Tensor) -> Tensor:
         """Multiply by B: (..., rank) -> (..., out_dim)."""
         # The cast lays B out as (rank, out_dim): on the CPU the product for its gradient then takes half the time.
-        b_RO = self.lora_b.weight.T.to(low_rank.dtype, memory_format=torch.contiguous_format)
+        b_RO = self.up().T.to(low_rank.dtype, memory_format=torch.contiguous_format)
         return low_rank @ b_RO
 
     def output_ratio_O(self, dtype: torch.dtype) -> Tensor | None:
@@ -185,7 +216,7 @@ class LoRALinear(FrozenLinear):
 
     def add_change(self, merged_OI: Tensor, base_OI: Tensor, factor: float) -> None:
         """Add the adapter's change of a frozen weight `base_OI`, times `factor`, to `merged_OI`, in place, in fp32."""
-        merged_OI.addmm_(self.lora_b.weight.float(), self.lora_a.weight.float(), alpha=factor * self.scaling)
+        merged_OI.addmm_(self.up().float(), self.down().float(), alpha=factor * self.scaling)
 
 
 def lora_linears(input: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
@@ -214,9 +245,9 @@ def _low_ranks(input: Tensor, adapters: Sequence[LoRALinear]) -> Sequence[Tensor
     dropout = adapters[0].dropout
     assert all(adapter.dropout == dropout for adapter in adapters)
     dropped = F.dropout(input, dropout, adapters[0].training)
-    a_weights = [adapter.lora_a.weight for adapter in adapters]
+    a_weights = [adapter.down() for adapter in adapters]
     a_weight = a_weights[0] if len(a_weights) == 1 else torch.cat(a_weights)
-    return F.linear(dropped, a_weight.to(input.dtype)).split([adapter.rank for adapter in adapters], dim=-1)
+    return F.linear(dropped, a_weight.to(input.dtype)).split([len(a_weight) for a_weight in a_weights], dim=-1)
 
 
 def adapter_modules(model: nn.Module) -> dict[str, LoRALinear]:

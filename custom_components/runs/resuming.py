@@ -49,7 +49,7 @@ _UNDECISIVE_KEYS = {
 _FIXED_KEYS = {
     *("lora_rank", "lora_alpha", "lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output"),
     *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform"),
-    *("quantize_base", "quantization"),
+    *("quantize_base", "quantization", "init_lora_weights"),
     *("trainable_tokens", "train_only"),
     *("max_seq_len", "prompt_template", "train_on", "val_fraction", "packed", "group_by_length", "shuffle", "seed"),
     *("batch_size", "gradient_accumulation_steps", "max_steps_per_epoch", "lora_plus_ratio", "optimizer._component_"),

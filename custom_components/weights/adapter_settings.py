@@ -59,8 +59,8 @@ def adapter_settings(model: TransformerDecoder) -> AdapterSettings:
     modules = adapter_modules(model)
     first = next(iter(modules.values()))
     names = {name: hugging_face_module(name) for name in modules}
-    rank, rank_pattern = _common_value({names[name]: module.rank for name, module in modules.items()})
-    alpha, alpha_pattern = _common_value({names[name]: module.alpha for name, module in modules.items()})
+    rank, rank_pattern = _common_value({names[name]: module.exported_rank for name, module in modules.items()})
+    alpha, alpha_pattern = _common_value({names[name]: module.exported_alpha for name, module in modules.items()})
     targets = target_names(modules)
     layers = sorted({int(name.split(".")[1]) for name in modules if name != "output"})
     in_each = [f"layers.{layer}" for layer in layers]

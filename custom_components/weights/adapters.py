@@ -66,7 +66,7 @@ def save_adapter(
     for module_name, module in adapter_modules(model).items():
         for parameter, peft_name in module.peft_names.items():
             num_heads = rope_heads(f"{module_name}.{parameter}", model.num_heads, num_kv_heads)
-            tensor = module.get_parameter(parameter)
+            tensor = module.exported(parameter)
             rows = tensor if num_heads is None else halve_rope_rows(tensor, num_heads)
             tensors[f"{peft_module(module_name)}.{peft_name}"] = rows.detach().cpu().contiguous()
     for matrix, token_matrix in token_rows(model).items():
@@ -98,10 +98,18 @@ def copy_into_adapter(model: TransformerDecoder, tensors: Mapping[str, Tensor]) 
         UserError: the adapter brings embeddings or an output head other than the model's.
     """
     parameters = dict(model.named_parameters())
+    of_adapters = {
+        f"{name}.{parameter}": (module, parameter)
+        for name, module in adapter_modules(model).items()
+        for parameter in module.adapter_params()
+    }
     num_rows = num_checkpoint_rows(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if name in parameters and parameters[name].requires_grad:
+            if name in of_adapters:
+                module, parameter = of_adapters[name]
+                module.load_exported(parameter, tensor)
+            elif name in parameters and parameters[name].requires_grad:
                 parameters[name].copy_(tensor)
             elif not (base_weight := _base_weight(model, name)).is_meta:
                 check_same_base(name, tensor, base_weight, num_rows)
@@ -150,9 +158,10 @@ def check_adapter_was_trained(model: TransformerDecoder) -> None:
         UserError: every B is zero, or a value is not finite.
     """
     modules = adapter_modules(model)
-    if not any(module.lora_b.weight.any() for module in modules.values()):
+    if not any(module.has_learned() for module in modules.values()):
         raise UserError(
-            "optimizer.lr: every B of the adapter is still zero, nothing was learned; raise the learning rate"
+            "optimizer.lr: every B of the adapter is still zero, or what PiSSA began with, so nothing was learned; "
+            "raise the learning rate"
         )
     rows_not_finite = [name for name, rows in token_rows(model).items() if not rows.rows.isfinite().all()]
     if broken := [*modules_not_finite(modules), *rows_not_finite]:
@@ -180,8 +189,8 @@ def _problems_of_settings(model: TransformerDecoder, stored: StoredAdapter) -> l
         "target_modules": targets,
     }
     return [
-        *_different_sizes("lora_rank", config.rank_of, lambda module: module.rank, model, stored),
-        *_different_sizes("lora_alpha", config.alpha_of, lambda module: module.alpha, model, stored),
+        *_different_sizes("lora_rank", config.rank_of, lambda module: module.exported_rank, model, stored),
+        *_different_sizes("lora_alpha", config.alpha_of, lambda module: module.exported_alpha, model, stored),
         *(f"{key} is {theirs}, the model's {ours}" for key, (theirs, ours) in settings.items() if theirs != ours),
     ]
 
@@ -208,7 +217,7 @@ def _different_sizes(
 
 def _problems_of_tensors(model: TransformerDecoder, stored: StoredAdapter) -> list[str]:
     expected = {
-        f"{name}.{parameter}": tuple(module.get_parameter(parameter).shape)
+        f"{name}.{parameter}": tuple(module.exported(parameter).shape)
         for name, module in adapter_modules(model).items()
         for parameter in module.adapter_params()
     }
