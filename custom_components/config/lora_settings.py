@@ -62,7 +62,8 @@ class LoRASettings(TrainingSettings, AdapterKeys):
             "alpha_pattern": self.alpha_pattern,
             "layers_to_transform": self.layers_to_transform,
             "trainable_tokens": self.trainable_tokens,
-            "init_lora_weights": self.init_lora_weights,
+            "init_lora_weights": self.init_lora_weights
+            and f"{self.init_lora_weights}: lora_rank is that on disk, twice the {self.lora_rank} that were trained",
             **super().training_hyperparameters(),
             "lora_plus_ratio": self.lora_plus_ratio,
         }

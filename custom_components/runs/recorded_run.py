@@ -203,7 +203,7 @@ def _num_trained(directory: RunDirectory, config: Mapping[str, Any]) -> int | No
     if newest is None:
         return None
     if directory.result_name == ADAPTER_NAME:
-        return num_adapter_parameters(newest)
+        return num_adapter_parameters(newest, config.get("init_lora_weights"))
     return num_trained_model_parameters(newest, config.get("train_only"))
 
 

@@ -9,14 +9,19 @@ from custom_components.weights.checkpoint_files import tensors_of_file
 from custom_components.weights.names import TUNE_NAMES_OF_HUGGING_FACE, translated_name
 
 
-def num_adapter_parameters(adapter_dir: Path) -> int:
-    """Count the parameters of an adapter: all that its files hold is trained.
+def num_adapter_parameters(adapter_dir: Path, init_lora_weights: str | None = None) -> int:
+    """Count the parameters of an adapter: all that its files hold is trained, or of PiSSA's A and B the first half.
+
+    Args:
+        init_lora_weights: of the run's config.
 
     Raises:
         UserError: a file is damaged.
     """
-    files = sorted(adapter_dir.glob("*.safetensors"))
-    return sum(math.prod(tensor.shape) for file in files for tensor in tensors_of_file(file))
+    tensors = [tensor for file in sorted(adapter_dir.glob("*.safetensors")) for tensor in tensors_of_file(file)]
+    num_of_pissa = sum(math.prod(tensor.shape) for tensor in tensors if ".lora_" in tensor.stored_name)
+    num_stored = sum(math.prod(tensor.shape) for tensor in tensors)
+    return num_stored - num_of_pissa // 2 if init_lora_weights == "pissa" else num_stored
 
 
 def num_trained_model_parameters(model_dir: Path, train_only: Sequence[str] | None) -> int:

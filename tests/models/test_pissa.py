@@ -1,5 +1,7 @@
 """PiSSA begins as the base with A and B at the weight's principal part, and is a LoRA of twice the rank on disk."""
 
+import re
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from custom_components.models.shapes import LLAMA2_7B
 from custom_components.runtime.errors import UserError
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.adapters import check_adapter_was_trained, load_adapter, save_adapter
+from custom_components.weights.trained_counts import num_adapter_parameters
 from tests.support.models import TOKENS, dequantized_in_hugging_face_order, inference_model, loaded_model
 from tests.support.recipe_runs import arguments, run_here, run_merge, tune_run
 from tests.support.rows import random_dialogs, write_dialogs
@@ -113,6 +116,10 @@ def test_a_run_resumes_exactly_and_merges_with_a_proof(make_checkpoint, tmp_path
         code, _, err = run_here("lora_single_device", *resumed, *told)
         assert code == 0, err
     assert_equal(*map(outcome, outputs))
+    trained_count = int(re.search(r"([\d,]+) trained parameters in fp32", result.stdout)[1].replace(",", ""))
+    assert num_adapter_parameters(outputs[0] / "adapter", "pissa") == trained_count
+    card = (outputs[0] / "adapter/README.md").read_text()
+    assert "lora_rank: 8" in card and "twice the 4 that were trained" in card
     refused = tune_run(*resumed, "resume_from_checkpoint=true", "init_lora_weights=null")
     assert refused.returncode == 2 and "init_lora_weights was 'pissa', now None" in refused.stderr
     code, out, err = run_merge(
