@@ -22,6 +22,7 @@ from custom_components.transforms.prompt_format import PromptFormat
 _DATASETS: dict[str, Callable[..., ChatDataset | PreferenceDataset]] = {
     f"{datasets.__name__}.{made_by.__name__}": made_by for made_by in (chat_dataset, preference_dataset)
 }
+_PAIRS = f"{datasets.__name__}.{preference_dataset.__name__}"
 # Rows are a few and cut short, so that a proof on a model of 7B takes minutes on a CPU.
 _NUM_ROWS = 4
 _NUM_TOKENS_PER_ROW = 64
@@ -65,6 +66,12 @@ class Origin:
             return "nf4" if self.config.get("quantize_base") is True else None
         return None if stated == "none" else str(stated)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the run learned from pairs of a better and a worse answer."""
+        dataset = self.config.get("dataset")
+        return isinstance(dataset, dict) and dataset.get("_component_") == _PAIRS
+
     def example_rows(self, tokenizer: ChatTransform) -> tuple[list[list[int]], str]:
         """Give the first tokens of a few rows to compare models on, and in words what they are.
 
@@ -86,10 +93,16 @@ class Origin:
         If no run is known, it is the one given.
 
         Raises:
-            UserError: the draw differs from the run's.
+            UserError: the draw differs from the run's, or the run learned from pairs.
         """
         if "val_fraction" not in self.config:
             return tokenizer
+        if self.has_pairs:
+            raise UserError(
+                f"val_fraction: {draw.val_fraction}: this adapter learned from pairs of answers, and dialogs are "
+                "evaluated here; how its run rated the pairs that it kept is in the run's metrics.jsonl: val_loss, "
+                "val_reward_margin, val_reward_accuracy. Name dialogs in dataset.source, and set val_fraction=null"
+            )
         keys = ("val_fraction", "seed", "on_overlong", "on_uneven_turns", "on_empty_answer", "max_seq_len")
         run = {key: self.config[key] for key in keys if key in self.config}
         if trained is not None:

@@ -112,6 +112,21 @@ def test_preview_estimate_generate_and_merge_take_it(finished, inputs, tmp_path)
     assert code == 0 and "training rows" in out, err
 
 
+def test_evaluate_takes_dialogs_and_refuses_the_pairs_that_the_run_kept(finished, inputs, tmp_path):
+    rows = {"dialogs": tmp_path / "dialogs.jsonl", "pairs": inputs / "pairs.jsonl"}
+    write_dialogs(rows["dialogs"], [("Who?", "Nobody.")])
+    adapter = [f"checkpoint_dir={inputs / 'base'}", f"adapter_dir={finished / 'adapter'}", "device=cpu"]
+    evaluate = ["--config", str(PROJECT / "configs/evaluate.yaml"), *adapter, "cache_dir=null"]
+    code, out, err = run_here("evaluate", *evaluate, f"dataset.source={rows['dialogs']}")
+    assert code == 0 and "perplexity" in out and "tuned" in out, err
+    draw = (f"val_fraction={VAL_FRACTION}", f"seed={SEED}")
+    code, _, err = run_here("evaluate", *evaluate, f"dataset.source={rows['pairs']}", *draw)
+    assert code == 2 and err.startswith("error: val_fraction: 0.25: this adapter learned from pairs of answers")
+    assert "metrics.jsonl: val_loss, val_reward_margin" in err and len(err.splitlines()) == 1
+    code, _, err = run_here("evaluate", *evaluate, f"dataset.source={rows['pairs']}")
+    assert code == 2 and "recipes/lora_dpo_single_device.py" in err, err
+
+
 def test_rows_that_are_no_pairs_are_refused(inputs, tmp_path):
     dialogs = write_dialogs(tmp_path / "dialogs.jsonl", [("Who?", "Nobody.")])
     out = tmp_path / "out"
