@@ -21,11 +21,12 @@ def command(job: TrainingJob) -> list[str]:
         "lora_alpha": LORA_ALPHA,
         "lora_dropout": 0.0,
     }
+    of_pairs = {"loss._component_": "custom_components.training.preference_losses.sigmoid", "loss.beta": BETA}
     overrides = {
         "checkpoint_dir": job.checkpoint_dir,
         "output_dir": f"{job.work_dir}/run",
         **({} if job.kind == "full" else of_adapter),
-        **({"loss.beta": BETA} if job.kind == "dpo" else {}),
+        **(of_pairs if job.kind == "dpo" else {}),
         "dataset_val": "null",
         "run_val_every_n_steps": "null",
         "max_seq_len": job.max_seq_len,

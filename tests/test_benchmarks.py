@@ -130,6 +130,7 @@ def test_our_command_is_a_config_that_the_recipe_takes(tmp_path, monkeypatch, ki
     monkeypatch.chdir(PROJECT)
     words = side_by_side_ours.command(job(tmp_path, kind=kind, checkpointing=True))
     settings = load_settings(settings_type, words[words.index("--config") :])
+    assert not isinstance(settings, PreferenceSettings) or settings.preference_loss == "sigmoid"  # as TRL's
     assert (settings.batch_size, settings.gradient_accumulation_steps, settings.max_steps_per_epoch) == (2, 2, 4)
     assert settings.enable_activation_checkpointing is True and settings.dataset["max_rows"] == 8
 

@@ -16,6 +16,7 @@ from tests.support.models import CPU
 
 PLAIN = {"_component_": "torch.optim.AdamW", "lr": 1e-5}
 STOCHASTIC = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-5, "bf16_stochastic_round": True}
+needs_compiler = pytest.mark.skipif(not compiling.has_compiler(CPU), reason="needs a C++ compiler")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -57,8 +58,15 @@ def torchao_adamw(groups):
     return optim.AdamW8bit(groups, bf16_stochastic_round=True)
 
 
+@pytest.mark.parametrize(
+    "stance",
+    [
+        "force_eager",
+        pytest.param("default", id="compiled", marks=[pytest.mark.slow, needs_compiler]),
+    ],
+)
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_L17_stochastic_rounding_is_seeded_by_the_step(in_backward):
+def test_L17_stochastic_rounding_is_seeded_by_the_step(in_backward, stance):
     """Saved after two steps and loaded elsewhere, the last two give the same bits; a seed of another step, others."""
 
     def optimizer_of(model):
@@ -72,7 +80,7 @@ def test_L17_stochastic_rounding_is_seeded_by_the_step(in_backward):
             optimizer.step()
             optimizer.zero_grad()
 
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance(stance):
         model = model_of(torch.bfloat16)
         optimizer = optimizer_of(model)
         train(model, optimizer, [0, 1])
@@ -94,24 +102,27 @@ def test_L17_stochastic_rounding_is_seeded_by_the_step(in_backward):
         assert not all(map(torch.equal, gone_on(other, 100).parameters(), model.parameters()))
 
 
-def moved_share(make, num_steps=20):
+def moved_share(make, stance, num_steps=20):
     """The share of bf16 weights of sigma 0.02 that a steady gradient moves."""
     generator = torch.Generator().manual_seed(0)
     parameter = nn.Parameter((0.02 * torch.randn(2**14, generator=generator)).bfloat16())
     before, gradient = parameter.detach().clone(), torch.randn(2**14, generator=generator).bfloat16()
     optimizer = make([parameter], lr=2e-5, weight_decay=0.0)
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance(stance):
         for _ in range(num_steps):
             parameter.grad = gradient.clone()
             optimizer.step()
     return (parameter != before).float().mean().item()
 
 
-def test_bf16_weights_move_where_they_are_rounded_at_random():
+@pytest.mark.parametrize(
+    "stance",
+    ["force_eager", pytest.param("default", id="compiled", marks=[pytest.mark.slow, needs_compiler])],
+)
+def test_bf16_weights_move_where_they_are_rounded_at_random(stance):
     optim = pytest.importorskip("torchao.optim")
-    assert (
-        moved_share(torch.optim.AdamW) < 0.5 < 0.85 < moved_share(partial(optim.AdamW8bit, bf16_stochastic_round=True))
-    )
+    stochastic = partial(optim.AdamW8bit, bf16_stochastic_round=True)
+    assert moved_share(torch.optim.AdamW, stance) < 0.5 < 0.85 < moved_share(stochastic, stance)
 
 
 @pytest.mark.parametrize(
