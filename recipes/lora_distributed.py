@@ -23,8 +23,15 @@ from custom_components.recipe_parts.adapter_run import (
     new_adapter_state,
     save_adapter_result,
 )
-from custom_components.recipe_parts.opening import directory_of_run, open_rows, open_training
-from custom_components.recipe_parts.ranks import check_same_opening, check_same_plan, check_same_weights, share_of
+from custom_components.recipe_parts.opening import Opening, directory_of_run, open_rows, open_training
+from custom_components.recipe_parts.ranks import (
+    check_same_opening,
+    check_same_plan,
+    check_same_weights,
+    idle_batches,
+    settled_parallelism,
+    share_of,
+)
 from custom_components.recipe_parts.training import (
     close_training,
     plan_of_run,
@@ -48,6 +55,7 @@ def recipe_main(ranks: Ranks = ALONE) -> None:
     ranks.begin(settings.collective_timeout_seconds, device)
     opening = ranks.agree(lambda: open_training(settings, open_rows, ranks), in_turn=True)
     check_same_opening(opening)
+    opening = settled_parallelism(opening)
     data = opening.data
     start = ranks.agree(lambda: adapter_to_begin_from(opening))
     with contextlib.ExitStack() as stack:
@@ -62,7 +70,7 @@ def recipe_main(ranks: Ranks = ALONE) -> None:
         with base_unchanged(run), contextlib.ExitStack() as begun:
             logger = ranks.agree(lambda: begun.enter_context(training_begun(opening, run, plan, state)))
             check_same_weights(ranks, run, state)
-            signal_number = train(run, data, plan, state, losses, logger, ranks)
+            signal_number = train(run, opening, plan, state, losses, logger)
             check_same_weights(ranks, run, state)
         if ranks.is_first:
             save_adapter_result(opening, run, plan, state, is_finished=signal_number is None)
@@ -73,12 +81,11 @@ def recipe_main(ranks: Ranks = ALONE) -> None:
 
 def train(
     run: Run[DistributedSettings],
-    data: Data,
+    opening: Opening[DistributedSettings, Data],
     plan: Plan,
     state: TrainingState,
     losses: Losses,
     logger: MetricLogger,
-    ranks: Ranks,
 ) -> int | None:
     """Train the run's model and keep `state`, in place, from the state's step to the last or until asked to stop.
 
@@ -88,8 +95,11 @@ def train(
         the signal that asked to stop, after its step was saved; None: the run is finished.
     """
     settings, progress, model = run.settings, state.progress, run.weights.model
-    lengths = data.lengths
-    validation_batches = data.validation_batches(plan.batch_size)[ranks.place.rank :: ranks.num]
+    data, ranks, is_sharded = opening.data, opening.ranks, opening.shards is not None
+    lengths, all_batches = data.lengths, data.validation_batches(plan.batch_size)
+    validation_batches = all_batches[ranks.place.rank :: ranks.num]
+    if is_sharded and len(validation_batches) < len(all_batches[:: ranks.num]):
+        validation_batches += idle_batches(all_batches[0], 1)
     checkpoints = CheckpointSaver(run, settings.save_every_minutes, settings.keep_last_n_checkpoints)
     step_limit = StepLimit(run.device, plan.batch_size)
     gradients = SharedGradients([parameter for parameter in model.parameters() if parameter.requires_grad], ranks)
@@ -103,11 +113,14 @@ def train(
             start_seconds = time.perf_counter()
             ranks.begin_step(step.number, checkpoints.last)
             begin_step(step, state)
-            forwards, seeds = share_of(step, lengths, ranks)
-            batches = data.batches(forwards)
+            share = share_of(step, lengths, ranks)
+            batches, seeds = data.batches(share.forwards), share.seeds
             counts = StepCounts(*ranks.summed_numbers(*counts_of(batches)))
+            if is_sharded and share.num_idle:
+                batches += idle_batches(data.batches(step.forwards[:1])[0], share.num_idle)
+                seeds += [step.seed] * share.num_idle
             gradients.begin()
-            with step_limit.step(step.number, batches):
+            with ranks.losses_named(), step_limit.step(step.number, batches):
                 loss = accumulate_gradients(batches, losses.training, state.scaler, run.device, seeds, counts.num_units)
             mean_loss = gradients.summed(loss)
             result = finish_step(step, state, counts, mean_loss, settings.clip_grad_norm, start_seconds)

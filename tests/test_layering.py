@@ -9,12 +9,12 @@ from tests.support.paths import PROJECT
 # The rooms of custom_components/, and those that each may import. No arrow runs up.
 ROOMS = {
     "runtime": "",
-    "distributed": "runtime",
     "config": "runtime",
     "transforms": "runtime",
     "models": "runtime transforms",  # for one name: torchtune has its tokenizer's builder beside its models'
     "datasets": "runtime transforms",
-    "weights": "runtime models",
+    "distributed": "runtime models",
+    "weights": "runtime models distributed",
     "training": "runtime config datasets models",
     "memory": "runtime datasets models training",
     "runs": "runtime config transforms datasets weights training",

@@ -22,11 +22,25 @@ def training_kind(values: Mapping[str, Any]) -> type[TrainingSettings]:
 
 
 class AnyTrainingSettings(TrainingSettings):
-    """Settings of recipes/estimate.py: a training config."""
+    """Settings that are read of a training config of any kind."""
 
     @classmethod
     def for_config(cls, values: Mapping[str, Any]) -> type[Settings]:
         return training_kind(values)
+
+
+class _Devices(Settings):
+    nproc_per_node: PositiveInt = Field(
+        1, description="devices that train together; more than one: the memory of each, replicated and sharded"
+    )
+
+
+class EstimateSettings(AnyTrainingSettings, _Devices):
+    """Settings of recipes/estimate.py: a training config, and for how many devices."""
+
+    @classmethod
+    def for_config(cls, values: Mapping[str, Any]) -> type[Settings]:
+        return create_model(cls.__name__, __base__=(super().for_config(values), _Devices))
 
 
 class _RowsShown(Settings):

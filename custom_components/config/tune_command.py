@@ -92,6 +92,10 @@ def run_of(arguments: Sequence[str], project: Project) -> Run:
     elif config is None:
         example = config_named_in(docstring(recipe)) or "FILE"
         raise UserError(f"--config is missing: tune run {arguments[index]} --config {example}")
+    if recipe.stem == "estimate" and list(arguments[:index:2]) == ["--nproc_per_node"]:
+        # It speaks of several devices, in one process.
+        options.append(f"nproc_per_node={arguments[1]}")
+        arguments, index = arguments[index:], 0
     command = [*arguments[:index], module_path, "--config", project.config_path(config), *options]
     return Run(root, command, tuple(arguments[:index]))
 

@@ -27,6 +27,7 @@ _POLL_SECONDS = 0.02
 _FIRST_TIMEOUT_SECONDS = 1800.0
 # The key under which the first rank that fails leaves its messages.
 _FAILED = "failed"
+_SAID = "said"
 
 Result = TypeVar("Result")
 
@@ -103,7 +104,7 @@ class Ranks:
         self._timeout_seconds = timeout_seconds
         if self._store is None:
             return
-        with self._losses_named():
+        with self.losses_named():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device_name.startswith("cuda") else "gloo",
                 store=dist.PrefixStore("group", self._store),
@@ -181,7 +182,7 @@ class Ranks:
     def summed(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks, in place."""
         if self._store is not None:
-            with self._losses_named():
+            with self.losses_named():
                 dist.all_reduce(tensor)
         return tensor
 
@@ -194,7 +195,7 @@ class Ranks:
         if self._store is None:
             return number
         tensor = torch.tensor(number)
-        with self._losses_named():
+        with self.losses_named():
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor.item())
 
@@ -208,6 +209,15 @@ class Ranks:
         """Say whether a rank has said why it ends."""
         assert self._store is not None
         return self._store.check([_FAILED])
+
+    def say(self) -> None:
+        """Tell the others that the reason is printed."""
+        assert self._store is not None
+        self._store.set(_SAID, "")
+
+    def is_said(self) -> bool:
+        assert self._store is not None
+        return self._store.check([_SAID])
 
     def leave_word(self, word: str) -> None:
         """Say something of this rank, which :meth:`ranks_without` reads."""
@@ -237,7 +247,7 @@ class Ranks:
         """
         assert self._store is not None
         end_seconds = time.monotonic() + self._timeout_seconds
-        with self._losses_named():
+        with self.losses_named():
             # note: not the store's own waiting, in which no signal is seen.
             while not self._store.check([key]):
                 if self._store.check([_FAILED]):
@@ -254,11 +264,13 @@ class Ranks:
         return _said_by(self._store.compare_set(_FAILED, "", json.dumps([self.place.rank, *error.messages])))
 
     @contextlib.contextmanager
-    def _losses_named(self) -> Iterator[None]:
-        """Raise a :class:`LostRankError` for torch's errors in a collective or in the store."""
+    def losses_named(self) -> Iterator[None]:
+        """Raise a :class:`LostRankError` for torch's errors in a collective or in the store, in the block."""
         try:
             yield
         except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
             raise LostRankError(str(error).splitlines()[0]) from None
 
 

@@ -21,7 +21,7 @@ from custom_components.runtime.stopping import STOP_SIGNALS, StopRequest
 # A launcher that sees a rank end, ends the others within this time.
 _LAUNCHER_SECONDS = 3.0
 _ROLL_CALL_SECONDS = 2.0
-_SAID_SECONDS = 10.0
+_SAID_SECONDS = 4.0
 _JOINING_SECONDS = 300
 
 
@@ -83,15 +83,15 @@ def _leave(ranks: Ranks, error: UserError) -> NoReturn:
     _ignore_launcher()
     with contextlib.suppress(RuntimeError):  # the store may have gone with another rank
         if isinstance(error, AgreedError):
-            if ranks.is_first:
+            # note: the launcher ends all when one has ended, and the first may not have printed it yet; or be in a
+            # collective, and know nothing of it.
+            if ranks.is_first or not _is_said_by_first(ranks):
                 print_errors(error)
-                ranks.leave_word("said")
-            else:
-                # note: the launcher ends all when one has ended, and the first may not have printed it yet.
-                _wait_for_first(ranks)
+                ranks.say()
         elif ranks.claims(error.messages):
             whose = "" if ranks.is_first else f"rank {ranks.place.rank}: "
             print_errors(UserError(*(whose + message for message in error.messages)))
+            ranks.say()
     _exit(ranks)
 
 
@@ -132,10 +132,11 @@ def _exit(ranks: Ranks) -> NoReturn:
     os._exit(EXIT_CODE_USER_ERROR)
 
 
-def _wait_for_first(ranks: Ranks) -> None:
+def _is_said_by_first(ranks: Ranks) -> bool:
     end_seconds = time.monotonic() + _SAID_SECONDS
-    while time.monotonic() < end_seconds and 0 in ranks.ranks_without("said", 0):
+    while time.monotonic() < end_seconds and not ranks.is_said():
         time.sleep(0.02)
+    return ranks.is_said()
 
 
 def _ignore_launcher() -> None:

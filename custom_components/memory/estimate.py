@@ -39,6 +39,7 @@ class StepParts:
         neftune_noise_alpha: None: no noise.
         frees_gradients: the backward frees each gradient when it is complete, because the optimizer has used it.
         accumulates: a step has more than one forward.
+        num_shards: the devices that each keep a share of the layers' frozen weights.
     """
 
     loss_function: LinearCrossEntropy
@@ -46,6 +47,7 @@ class StepParts:
     neftune_noise_alpha: float | None
     frees_gradients: bool
     accumulates: bool
+    num_shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def estimate_memory(
             "other frozen": sum(parameter.numel() for _, parameter in frozen) - sum(num_quantized.values()),
             "trained": num_trained,
         },
-        base_bytes=sum(_frozen_bytes(module, parameter, dtype) for module, parameter in frozen) + start_bytes,
+        base_bytes=base_bytes(model, dtype, parts.num_shards) + start_bytes,
         trained_bytes=trained_bytes,
         trains_adapter=not matrices,
         gradient_bytes=gradient_bytes,
@@ -205,6 +207,29 @@ def estimate_memory(
         overhead_bytes=overhead_bytes,
         heap_share=_HEAP_SHARE[device_type],
     )
+
+
+def base_bytes(model: TransformerDecoder, dtype: torch.dtype, num_shards: int = 1) -> int:
+    """Count the bytes of a model's frozen weights on one device.
+
+    Args:
+        dtype: of those that are not in NF4.
+        num_shards: the devices that each keep a share of the layers' linear weights, and gather the weights of one
+            layer, while those of the next are on their way.
+    """
+    whole, shared, of_layers = 0, 0, dict.fromkeys(map(str, range(len(model.layers))), 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        module = model.get_submodule(name.rpartition(".")[0])
+        num_bytes = _frozen_bytes(module, parameter, dtype)
+        if num_shards > 1 and name.startswith("layers.") and isinstance(module, FrozenLinear):
+            shared += num_bytes
+            of_layers[name.split(".")[1]] += num_bytes
+        else:
+            whole += num_bytes
+    gathered = 2 * max(of_layers.values(), default=0)
+    return whole + -(-shared // num_shards) + gathered
 
 
 def optimizer_bytes(

@@ -61,7 +61,8 @@ def adapter_run(
         start: what :func:`adapter_to_begin_from` opened.
     """
     settings, machine, model = opening.settings, opening.machine, opening.model
-    load_base_weights(model, opening.base, machine.dtype, machine.device, settings.quantized_cache_dir)
+    cache_dir = settings.quantized_cache_dir
+    load_base_weights(model, opening.base, machine.dtype, machine.device, cache_dir, shards=opening.shards)
     copy_into_adapter(model, start)
     describe_adapted_model(model, machine.device, machine.dtype_words)
     weights = AdapterWeights(model, opening.base.name, opening.adapter_texts)
@@ -102,7 +103,10 @@ def save_adapter_result(
         UserError: the run is finished and its adapter has learned nothing.
     """
     model, settings, progress = run.weights.model, run.settings, state.progress
-    model.load_state_dict(state.best_adapter, strict=False)
+    # note: not by load_state_dict, after which DoRA reads the base, of which a rank may have a share.
+    with torch.no_grad():
+        for name, value in state.best_adapter.items():
+            model.get_parameter(name).copy_(value)
     if is_finished:
         check_adapter_was_trained(model)
     training = TrainingFacts(

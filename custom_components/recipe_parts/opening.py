@@ -16,6 +16,7 @@ from custom_components.config.training_settings import TrainingSettings, refuse_
 from custom_components.datasets.tokenized_rows import split_validation
 from custom_components.datasets.training_data import Data, RowsOfRun
 from custom_components.distributed.ranks import ALONE, Ranks
+from custom_components.distributed.sharding import LayerShards
 from custom_components.memory.fitting import Fit, fit_to_device
 from custom_components.models.lora import adapter_modules
 from custom_components.models.token_rows import train_token_rows
@@ -98,6 +99,7 @@ class Opening(Generic[SettingsType_co, RowsType_co]):
         fit: how a step is divided into forwards.
         ranks: the processes that train the model together.
         num_planned_ranks: as many as the run was begun with: a step has the forwards of all of them.
+        shards: the shares of the base's layers that ranks keep; None: each has the whole base.
     """
 
     settings: SettingsType_co
@@ -110,6 +112,7 @@ class Opening(Generic[SettingsType_co, RowsType_co]):
     fit: Fit
     ranks: Ranks
     num_planned_ranks: int
+    shards: LayerShards | None = None
 
     @property
     def adapter_texts(self) -> dict[str, str]:

@@ -24,14 +24,19 @@ def step_choices(settings: TrainingSettings) -> StepChoices:
     )
 
 
-def step_parts(settings: TrainingSettings) -> StepParts:
-    """Make what takes memory in a step, besides the model and the rows."""
+def step_parts(settings: TrainingSettings, num_shards: int = 1) -> StepParts:
+    """Make what takes memory in a step, besides the model and the rows.
+
+    Args:
+        num_shards: the devices that each keep a share of the base.
+    """
     return StepParts(
         loss_function=instantiate(settings.position_loss),
         new_optimizer=partial(instantiate, settings.optimizer),
         neftune_noise_alpha=settings.neftune_noise_alpha,
         frees_gradients=settings.frees_gradients,
         accumulates=settings.gradient_accumulation_steps > 1,
+        num_shards=num_shards,
     )
 
 

@@ -57,7 +57,9 @@ def fitted_run(opening: Opening, weights: TrainedWeights, directory: RunDirector
     return_freed_memory()
     choices, options_of = step_choices(settings), partial(forward_options, settings, machine.device)
     rows = step_rows(settings, data.lengths, data.pack_capacity_tokens)
-    fit = tried_fit(opening.fit, choices, model, rows, step_parts(settings), options_of, machine.device)
+    fit = opening.fit
+    if opening.shards is None:  # or ranks would have to try the same, and fail at the same
+        fit = tried_fit(fit, choices, model, rows, step_parts(settings), options_of, machine.device)
     fit = smallest_fit(fit, opening.ranks)
     describe_fit(fit, choices, num_layers_with_backward(model))
     run = Run(fitted_settings(settings, fit), weights, machine.device, machine.dtype, directory, machine.memory)

@@ -1,6 +1,7 @@
 """Streaming base weights onto a model that was built on the meta device."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torchtune.modules import RMSNorm, TransformerDecoder
 from torchtune.modules.peft import get_adapter_params
 from tqdm import tqdm
 
+from custom_components.distributed.sharding import LayerShards
 from custom_components.models import quantization
 from custom_components.models.lora import FrozenLinear, LoRALinear, adapter_modules
 from custom_components.models.quantization import Quantization
@@ -30,6 +32,7 @@ def load_base_weights(
     device: torch.device,
     quantized_cache_dir: Path | None = None,
     trained_dtype: torch.dtype | None = None,
+    shards: LayerShards | None = None,
 ) -> None:
     """Give a model on the meta device its base's weights, and its adapters their initial values, in place.
 
@@ -43,6 +46,8 @@ def load_base_weights(
         quantized_cache_dir: where quantized weights are kept for the next start, see :class:`QuantizedCache`; None:
             nowhere.
         trained_dtype: of the base's weights that are trained; None: `dtype`.
+        shards: that this process and others keep of the layers: each tensor is read by one of them, and no process
+            holds more than a layer beside its share. None: this process keeps all.
 
     Raises:
         UserError: before the first weight is read, if the checkpoint is incomplete or of another model.
@@ -64,12 +69,15 @@ def load_base_weights(
         cache = QuantizedCache(quantized_cache_dir, base, format)
         cached = cache.weights(quantized, dtype, device)
 
-    def load(name: str) -> None:
+    def load(name: str, is_read_here: bool = True) -> None:
         module_name, _, parameter_name = name.rpartition(".")
         module = model.get_submodule(module_name)
-        is_trained = model.get_parameter(name).requires_grad
-        if format is not None and name in quantized:
-            value = None if cached is None else cached.read(name, quantized[name])
+        shape, is_trained = model.get_parameter(name).shape, model.get_parameter(name).requires_grad
+        value: Tensor | None
+        if format is not None and name in quantized and not is_read_here:
+            value = quantization.empty(shape, format, dtype, device)
+        elif format is not None and name in quantized:
+            value = None if cached is None else cached.read(name, shape)
             if value is None:
                 value = quantization.quantize(sources[name].read().to(device), format, dtype)
                 newly_quantized.append(name)
@@ -78,13 +86,17 @@ def load_base_weights(
             # note: copy, or the parameter is a view of the file's memory map and changes with the file.
             weight_dtype = (trained_dtype or dtype) if is_trained else dtype
             stored_dtype = torch.float32 if isinstance(module, RMSNorm) else weight_dtype
-            value = sources[name].read().to(device, stored_dtype, copy=True)
+            if is_read_here:
+                value = sources[name].read().to(device, stored_dtype, copy=True)
+            else:
+                value = torch.empty(shape, dtype=stored_dtype, device=device)
         setattr(module, parameter_name, nn.Parameter(value, requires_grad=is_trained))
 
     with ThreadPoolExecutor(NUM_LOADING_THREADS) as threads, torch.no_grad():
         # note: gone through one by one, so that an error in a thread is raised here.
+        names = [name for name in sources if shards is None or not name.startswith("layers.")]
         for _ in tqdm(
-            threads.map(load, sources), "loading", len(sources), unit="tensor", leave=False, delay=1, disable=None
+            threads.map(load, names), "loading", len(names), unit="tensor", leave=False, delay=1, disable=None
         ):
             pass
     if cache is not None and newly_quantized:
@@ -97,9 +109,36 @@ def load_base_weights(
         model.tok_embeddings.compute_dtype = dtype
     for name, rows in token_rows(model).items():
         rows.initialize(model.get_parameter(f"{name}.weight"))
-    for module in adapter_modules(model).values():
-        module.initialize_adapter(device)
+    if shards is not None:
+        _load_shards(model, [*sources], load, shards, device)
+    for name, module in adapter_modules(model).items():
+        if shards is None or not name.startswith("layers."):
+            module.initialize_adapter(device)
     model.to(device)  # the rest: rope's cache
+
+
+def _load_shards(
+    model: TransformerDecoder,
+    names: Sequence[str],
+    load: Callable[[str, bool], None],
+    shards: LayerShards,
+    device: torch.device,
+) -> None:
+    """Load layer after layer, with its adapters, and keep a share of each.
+
+    Args:
+        names: of the base's weights.
+        load: gives the model a weight, with or without its values.
+    """
+    for index, layer in enumerate(tqdm(model.layers, "loading", unit="layer", leave=False, delay=1, disable=None)):
+        of_layer = [name for name in names if name.startswith(f"layers.{index}.")]
+        with torch.no_grad():
+            for number, name in enumerate(of_layer):
+                load(name, shards.is_read_here(number))
+                shards.broadcast(number, model.get_parameter(name).data)
+        for module in adapter_modules(layer).values():
+            module.initialize_adapter(device)
+        shards.shard(layer)
 
 
 def check_base_weights(

@@ -83,6 +83,11 @@ def test_options_of_torchrun_stay_before_the_recipe():
     assert run == Run(PROJECT, [*options, "recipes/merge.py", "--config", TINY, "a=b"], options)
 
 
+def test_the_estimate_for_several_devices_is_made_in_one_process():
+    run = run_from(PROJECT, "--nproc_per_node", "4", "recipes/estimate.py", "--config", TINY)
+    assert run == Run(PROJECT, ["recipes/estimate.py", "--config", TINY, "nproc_per_node=4"])
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["lora_finetune_single_device", "--config", "llama2/7B_lora_single_device"], ["--help"], [], ["--nnodes", "1"]],

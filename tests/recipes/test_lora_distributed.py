@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folder):
     """The same on two ranks with two forwards each."""
-    ranks = ForkedRanks(2, *run_of(folder, "two", forwards(2))).results()
+    ranks = ForkedRanks(2, *run_of(folder, "two", forwards(2), "parallelism=replicate")).results()
     assert [rank.returncode for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
     return ranks
 
@@ -248,19 +248,52 @@ def test_two_machines_train_together(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("model", ["embedded", "stories260K"])
 @pytest.mark.parametrize(
-    "variant", ["quantize_base=false", "quantize_base=true", "use_dora=true", "packed=true"], ids=lambda text: text
+    "variant",
+    [
+        *("quantize_base=false", "quantize_base=true", "use_dora=true", "packed=true"),
+        "enable_activation_checkpointing=true",
+    ],
 )
-def test_every_variant_leaves_what_one_process_leaves(folder, test_data, num_ranks, model, variant):
+def test_every_variant_leaves_what_one_process_leaves(folder, test_data, model, variant):
+    """Of six forwards a step, with 1, 2 and 3 ranks, replicated and sharded."""
     checkpoint = PROJECT / "examples/tiny_llama/checkpoint" if model == "embedded" else test_data("stories260K")
-    own = (variant, "quantize_base=true", "max_steps=3", "val_fraction=null", "run_val_every_n_steps=null")
-    own = (*own, "sample_prompts=[]", f"checkpoint_dir={checkpoint}", "max_seq_len=128", "overwrite_output_dir=true")
-    own = tuple(key for key in own if key.partition("=")[0] != variant.partition("=")[0] or key == variant)
-    whole, shared = (f"{model} {num_ranks} {kind}" for kind in ("whole", "shared"))
-    result = tune_run(*run_of(folder, whole, *own, forwards(num_ranks)))
+    own = ("quantize_base=true", "max_steps=3", f"checkpoint_dir={checkpoint}", "max_seq_len=128", "verify_base=false")
+    own = (*own, variant, "overwrite_output_dir=true", "run_val_every_n_steps=2")
+    whole, shared = (f"{model} {variant} {kind}" for kind in ("whole", "shared"))
+    result = tune_run(*run_of(folder, whole, *own, forwards(6)))
     assert result.returncode == 0, result.stderr
-    results = ForkedRanks(num_ranks, *run_of(folder, shared, *own, forwards(1))).results()
-    assert [result.returncode for result in results] == [0] * num_ranks, [result.stderr for result in results]
-    assert_same_run(folder / whole, folder / shared)
+    for num_ranks in (1, 2, 3):
+        for parallelism in ("replicate", "shard"):
+            run = run_of(folder, shared, *own, forwards(6 // num_ranks), f"parallelism={parallelism}")
+            results = ForkedRanks(num_ranks, *run).results()
+            assert [result.returncode for result in results] == [0] * num_ranks, [each.stderr for each in results]
+            assert_same_run(folder / whole, folder / shared)
+
+
+@pytest.mark.slow
+def test_L20_a_sharded_run_goes_on_with_any_number_of_ranks(folder, two):
+    """Its checkpoints are those of one device."""
+    own = ("parallelism=shard", "verify_base=false", "quantize_base=true")
+    whole = ForkedRanks(2, *run_of(folder, "sharded", forwards(2), *own)).results()
+    assert [result.returncode for result in whole] == [0, 0], whole[0].stderr
+    at = f"resume_from_checkpoint={folder / 'sharded/checkpoints/step_000001'}"
+    for num_ranks in (2, 3):
+        run = run_of(folder, f"sharded on {num_ranks}", forwards(2), at, *own)
+        results = ForkedRanks(num_ranks, *run).results()
+        assert [result.returncode for result in results] == [0] * num_ranks, [each.stderr for each in results]
+        assert_same_run(folder / "sharded", folder / f"sharded on {num_ranks}")
+    result = tune_run(*run_of(folder, "sharded on 1", forwards(2), at, "quantize_base=true"))
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder / "sharded", folder / "sharded on 1")
+
+
+@pytest.mark.slow
+def test_what_needs_the_whole_base_is_refused_where_it_is_sharded(folder):
+    own = ("parallelism=shard", "sample_prompts=['Who?']", "verify_base=true", "quantized_cache=true", "compile=true")
+    ranks = ForkedRanks(2, *run_of(folder, "whole base", *own, f"cache_dir={folder / 'cache'}")).results(60)
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    lines = ranks[0].stderr.splitlines()
+    assert [line.split(":")[1] for line in lines] == [" sample_prompts", " verify_base", " quantized_cache", " compile"]
+    assert ranks[1].stderr == ""
