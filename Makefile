@@ -3,11 +3,14 @@
 PYTHON ?= python3
 PIP_INSTALL_ARGS ?=
 TEST_PROCESSES ?= 2
+FUZZ_SEED ?= 0
+FUZZ_COUNT ?= 10000
+FUZZ_START ?= 0
 BIN := .venv/bin
 # Twice: once leaves pip's warnings, such as that of an extra that torchtune asks of huggingface_hub and that is gone.
 QUIET := --quiet --quiet
 
-.PHONY: setup demo test test-long lint docs clean
+.PHONY: setup demo test test-long lint docs fuzz clean
 
 setup: .venv/installed
 
@@ -44,6 +47,10 @@ test: lint
 
 test-long: lint
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+
+# Damaged and hostile inputs, each refused in one line or read as it is: FUZZ_SEED, FUZZ_COUNT, and FUZZ_START to go on.
+fuzz: .venv/installed-dev
+	$(BIN)/python -m tests.support.fuzz --seed $(FUZZ_SEED) --count $(FUZZ_COUNT) --start $(FUZZ_START)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from custom_components.config.component_checks import component_nodes, component_problems, known_annotations
 from custom_components.config.key_hints import key_hint
 from custom_components.config.path_checks import output_problems, path_text_problems
+from custom_components.config.secrets import secret_problems
 from custom_components.config.settings import Settings
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.validation import value_problems
@@ -37,13 +38,16 @@ def checked_settings(
     Raises:
         UserError: one message per problem, each with the key, its value, where it was set and the nearest right key.
     """
+    if secrets := dict(secret_problems(values)):
+        raise UserError(*(f"{key}: {message} ({origin(key)})" for key, message in secrets.items()))
     known_keys = list(known_annotations(settings_type, values))
     nodes = component_nodes(settings_type)
     # A reference to a missing required key is reported once, under that key.
     problems = {
         key: message
         for key, message in unresolved.items()
-        if _referenced_key(raw_values, key) not in settings_type.model_fields
+        if (name := _referenced_key(raw_values, key)) in (None, key)
+        or not (name in unresolved or (name in settings_type.model_fields and name not in raw_values))
     }
     settings = None
     try:

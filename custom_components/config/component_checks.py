@@ -3,6 +3,8 @@
 import functools
 import inspect
 import json
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -10,11 +12,11 @@ from typing import Any, get_args, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
-from custom_components.config.components import component
+from custom_components.config.components import component, is_trusted
 from custom_components.config.foreign_names import FOREIGN_COMPONENT_KEYS, FOREIGN_COMPONENTS, FOREIGN_PACKAGES
 from custom_components.config.key_hints import key_hint
 from custom_components.config.settings import ComponentNode, Settings
-from custom_components.runtime.validation import model_keys, value_problems
+from custom_components.runtime.validation import model_keys, shown, value_problems
 
 # For arguments the recipe supplies itself: the setting that controls them.
 _SUPPLIED_HINTS = {"num_warmup_steps": " and set warmup_steps"}
@@ -68,6 +70,9 @@ def component_problems(
         ours = marker.counterparts.get(path, marker.ours)
         yield NodeProblem(key, f"{path!r} is for {marker.of_other_recipes[path]}; here it is {ours}")
         return
+    if not _is_foreign(path, marker) and (problem := _trust_problem(path, marker)) is not None:
+        yield NodeProblem(key, f"{shown(path)} {problem}")
+        return
     key_problems = [*_key_problems(name, node, marker, known_keys)]
     if not _is_foreign(path, marker):
         try:
@@ -89,6 +94,22 @@ def component_problems(
         ours = f"{_our_path(path, marker)}{f' with {beside}' if beside else ''}"
         yield NodeProblem(key, f"{path!r} is not made for this recipe; here it is {ours}")
     yield from key_problems
+
+
+def _trust_problem(path: str, marker: ComponentNode) -> str | None:
+    """Say why a path is not imported for this node; None: it is."""
+    package = path.partition(".")[0]
+    # Of this project only what is made for such nodes: other functions of it write and delete files.
+    own = f"{marker.ours.rpartition('.')[0]}."
+    if package == __name__.partition(".")[0] and not path.startswith((own, *marker.libraries)):
+        return f"is not made for this node; here it is one such as {marker.ours}"
+    if is_trusted(path):
+        return None
+    recipe = sys.argv[0] if sys.argv[0].endswith(".py") else "RECIPE.py"
+    return (
+        f"is code from outside of this project, which this config would run; if you trust {shown(package)}, type "
+        f"tune run {recipe} --config ... --trust-components {shlex.quote(package[:80])}"
+    )
 
 
 def _key_problems(
@@ -150,6 +171,12 @@ def _misfit(target: Any, marker: ComponentNode) -> str | None:
     """Say why the recipe cannot use `target` or what it makes, as far as its signature tells; None: it can."""
     if not callable(target):
         return f"is a {type(target).__name__}, not a function or class"
+    function = target.func if isinstance(target, functools.partial) else target
+    module, own = str(getattr(function, "__module__", "")), marker.ours.rpartition(".")[0]
+    if module.startswith(f"{__name__.partition('.')[0]}.") and not f"{module}.".startswith(f"{own}."):
+        return f"is from {module}, which makes other things"
+    if not inspect.isclass(target) and _type_hints(target).get("return") is type(None):
+        return "makes nothing"
     try:
         parameters: Mapping[str, inspect.Parameter] = inspect.signature(target).parameters
     except (TypeError, ValueError):  # some built-in types have none

@@ -2,18 +2,36 @@
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from custom_components.runtime.quiet_bitsandbytes import import_bitsandbytes
+
+# Whose code a config may name. Anyone else's runs only where the command says so: a config may be a stranger's.
+_KNOWN = ("custom_components.", "torch.optim.", "torchtune.", "torchao.optim.", "bitsandbytes.optim.")
+_trusted: set[str] = set()
+
+
+def trust_packages(names: Iterable[str]) -> None:
+    """Let configs name the code of these packages, and of no others that were trusted before."""
+    _trusted.clear()
+    _trusted.update(names)
+
+
+def is_trusted(dotted_path: str) -> bool:
+    """Tell whether a config may name a path; nothing is imported for the answer."""
+    return dotted_path.startswith(_KNOWN) or dotted_path.partition(".")[0] in _trusted
 
 
 def component(dotted_path: str) -> Callable[..., Any]:
     """Import the callable at `package.module.name`.
 
     Raises:
-        ImportError, AttributeError: if there is none.
+        ImportError, AttributeError: if there is none, or it is of a package that is not trusted.
     """
+    if not is_trusted(dotted_path):
+        package = dotted_path.partition(".")[0]
+        raise ImportError(f"it is not imported without --trust-components {package}")
     module_name, _, name = dotted_path.rpartition(".")
     if module_name.partition(".")[0] == "bitsandbytes":
         import_bitsandbytes()

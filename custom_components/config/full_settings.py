@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from custom_components.config.settings import ComponentNode
+from custom_components.config.settings import ComponentNode, Count
 from custom_components.config.training_settings import BUILDERS_WITHOUT_ADAPTERS, RunPaths, TrainingSettings
 
 _SIZES = ("llama2_7b", "llama2_13b", "llama2_70b")
@@ -42,7 +42,7 @@ class FullSettings(TrainingSettings, TrainedWeightsKeys):
     optimizer_in_backward: bool = False
     # A checkpoint of 7B takes 27 GB.
     save_every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    keep_last_n_checkpoints: PositiveInt = 1
+    keep_last_n_checkpoints: Count = 1
 
     @property
     def frees_gradients(self) -> bool:

@@ -4,25 +4,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field
 
 from custom_components.config.settings import (
     AttentionModule,
+    CountOrZero,
     PathText,
     QuantizationName,
+    Rank,
     quantization_problems,
-    regular_expression,
 )
 from custom_components.config.training_settings import RunPaths, TrainingSettings
+from custom_components.runtime.patterns import checked_pattern
 
-_Pattern = Annotated[str, AfterValidator(regular_expression)]
+_Pattern = Annotated[str, AfterValidator(checked_pattern)]
 
 
 class AdapterKeys(RunPaths):
     """The adapter, and the base it is on."""
 
     init_adapter_from: PathText | None = None
-    lora_rank: PositiveInt
+    lora_rank: Rank
     lora_alpha: Annotated[float, Field(gt=0)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lora_attn_modules: list[AttentionModule]
@@ -31,9 +33,9 @@ class AdapterKeys(RunPaths):
     use_dora: bool = False
     use_rslora: bool = False
     init_lora_weights: Literal["pissa"] | None = None
-    rank_pattern: dict[_Pattern, PositiveInt] | None = None
+    rank_pattern: dict[_Pattern, Rank] | None = None
     alpha_pattern: dict[_Pattern, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
-    layers_to_transform: list[NonNegativeInt] | None = None
+    layers_to_transform: list[CountOrZero] | None = None
     trainable_tokens: list[Annotated[str, Field(min_length=1)]] | None = None
     quantize_base: bool
     quantization: QuantizationName | None = None

@@ -4,11 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import PositiveInt
-
 from custom_components.config.component_trials import try_preference_loss
 from custom_components.config.lora_settings import LoRASettings
-from custom_components.config.settings import DATASET, ComponentNode
+from custom_components.config.settings import DATASET, ComponentNode, Count
 
 PAIRS = replace(
     DATASET,
@@ -30,7 +28,7 @@ class PreferenceSettings(LoRASettings):
     dataset: Annotated[dict[str, Any], PAIRS]
     dataset_val: Annotated[dict[str, Any] | None, PAIRS] = None
     loss: Annotated[dict[str, Any], PREFERENCE_LOSS]
-    loss_chunk_size: PositiveInt = 512
+    loss_chunk_size: Count = 512
 
     @classmethod
     def is_for(cls, values: Mapping[str, Any]) -> bool:

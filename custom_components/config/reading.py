@@ -6,48 +6,30 @@ override as typed), so that a problem can name it.
 """
 
 import itertools
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast, get_args
 
 import yaml
 
-from custom_components.config.checks import checked_settings
+from custom_components.config.checks import checked_settings, union_members
+from custom_components.config.component_checks import known_annotations
+from custom_components.config.components import trust_packages
 from custom_components.config.knobs import link_knobs, settle_overrides
-from custom_components.config.overrides import RawConfig, apply_override, interpolate
+from custom_components.config.overrides import RawConfig, apply_override
+from custom_components.config.path_checks import is_path_name
 from custom_components.config.recipe_files import HELP_FLAGS, config_named_in
 from custom_components.config.recipe_help import recipe_help
+from custom_components.config.references import interpolate
 from custom_components.config.renamed import rename_components
 from custom_components.config.settings import Settings
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.plain_yaml import MOST_YAML_BYTES, read_yaml_nodes
 from custom_components.runtime.terminal import say
+from custom_components.runtime.text_files import read_text
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
-
-
-class YamlLoader(yaml.SafeLoader):
-    """SafeLoader that reads `2e-4` as a number, as YAML 1.2 and OmegaConf do; PyYAML's 1.1 rules need `2.0e-4`.
-
-    Keys are text: `on`, `1` and `null` are names that no setting has, not True, a number and None.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
-                key_node.tag = "tag:yaml.org,2002:str"
-        return super().construct_mapping(node, deep)
-
-
-# Dates stay text: no key takes one, and OmegaConf has no dates.
-YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -> SettingsType:
@@ -56,7 +38,8 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
     Args:
         settings_type: what the recipe reads, one of :mod:`settings`.
         arguments: the command line without the program's name. `key=value` sets a key, dotted or top-level, and the
-            value may contain `=`; `~key` deletes one; a key given twice keeps the last value.
+            value may contain `=`; `~key` deletes one; a key given twice keeps the last value. `--trust-components NAME`
+            lets the config name code of that package.
 
     Raises:
         UserError: with one message for every problem found.
@@ -64,14 +47,15 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
     """
     if any(flag in arguments for flag in HELP_FLAGS):
         _show_help(settings_type, arguments)
-    config_path, overrides = _split_arguments(arguments)
+    config_path, overrides, trusted = _split_arguments(arguments)
+    trust_packages(trusted)
     raw = read_yaml(config_path)
     renamed = rename_components(raw.values)
     link_knobs(raw.values)
     # note: of the same keys, and more; a reader of several kinds of config reads what they have in common.
     settings_type = cast(type[SettingsType], settings_type.for_config(raw.values))
     for override in overrides:
-        apply_override(raw, override, settings_type, YamlLoader)
+        apply_override(raw, override, settings_type)
         renamed |= rename_components(raw.values)
     settle_overrides(raw, [override.removeprefix("~").partition("=")[0] for override in overrides], settings_type)
     for before, today in renamed.items():
@@ -80,7 +64,12 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
         if not field.is_required():
             default = field.get_default()
             raw.values.setdefault(name, str(default) if isinstance(default, Path) else default)
-    values, unresolved = interpolate(raw)
+    annotations = known_annotations(settings_type, raw.values)
+    values, unresolved = interpolate(
+        raw,
+        is_path=lambda key: is_path_name(key.rpartition(".")[2]) or _takes(Path, annotations.get(key)),
+        takes_text=lambda key: _takes(str, annotations.get(key)),
+    )
     settings = checked_settings(settings_type, values, unresolved, raw.values, raw.origin)
     for note in settings.notes():
         say(f"note: {note}")
@@ -90,16 +79,15 @@ def load_settings(settings_type: type[SettingsType], arguments: Sequence[str]) -
 def read_yaml(path: Path) -> RawConfig:
     """Read a YAML file with the line of every key. Of a key written twice the last value counts."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MOST_YAML_BYTES)
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file; configs/ holds those that come with the project") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--config {path}: cannot be read as text ({error})") from None
     try:
-        root = yaml.compose(text, Loader=YamlLoader)
-        values = yaml.load(text, Loader=YamlLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        root, values = read_yaml_nodes(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values, this is {type(values).__name__}")
     raw = RawConfig(path, values)
@@ -110,6 +98,11 @@ def read_yaml(path: Path) -> RawConfig:
 def config_text(settings: Settings) -> str:
     """Spell out the resolved settings, overrides and defaults included, as YAML that `--config` reads back."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _takes(kind: type, annotation: Any) -> bool:
+    """Tell whether a key takes values of a type, or lists of them."""
+    return any(kind in union_members(part) for part in (annotation, *get_args(annotation)))
 
 
 def _record_lines(node: yaml.Node | None, key: str, raw: RawConfig) -> None:
@@ -133,8 +126,9 @@ def _show_help(settings_type: type[Settings], arguments: Sequence[str]) -> NoRet
     sys.exit()
 
 
-def _split_arguments(arguments: Sequence[str]) -> tuple[Path, list[str]]:
-    config_path, overrides = None, []
+def _split_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], list[str]]:
+    """Give the config's path, the overrides, and the packages whose code may run."""
+    config_path, overrides, trusted = None, [], []
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
@@ -142,10 +136,14 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[Path, list[str]]:
             config_path = remaining.pop(0)
         elif argument.startswith("--config="):
             config_path = argument.removeprefix("--config=")
+        elif argument == "--trust-components" and remaining:
+            trusted.append(remaining.pop(0))
+        elif argument.startswith("--trust-components="):
+            trusted.append(argument.removeprefix("--trust-components="))
         else:
             overrides.append(argument)
     if config_path is None:
         raise UserError("--config is missing: name a file, as in --config configs/tiny_qlora.yaml")
     if not config_path.strip():
         raise UserError(f"--config: {config_path!r} is empty: a shell variable may be unset")
-    return Path(config_path), overrides
+    return Path(config_path), overrides, trusted

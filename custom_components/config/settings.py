@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from custom_components.config.component_trials import Trial
 
@@ -31,19 +31,6 @@ def path_text(value: Any) -> Any:
         except ValueError as error:
             raise ValueError(f"a path ({error})") from None
     return value
-
-
-def regular_expression(pattern: str) -> str:
-    """Refuse a text that is not a regular expression.
-
-    Raises:
-        ValueError: it is not.
-    """
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"a regular expression ({error})") from None
-    return pattern
 
 
 # How the base's linear weights are kept; models/quantization.py has the formats.
@@ -93,6 +80,12 @@ def _our_dtype_name(name: Any) -> Any:
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _TORCH_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+
+# Larger numbers are slips, and would be counted up to or reserved in memory.
+_MOST = 2**40
+Count = Annotated[int, Field(gt=0, le=_MOST)]
+CountOrZero = Annotated[int, Field(ge=0, le=_MOST)]
+Rank = Annotated[int, Field(gt=0, le=2**20)]
 
 PathText = Annotated[Path, BeforeValidator(path_text), AfterValidator(_in_home)]
 Device = Annotated[str, BeforeValidator(_checked_device), Words("auto, cpu, cuda or cuda:N")]
@@ -151,7 +144,7 @@ class Settings(BaseModel):
 
     alternatives: ClassVar[tuple[tuple[str, str], ...]] = ()
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @classmethod
     def for_config(cls, values: Mapping[str, Any]) -> "type[Settings]":

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from custom_components.config.settings import (
     DATASET,
+    Count,
+    CountOrZero,
     Device,
     DtypeName,
     PathText,
@@ -30,15 +32,15 @@ class GenerationSettings(Settings):
     system_prompt: str | None = None
     prompt_template: str | dict[str, str] | None = None
     compare: bool = False
-    batch_size: PositiveInt = 8
-    max_new_tokens: PositiveInt = 200
+    batch_size: Count = 8
+    max_new_tokens: Count = 200
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    top_k: PositiveInt | None = None
+    top_k: Count | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     # Beyond these, and at lower temperatures, fp32 logits become infinite.
     repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**43)] = 0
-    num_answers: PositiveInt = 1
+    num_answers: Annotated[int, Field(gt=0, le=10_000)] = 1
     quantize_base: bool = False
     quantization: QuantizationName | None = None
     fold_adapter: bool = False
@@ -86,7 +88,7 @@ class EvaluationSettings(Settings):
     compare: bool = True
     output_file: PathText | None = None
 
-    max_seq_len: Annotated[int, Field(ge=8)] | None = None
+    max_seq_len: Annotated[int, Field(ge=8, le=2**40)] | None = None
     system_prompt: str | None = None
     prompt_template: str | dict[str, str] | None = None
     on_overlong: Literal["truncate", "drop", "error"] = "truncate"
@@ -97,14 +99,14 @@ class EvaluationSettings(Settings):
     dataset: Annotated[dict[str, Any] | None, DATASET] = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**43)] = 0
-    batch_size: PositiveInt = 4
+    batch_size: Count = 4
 
-    generate_answers: NonNegativeInt = 0
-    max_new_tokens: PositiveInt = 200
+    generate_answers: CountOrZero = 0
+    max_new_tokens: Count = 200
 
     tasks: list[Annotated[str, AfterValidator(path_text)]] = []
-    num_fewshot: NonNegativeInt | None = None
-    max_task_rows: PositiveInt | None = None
+    num_fewshot: CountOrZero | None = None
+    max_task_rows: Count | None = None
     apply_chat_template: bool = False
 
     quantize_base: bool = False

@@ -4,13 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field
 
 from custom_components.config.component_trials import find_logger_package, try_loss, try_optimizer, try_schedule
 from custom_components.config.settings import (
     DATASET,
     TOKENIZER,
     ComponentNode,
+    Count,
+    CountOrZero,
     Device,
     DtypeName,
     PathText,
@@ -23,7 +25,9 @@ from custom_components.runtime.errors import UserError
 if TYPE_CHECKING:  # note: it takes seconds, and `--help` is to come at once
     import torch
 
-_PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_PositiveNumber = Annotated[float, Field(gt=0, le=1e6)]
+# Of a step; of more, the list of them would fill the memory.
+_MOST_ROWS = 2**31
 _OPTIMIZER_KEYS = ("lr", "weight_decay", "betas", "eps")
 
 _BUILDERS = "custom_components.models."
@@ -83,7 +87,7 @@ class TrainingSettings(RunPaths):
 
     model: Annotated[dict[str, Any], MODEL]
 
-    max_seq_len: Annotated[int, Field(ge=8)] | None = None
+    max_seq_len: Annotated[int, Field(ge=8, le=2**40)] | None = None
     prompt_template: str | dict[str, str] = "llama2"
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     tokenizer: Annotated[dict[str, Any], TOKENIZER]
@@ -95,28 +99,28 @@ class TrainingSettings(RunPaths):
     dataset: Annotated[dict[str, Any], DATASET]
     dataset_val: Annotated[dict[str, Any] | None, DATASET] = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    run_val_every_n_steps: PositiveInt | None = None
+    run_val_every_n_steps: Count | None = None
     packed: bool = False
     group_by_length: bool = False
     shuffle: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**43)] = 0
 
-    epochs: Annotated[PositiveInt | _PositiveNumber, Words("number > 0")]
-    max_steps_per_epoch: PositiveInt | None = None
-    max_steps: PositiveInt | None = None
-    batch_size: PositiveInt | Literal["auto"]
-    gradient_accumulation_steps: PositiveInt
+    epochs: Annotated[Annotated[int, Field(gt=0, le=10**6)] | _PositiveNumber, Words("number > 0")]
+    max_steps_per_epoch: Count | None = None
+    max_steps: Count | None = None
+    batch_size: Annotated[int, Field(gt=0, le=_MOST_ROWS)] | Literal["auto"]
+    gradient_accumulation_steps: Annotated[int, Field(gt=0, le=_MOST_ROWS)]
     learning_rate: _PositiveNumber | None = None
     optimizer: Annotated[dict[str, Any], OPTIMIZER]
     lr_scheduler: Annotated[dict[str, Any], LR_SCHEDULER]
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    warmup_steps: NonNegativeInt | None = None
+    warmup_steps: CountOrZero | None = None
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    early_stopping_patience: PositiveInt | None = None
-    save_every_n_steps: PositiveInt | None = None
-    save_every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 30.0
-    keep_last_n_checkpoints: PositiveInt = 2
+    early_stopping_patience: Count | None = None
+    save_every_n_steps: Count | None = None
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    keep_last_n_checkpoints: Count = 2
     loss: Annotated[dict[str, Any], LOSS]
 
     device: Device = "auto"
@@ -125,7 +129,7 @@ class TrainingSettings(RunPaths):
     enable_activation_checkpointing: bool | Literal["auto"] = "auto"
     enable_activation_offloading: bool | Literal["auto"] = "auto"
 
-    log_every_n_steps: PositiveInt = 1
+    log_every_n_steps: Count = 1
     metric_logger: Annotated[dict[str, Any] | None, METRIC_LOGGER] = None
     sample_prompts: list[str] = []
 

@@ -23,8 +23,8 @@ _NAMES: dict[Any, str] = {
     tuple: "list",
     Sequence: "list",
 }
-# Above this a bound is there for the generators of random numbers, not for people.
-_LARGEST_BOUND_SAID = 2**31
+# Above this a bound is there to catch slips, and for the generators of random numbers, not for people.
+_LARGEST_BOUND_SAID = 10**5
 
 
 def type_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:

@@ -18,6 +18,7 @@ from custom_components.runtime.errors import UserError
 # Of .csv files; where two give as many columns, the first.
 _DELIMITERS = (",", ";", "\t")
 _DELIMITER_HINT = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # the first line of some, for Excel
+_MOST_LINE_BYTES = 2**28
 # Lines of a larger file are not counted: that takes as long as reading it.
 _MOST_BYTES_COUNTED = 2**26
 
@@ -140,7 +141,12 @@ def _text_lines(path: Path) -> Iterator[str]:
     line_number = 0
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            for block in file:
+            while block := file.readline(_MOST_LINE_BYTES):
+                if len(block) == _MOST_LINE_BYTES:
+                    raise UserError(
+                        f"{path}:{line_number + 1}: is longer than {_MOST_LINE_BYTES // 2**20} MiB; no row is, and a "
+                        "compressed file of zeros would fill the memory"
+                    )
                 if line_number == 0:
                     block = block.removeprefix(codecs.BOM_UTF8)
                 for line in block.splitlines(keepends=True):

@@ -3,16 +3,40 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from custom_components.export.merged_weights import MergedAdapter
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.ownership import OwnDirectory
+from custom_components.runtime.plain_yaml import MOST_YAML_BYTES, read_yaml
+from custom_components.runtime.text_files import read_text
+from custom_components.runtime.validation import value_problems
 from custom_components.weights.checkpoint_files import BaseCheckpoint
 
 RECORD_NAME = "merge.yaml"
+
+
+class _MergedIn(BaseModel):
+    """An adapter that was merged in."""
+
+    model_config = ConfigDict(strict=True)
+
+    dir: str
+    weight: Annotated[float, Field(allow_inf_nan=False)]
+    digest: str
+
+
+class _Record(BaseModel):
+    """merge.yaml."""
+
+    model_config = ConfigDict(strict=True)
+
+    adapters: list[_MergedIn]
+    # Of before 0.1, without sizes.
+    files: dict[str, Annotated[int, Field(ge=0)]] = {}
 
 
 def write_record(directory: Path, base: BaseCheckpoint, merged_onto: str, adapters: Sequence[MergedAdapter]) -> None:
@@ -59,10 +83,10 @@ def check_not_merged_yet(checkpoint_dir: Path, adapters: Sequence[MergedAdapter]
 def merge_in(directory: Path) -> OwnDirectory | None:
     """Describe the merge in a directory by the names and sizes, in bytes, of its files; None: none is recorded."""
     try:
-        files = yaml.safe_load((directory / RECORD_NAME).read_text(encoding="utf-8"))["files"]
-        entries = {re.escape(name): _has_size(int(num_bytes)) for name, num_bytes in files.items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError):
+        record = _read_record(directory)
+    except (OSError, ValueError):
         return None
+    entries = {re.escape(name): _has_size(num_bytes) for name, num_bytes in record.files.items()}
     return OwnDirectory({**entries, re.escape(RECORD_NAME): lambda path: True})
 
 
@@ -82,9 +106,19 @@ def _last_parts(directory: Path) -> str:
 def _adapters_in(checkpoint_dir: Path) -> list[dict[str, Any]]:
     if not is_merge(checkpoint_dir):
         return []
-    path = checkpoint_dir / RECORD_NAME
     try:
-        adapters = yaml.safe_load(path.read_text(encoding="utf-8"))["adapters"]
-        return [{"dir": str(a["dir"]), "weight": a["weight"], "digest": str(a["digest"])} for a in adapters]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the record of a merge ({type(error).__name__}: {error})") from None
+        return [dict(adapter) for adapter in _read_record(checkpoint_dir).adapters]
+    except ValidationError as error:
+        place, message = next(iter(value_problems(error, None, lambda place: "").items()))
+        raise UserError(f"{checkpoint_dir / RECORD_NAME}: not the record of a merge ({place}: {message})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint_dir / RECORD_NAME}: not the record of a merge ({error})") from None
+
+
+def _read_record(directory: Path) -> _Record:
+    """Read merge.yaml.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not one; pydantic's error is a ValueError.
+    """
+    return _Record.model_validate(read_yaml(read_text(directory / RECORD_NAME, MOST_YAML_BYTES)))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from custom_components.runtime.errors import UserError
-from custom_components.runtime.validation import value_problems
+from custom_components.runtime.validation import shown, value_problems
 
 Layers = Annotated[int, Field(gt=0, le=1000)]
 Heads = Annotated[int, Field(gt=0, le=1024)]
@@ -121,7 +121,7 @@ def checked_keys(keys_type: type[_KeysType], values: dict[str, Any], path: Path)
             *(
                 f"{path}: {place.removeprefix('.')}: {message}; is this a Llama checkpoint's {path.name}?"
                 if place
-                else f"{path}: {message.removeprefix(f'{values!r} should be ')}"
+                else f"{path}: {message.removeprefix(f'{shown(values)} should be ')}"
                 for place, message in value_problems(error, values, lambda place: "").items()
             )
         ) from None

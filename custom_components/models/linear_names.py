@@ -3,8 +3,9 @@
 Pattern: huggingface/peft 0.21.2, src/peft/utils/other.py, `get_pattern_key`.
 """
 
-import re
 from collections.abc import Collection, Iterable
+
+from custom_components.runtime.patterns import matches_whole
 
 # torchtune's name of a linear layer by Hugging Face's.
 TARGETS = {
@@ -28,6 +29,6 @@ def hugging_face_module(module: str) -> str:
 def matching_pattern(patterns: Iterable[str], names: Collection[str]) -> str | None:
     """Find the first regular expression that matches the end of one of a module's names, whole parts of it."""
     for pattern in patterns:
-        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+        if any(matches_whole(rf"(.*\.)?({pattern})", name) for name in names):
             return pattern
     return None

@@ -1,16 +1,14 @@
 """The sizes of Llama-architecture models, by name and from a checkpoint's own config."""
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from custom_components.models.checkpoint_configs import HuggingFaceKeys, MetaKeys, RopeKeys, checked_keys
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.json_files import read_json_object
+from custom_components.runtime.torch_files import load_torch_file
 
 
 @dataclass(frozen=True)
@@ -258,8 +256,7 @@ def _num_rows_of_meta_embedding(directory: Path) -> int:
     """
     for file in sorted(directory.glob("consolidated.*.pth"))[:1]:
         try:
-            embedding = torch.load(file, map_location="meta", weights_only=True, mmap=True)["tok_embeddings.weight"]
-            return len(embedding)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
+            return len(load_torch_file(file, map_location="meta", mmap=True)["tok_embeddings.weight"])
+        except (ValueError, KeyError, TypeError, IndexError):
             break
     return LLAMA2_7B.vocab_size

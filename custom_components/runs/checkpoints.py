@@ -15,6 +15,7 @@ from typing import BinaryIO, cast
 import torch
 
 from custom_components.runs.recognition import CHECKPOINT, RUN_CONFIG_NAME, STATE_NAME, STEP_DIRECTORY, TRIAL_NAME
+from custom_components.runs.state_file import STATE_VERSION, weights_digests
 from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.atomic_files import whole_directory
 from custom_components.runtime.disk_errors import RememberingFile, disk_errors_of
@@ -93,12 +94,14 @@ def _write_checkpoint(directory: Path, weights: TrainedWeights, state: TrainingS
     weights.save(directory / weights.name)
     (directory / RUN_CONFIG_NAME).write_text(config, encoding="utf-8")
     stored = {
+        "version": STATE_VERSION,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "data_digest": state.data_digest,
         "num_ranks": state.num_ranks,
         "progress": dataclasses.asdict(state.progress),
         "best_adapter": state.best_adapter,
+        "weights": weights_digests(directory / weights.name),
     }
     with (directory / STATE_NAME).open("wb") as opened:
         file = RememberingFile(opened)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from custom_components import datasets
 from custom_components.config.settings import QuantizationName
 from custom_components.datasets.chat import chat_dataset
@@ -16,6 +14,8 @@ from custom_components.datasets.source_files import is_on_hub
 from custom_components.datasets.tokenized_rows import ChatDataset
 from custom_components.runs.recognition import RUN_CONFIG_NAME
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.plain_yaml import MOST_YAML_BYTES, read_yaml
+from custom_components.runtime.text_files import read_text
 from custom_components.transforms.chat_transform import ChatTransform
 from custom_components.transforms.prompt_format import PromptFormat
 
@@ -123,8 +123,8 @@ class Origin:
 def open_origin(result_dir: Path) -> Origin:
     """Read the config of the run whose adapter/ or model/ this is, if it is one."""
     try:
-        config = yaml.safe_load((result_dir.resolve().parent / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = read_yaml(read_text(result_dir.resolve().parent / RUN_CONFIG_NAME, MOST_YAML_BYTES))
+    except (OSError, ValueError):
         return Origin({})
     return Origin(config if isinstance(config, dict) else {})
 

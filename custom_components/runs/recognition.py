@@ -11,6 +11,8 @@ import yaml
 
 from custom_components.runs.loss_plot import PLOT_AUTHOR
 from custom_components.runtime.ownership import OwnDirectory, Recognises
+from custom_components.runtime.plain_yaml import MOST_YAML_BYTES, read_yaml
+from custom_components.runtime.text_files import read_text
 from custom_components.transforms.prompt_format import PROMPT_FORMAT_NAME, read_prompt_format
 from custom_components.transforms.tokenizer_files import TOKENIZER_NAMES
 from custom_components.weights.adapter_files import WEIGHTS_NAME
@@ -54,7 +56,7 @@ def _or_no(recognises: Callable[[Path], bool]) -> Callable[[Path], bool]:
     def recognises_or_not(path: Path) -> bool:
         try:
             return recognises(path)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, struct.error, yaml.YAMLError):
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, struct.error, RecursionError):
             return False
 
     return recognises_or_not
@@ -63,8 +65,8 @@ def _or_no(recognises: Callable[[Path], bool]) -> Callable[[Path], bool]:
 @_or_no
 def is_run_config(path: Path) -> bool:
     """A config as a run writes it, every key resolved; not one that a person wrote, which has comments or spaces."""
-    text = path.read_text(encoding="utf-8")
-    values = yaml.safe_load(text)
+    text = read_text(path, MOST_YAML_BYTES)
+    values = read_yaml(text)
     return values.keys() >= RUN_CONFIG_KEYS and yaml.safe_dump(values, sort_keys=False, allow_unicode=True) == text
 
 
@@ -105,7 +107,7 @@ def is_logged_config(path: Path) -> bool:
     """The config as torchtune's loggers write it, beside what they log."""
     from omegaconf import OmegaConf
 
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, MOST_YAML_BYTES)
     config = OmegaConf.create(text)
     return config.keys() >= RUN_CONFIG_KEYS and OmegaConf.to_yaml(config) == text
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from custom_components.config.renamed import rename_components
 from custom_components.config.training_kinds import training_kind
 from custom_components.runs.checkpoints import run_checkpoints
@@ -23,6 +21,8 @@ from custom_components.runs.recognition import (
 from custom_components.runs.run_directory import RunDirectory
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.ownership import Recognises
+from custom_components.runtime.plain_yaml import MOST_YAML_BYTES, read_yaml
+from custom_components.runtime.text_files import read_text
 from custom_components.weights.card import stated_steps
 from custom_components.weights.trained_counts import num_adapter_parameters, num_trained_model_parameters
 
@@ -178,10 +178,9 @@ def _open(path: Path, name: str) -> RecordedRun:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"run_dirs: {str(path)!r} cannot be read ({reason}); name the output_dir of a run") from None
+        config = read_yaml(read_text(path, MOST_YAML_BYTES))
+    except (OSError, ValueError) as error:
+        raise UserError(f"run_dirs: {str(path)!r} cannot be read ({error}); name the output_dir of a run") from None
     if not isinstance(config, dict) or not config.keys() >= RUN_CONFIG_KEYS:
         raise UserError(f"run_dirs: {str(path)!r} is not the config of a training run; name the output_dir of one")
     rename_components(config)

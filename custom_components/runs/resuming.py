@@ -1,27 +1,29 @@
 """Going on with a run: finding its last checkpoint, holding its config against today's, bringing its state back."""
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-import yaml
+from torch import Tensor
 
 from custom_components.config.renamed import rename_components
 from custom_components.config.settings import Settings
 from custom_components.config.training_settings import TrainingSettings
 from custom_components.runs.checkpoints import is_run_checkpoint, run_checkpoints
-from custom_components.runs.recognition import RESULTS, RUN_CONFIG_NAME, STATE_NAME
+from custom_components.runs.recognition import RESULTS, RUN_CONFIG_KEYS, RUN_CONFIG_NAME
 from custom_components.runs.run_config import flat_config
 from custom_components.runs.run_directory import RunDirectory
+from custom_components.runs.state_file import read_state, weights_digests
 from custom_components.runs.trained_weights import TrainedWeights
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.plain_yaml import MOST_YAML_BYTES, read_yaml
 from custom_components.runtime.terminal import say
+from custom_components.runtime.text_files import read_text
 from custom_components.training.optimizer import load_optimizer_state
 from custom_components.training.state import Progress, TrainingState
 from custom_components.weights.card import TrainedSteps, stated_steps
+from custom_components.weights.checkpoint_files import tensors_of_file
 
 # Keys that may change on resume silently: where files are, and what is printed and kept.
 _UNDECISIVE_KEYS = {
@@ -56,6 +58,7 @@ _FIXED_KEYS = {
 }
 
 
+_BATCH_KEYS = ("batch_size", "gradient_accumulation_steps")
 # The value of `resume_from_checkpoint` that goes on where there is a checkpoint and begins where there is none.
 AUTO = "auto"
 
@@ -95,7 +98,7 @@ class ResumedRun:
         Raises:
             UserError: the rows of an optimizer step were others.
         """
-        batches = {key: self.config[key] for key in ("batch_size", "gradient_accumulation_steps")}
+        batches = {key: self.config[key] for key in _BATCH_KEYS}
         before = batches["batch_size"] * batches["gradient_accumulation_steps"]
         if num_step_rows != before:
             raise UserError(
@@ -170,9 +173,10 @@ class ResumedRun:
             )
         weights.load(self.path / weights.name)
         try:
+            _check_best(self.state["best_adapter"], weights)
             load_optimizer_state(state.optimizer, self.state["optimizer"])
             state.scaler.load_state_dict(self.state["scaler"])
-        except (ValueError, KeyError, RuntimeError) as error:
+        except (ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(
                 f"resume_from_checkpoint: the optimizer's state in {str(self.path)!r} does not fit: {error}"
             ) from None
@@ -196,35 +200,66 @@ def open_run_to_resume(resume_from_checkpoint: bool | str, run_path: Path) -> Re
     if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint != AUTO:
         path = Path(resume_from_checkpoint).expanduser()
         if is_run_checkpoint(path):
-            return ResumedRun(path, _read_state(path), _read_config(path))
+            return _open(path)
         run_path = path
     for path in reversed(run_checkpoints(run_path)):
         try:
-            state = _read_state(path)
+            return _open(path)
         except UserError as error:
             say(f"passed over: {error}")
-            continue
-        return ResumedRun(path, state, _read_config(path))
     if resume_from_checkpoint == AUTO:
         return None
     raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {str(run_path / 'checkpoints')!r}")
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _check_best(best: Mapping[str, Tensor], weights: TrainedWeights) -> None:
+    """Check the parameters of the best validation, which are used after the last step only.
+
+    Raises:
+        ValueError: they are not those of the model.
+    """
+    trained = {name: tuple(p.shape) for name, p in weights.model.named_parameters() if p.requires_grad}
+    if best and {name: tuple(tensor.shape) for name, tensor in best.items()} != trained:
+        raise ValueError("the parameters of the best validation are not those of this model")
+    if not all(tensor.isfinite().all() for tensor in best.values() if tensor.is_floating_point()):
+        raise ValueError("the parameters of the best validation are not finite")
+
+
+def _open(path: Path) -> ResumedRun:
+    """Open a run checkpoint.
+
+    Raises:
+        UserError: its state, its config or its trained weights are not whole.
+    """
+    state, config = read_state(path), _read_config(path)
     try:
-        return torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"resume_from_checkpoint: {str(path)!r} is not a whole checkpoint ({reason})") from None
+        files = [file for name in RESULTS for file in (path / name).glob("*.safetensors")]
+        if not any(tensors_of_file(file) for file in files):
+            raise UserError("it has no trained weights")
+        stored = state.get("weights") or {}
+        found = {
+            name: digest
+            for folder in {file.parent for file in files}
+            for name, digest in weights_digests(folder).items()
+        }
+        if damaged := [name for name, digest in stored.items() if found.get(name) != digest]:
+            raise UserError(f"{damaged[0]} is not the file that was written with it")
+    except UserError as error:
+        raise UserError(f"resume_from_checkpoint: {str(path)!r} is not a whole checkpoint ({error})") from None
+    return ResumedRun(path, state, config)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load((path / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
-        rename_components(values)
-        return flat_config(values)
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+        values = read_yaml(read_text(path / RUN_CONFIG_NAME, MOST_YAML_BYTES))
+        if not isinstance(values, dict) or not values.keys() >= {*RUN_CONFIG_KEYS, *_BATCH_KEYS}:
+            raise ValueError("it is not the config of a run")
+        if not all(type(values[key]) is int and values[key] > 0 for key in _BATCH_KEYS):
+            raise ValueError(f"{' and '.join(_BATCH_KEYS)} are not numbers of rows and forwards")
+    except (OSError, ValueError) as error:
         raise UserError(f"resume_from_checkpoint: {str(path / RUN_CONFIG_NAME)!r} cannot be read ({error})") from None
+    rename_components(values)
+    return flat_config(values)
 
 
 def _is_default(key: str, value: Any, settings_type: type[Settings]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from custom_components.runtime.launched import EXIT_CODE_USER_ERROR, place_of_process
 from custom_components.runtime.starting import STOPPED_LINE, leave_at_once, take_interrupts
-from custom_components.runtime.terminal import allow_any_text, is_stdout_closed, leave_closed_terminal, say
+from custom_components.runtime.terminal import allow_any_text, is_stdout_closed, leave_closed_terminal, say, visible
 
 _REFUSAL_SECONDS = 5.0
 EXIT_CODE_CLOSED_STDOUT = 141  # 128 + SIGPIPE, as of other programs whose reader has left
@@ -21,8 +21,9 @@ class UserError(ValueError):
 
     def __init__(self, *messages: str) -> None:
         assert messages
-        super().__init__("\n".join(messages))
-        self.messages = messages
+        # What others wrote may have several lines, or move the cursor.
+        self.messages = tuple(visible(" ".join(message.splitlines())) for message in messages)
+        super().__init__("\n".join(self.messages))
 
 
 def run_recipe(recipe_main: Callable[[], None], *, is_for_ranks: bool = False) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 # Names at least this similar count as typos of each other: `sauce` and `source` are 0.73.
 _LIKENESS = 0.7
+_MOST_SHOWN = 80  # characters of a value
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
@@ -33,6 +34,15 @@ def value_problems(error: ValidationError, value: Any, hint: Callable[[str], str
         for place, problems in by_place.items()
         if not any(other.startswith((f"{place}.", f"{place}[")) for other in by_place)
     }
+
+
+def shown(value: Any) -> str:
+    """Write a value as Python does; of a long one the start."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes, or in a list of them
+        return f"a {type(value).__name__} too large to write"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 4]} ..."
 
 
 def model_keys(annotation: Any) -> Iterator[str]:
@@ -64,8 +74,10 @@ def _message(problems: Sequence[Any], hint: str) -> str:
         return f"unknown key{hint}"
     if problems[0]["type"] == "missing":
         is_in_tuple = isinstance(problems[0]["loc"][-1], int)
-        return f"{problems[0]['input']!r} has too few values" if is_in_tuple else "missing: this key has no default"
-    return f"{problems[0]['input']!r} {_expectation(problems)}"
+        return (
+            f"{shown(problems[0]['input'])} has too few values" if is_in_tuple else "missing: this key has no default"
+        )
+    return f"{shown(problems[0]['input'])} {_expectation(problems)}"
 
 
 def _expectation(problems: Sequence[Any]) -> str:

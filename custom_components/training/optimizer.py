@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 from custom_components.models.lora import LoRALinear
 from custom_components.runtime.errors import UserError
 
+# torch's names of what has the parameter's shape: torch/optim/adamw.py, sgd.py, rmsprop.py.
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"}
+
 
 def adapter_parameter_groups(model: nn.Module, lr: float, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
     """Sort a model's trained parameters into an optimizer's groups, each with its rate.
@@ -52,9 +55,28 @@ def load_optimizer_state(optimizer: Optimizer, stored: dict[str, Any]) -> None:
     # note: load_state_dict brings back the groups' old settings; those of the config as it is now have to hold.
     settings_now = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(stored)
+    _check_state(optimizer)
     page_loaded_state(optimizer)
     for group, settings in zip(optimizer.param_groups, settings_now, strict=True):
         group.update(settings)
+
+
+def _check_state(optimizer: Optimizer) -> None:
+    """Check what an optimizer keeps for each parameter, as far as it is of the parameter's own shape.
+
+    Raises:
+        ValueError: a moment has another shape or is not finite, or a count of steps is negative.
+    """
+    for parameter, state in optimizer.state.items():
+        for name in _MOMENTS & state.keys():
+            if state[name] is None:  # of SGD without momentum
+                continue
+            if not isinstance(state[name], Tensor) or state[name].shape != parameter.shape:
+                raise ValueError(f"{name} has another shape than its parameter, {[*parameter.shape]}")
+            if type(state[name]) is Tensor and not state[name].isfinite().all():
+                raise ValueError(f"{name} is not finite")
+        if "step" in state and not 0 <= float(state["step"]) < math.inf:
+            raise ValueError(f"step is {float(state['step'])}")
 
 
 def clip_gradients(optimizer: Optimizer, scaler: GradScaler, clip_grad_norm: float | None) -> Tensor:

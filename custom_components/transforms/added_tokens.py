@@ -11,10 +11,13 @@ from typing import Any
 
 from custom_components.runtime.errors import UserError
 from custom_components.runtime.json_files import read_json_object
+from custom_components.runtime.validation import shown
 
 # What transformers has names for (PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES).
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _NUM_SHOWN = 6
+# Room for each id up to the largest is made in a tokenizer and in the model.
+_LARGEST_ID = 2**24
 # How the text around a token is treated: fields of AddedToken in the package tokenizers.
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
@@ -111,7 +114,7 @@ def _stated_tokens(
     path = directory / "tokenizer_config.json"
     key = "added_tokens_decoder"
     for index, entry in _entries(config.get(key, {}), dict, path, key):
-        yield _token(entry, int(index) if index.isdecimal() else None, path, key), path
+        yield _token(entry, int(index) if index.isdecimal() and len(index) < 10 else None, path, key), path
     path = directory / "added_tokens.json"
     for text, index in read_json(path).items():
         yield _token({"content": text, "special": is_special(text)}, index, path, text), path
@@ -125,8 +128,8 @@ def _entries(value: Any, kind: type, path: Path, key: str) -> Any:
 
 def _token(entry: Any, index: Any, path: Path, key: str) -> AddedToken:
     is_whole = isinstance(entry, dict) and isinstance(entry.get("content"), str) and entry["content"]
-    if not is_whole or type(index) is not int or index < 0:
-        raise UserError(f"{path}: {key} has {str(entry)[:60]!r}, which is not a token with its id; download it again")
+    if not is_whole or type(index) is not int or not 0 <= index <= _LARGEST_ID:
+        raise UserError(f"{path}: {key} has {shown(entry)}, which is not a token with its id; download it again")
     flags = {name: entry[name] for name in _FLAGS if isinstance(entry.get(name), bool)}
     return AddedToken(index, entry["content"], bool(entry.get("special", False)), flags)
 
@@ -134,7 +137,7 @@ def _token(entry: Any, index: Any, path: Path, key: str) -> AddedToken:
 def _text(value: Any, path: Path, key: str) -> str:
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise UserError(f"{path}: {key} is {str(value)[:60]}, not the text of a token; download the file again")
+        raise UserError(f"{path}: {key} is {shown(value)}, not the text of a token; download the file again")
     return text
 
 
@@ -148,8 +151,8 @@ def stated_ids(directory: Path, key: str) -> list[int]:
         value = read_json(path).get(key)
         if value is not None:
             ids = value if isinstance(value, list) else [value]
-            if not all(type(index) is int for index in ids):
-                raise UserError(f"{path}: {key} is {str(value)[:60]}, not the id of a token, nor a list of ids")
+            if not all(type(index) is int and index <= _LARGEST_ID for index in ids):
+                raise UserError(f"{path}: {key} is {shown(value)}, not the id of a token, nor a list of ids")
             return [index for index in ids if index >= 0]  # -1 is none
     return []
 

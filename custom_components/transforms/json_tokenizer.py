@@ -10,6 +10,8 @@ from typing import Any, Self
 import tokenizers
 
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.text_files import MOST_BYTES, check_is_file
+from custom_components.runtime.validation import shown
 from custom_components.transforms.added_tokens import AddedTokens, stated_ids
 from custom_components.transforms.tokenizer import Tokenizer
 
@@ -108,9 +110,13 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
         UserError: it is damaged.
     """
     try:
+        check_is_file(path, MOST_BYTES)
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the package raises nothing more special
-        raise UserError(f"{path}: not a tokenizer.json ({error}); download it again") from None
+        backend.encode("a 1\n\u6f22")
+    except BaseException as error:  # the package raises nothing more special, and what Rust panics with is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UserError(f"{path}: not a tokenizer.json ({shown(str(error))}); download it again") from None
     backend.no_truncation()
     backend.no_padding()
     return backend

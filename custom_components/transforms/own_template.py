@@ -7,6 +7,7 @@ from pathlib import Path
 import tokenizers
 
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.text_files import read_text
 from custom_components.transforms.added_tokens import read_json
 from custom_components.transforms.dialogs import ChatMessage, with_system_message
 from custom_components.transforms.jinja_dialogs import JinjaTemplate
@@ -25,6 +26,7 @@ _EXCHANGES = [
     ("assistant", "Yes."),
     ("user", "Ok"),
 ]
+_MOST_TEMPLATE_BYTES = 2**20
 _SYSTEM = "Be kind.\nBe brief."
 
 
@@ -45,7 +47,12 @@ class OwnTemplate:
 def source_template(source_dir: Path) -> str | None:
     """Read the chat template that a checkpoint comes with, if any."""
     if (source_dir / "chat_template.jinja").exists():
-        return (source_dir / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            return read_text(source_dir / "chat_template.jinja", _MOST_TEMPLATE_BYTES)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{source_dir / 'chat_template.jinja'}: cannot be read ({error}); download it again"
+            ) from None
     template = read_json(source_dir / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.plain_yaml import MOST_YAML_BYTES, read_yaml
 from custom_components.runtime.terminal import say
+from custom_components.runtime.text_files import read_text
+from custom_components.runtime.validation import value_problems
 from custom_components.transforms.added_tokens import stated_ids
 from custom_components.transforms.chat_transform import ChatTransform
 
@@ -28,6 +31,16 @@ class PromptFormat:
         return {PROMPT_FORMAT_NAME: yaml.safe_dump(vars(self), sort_keys=False, allow_unicode=True)}
 
 
+class _Keys(BaseModel):
+    """prompt_format.yaml."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    prompt_template: str | dict[str, str]
+    system_prompt: str | None
+    stop_tokens: list[str]
+
+
 def read_prompt_format(directory: Path) -> PromptFormat | None:
     """Read the prompt format of an adapter or a merge; None if it has none, as those of other tools.
 
@@ -38,13 +51,14 @@ def read_prompt_format(directory: Path) -> PromptFormat | None:
     if not path.exists():
         return None
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return TypeAdapter(PromptFormat).validate_python(vars(PromptFormat(**values)))
+        values = read_yaml(read_text(path, MOST_YAML_BYTES))
+        return PromptFormat(**dict(_Keys.model_validate(values)))
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise UserError(f"{path}: not a prompt format ({problem['loc'][0]}: {problem['msg']})") from None
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a prompt format ({' '.join(str(error).split())})") from None
+        problems = value_problems(error, values, lambda place: "")
+        place, message = next(iter(problems.items()))
+        raise UserError(f"{path}: not a prompt format ({place.removeprefix('.') or 'it'}: {message})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a prompt format ({error})") from None
 
 
 def stated_prompt_format(checkpoint_dir: Path, adapter_dir: Path | None) -> PromptFormat | None:

@@ -11,6 +11,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from custom_components.runtime.errors import UserError
+
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
@@ -52,7 +54,18 @@ class SentencePieceModel:
 
 
 def read_sentencepiece_model(path: Path) -> SentencePieceModel:
-    """Read a `tokenizer.model` that SentencePiece itself can load; for other files the result is undefined."""
+    """Read a `tokenizer.model` that SentencePiece itself can load.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return _model(path)
+    except (OSError, ValueError, LookupError, TypeError, struct.error, AttributeError) as error:
+        raise UserError(f"{path}: is a damaged SentencePiece model ({error}); download it again") from None
+
+
+def _model(path: Path) -> SentencePieceModel:
     model = SentencePieceModel()
     for number, value in _fields(path.read_bytes()):
         if number == 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 import sentencepiece
 
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.text_files import MOST_BYTES, check_is_file
 from custom_components.transforms.added_tokens import AddedTokens, read_added_tokens
 from custom_components.transforms.tokenizer import Tokenizer
 
@@ -29,9 +30,14 @@ class SentencePieceTokenizer(Tokenizer):
             UserError: it is not a SentencePiece model, or a file beside it is damaged.
         """
         try:
+            check_is_file(path, MOST_BYTES)
             processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except RuntimeError:
-            raise UserError(f"tokenizer.path: {str(path)!r} is not a SentencePiece model; download it again") from None
+            _check_pieces(processor)
+        except (OSError, RuntimeError, ValueError, LookupError) as error:
+            reason = f" ({error})" if type(error) is ValueError else ""
+            raise UserError(
+                f"tokenizer.path: {str(path)!r} is not a SentencePiece model{reason}; download it again"
+            ) from None
         tokenizer = SentencePieceTokenizer(path, processor, read_added_tokens(path.parent, processor.vocab_size()))
         tokenizer._check_that_answers_can_be_split_off()
         return tokenizer
@@ -134,3 +140,19 @@ class SentencePieceTokenizer(Tokenizer):
                 f"tokenizer.path: {str(self.path)!r} joins words into one piece ({crossing!r}) or drops newlines; "
                 "Llama's tokenizers do not, and this one cannot be used for the chat format"
             )
+
+
+def _check_pieces(processor: sentencepiece.SentencePieceProcessor) -> None:
+    """Look at all pieces of a model that SentencePiece has loaded: it takes damaged ones.
+
+    Raises:
+        ValueError: there is no token for unknown text or for the end of a text.
+        RuntimeError, LookupError, UnicodeDecodeError: a piece is damaged.
+    """
+    num_pieces = processor.vocab_size()
+    for name, index in {"unknown text": processor.unk_id(), "the end of a text": processor.eos_id()}.items():
+        if not 0 <= index < num_pieces:
+            raise ValueError(f"it has no token for {name}")
+    for index in range(num_pieces):
+        processor.id_to_piece(index)
+    processor.decode(processor.encode("a 1\n\u6f22"))

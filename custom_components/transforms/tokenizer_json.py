@@ -14,6 +14,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, processors
 
+from custom_components.runtime.json_files import read_json_object
 from custom_components.transforms.added_tokens import AddedToken
 
 _SPACE = "\u2581"
@@ -58,7 +59,7 @@ def equals_but_for_additions(path: Path, tokenizer: tokenizers.Tokenizer) -> boo
     """Whether a tokenizer.json gives all texts the ids of `tokenizer`, and has the tokens that are added to it."""
     if not path.is_file():
         return False
-    theirs, ours = json.loads(path.read_text(encoding="utf-8")), json.loads(tokenizer.to_str())
+    theirs, ours = read_json_object(path), json.loads(tokenizer.to_str())
     parts = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     if any(theirs.get(part) != ours[part] for part in parts):
         return False

@@ -1,20 +1,26 @@
 """The front matter of a model card, README.md beside the weights."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub.repocard import metadata_load
+from custom_components.runtime.plain_yaml import read_yaml
+from custom_components.runtime.text_files import read_text
 
 CARD_NAME = "README.md"
+# The format: huggingface/huggingface_hub, src/huggingface_hub/repocard.py, REGEX_YAML_BLOCK.
+_FRONT_MATTER = re.compile(r"\s*---\n(.*?)\n---[ \t]*(\n|$)", re.DOTALL)
 
 
 def card_metadata(path: Path) -> dict[str, Any]:
     """Read a card's front matter; empty where there is none, or no card."""
     try:
-        return metadata_load(path) or {}
-    except (OSError, ValueError, yaml.YAMLError):
+        # note: huggingface_hub's reader takes any YAML, and waits for a pipe.
+        matter = _FRONT_MATTER.match(read_text(path))
+        values = read_yaml(matter[1]) if matter else None
+    except (OSError, ValueError):
         return {}
+    return values if isinstance(values, dict) else {}
 
 
 def stated_base_model(directory: Path) -> str | None:

@@ -4,8 +4,6 @@ Hugging Face: one or many safetensors, else .bin files. Meta: consolidated.*.pth
 """
 
 import itertools
-import json
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from custom_components.models.shapes import LlamaShape, shape_and_config
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.json_files import read_json_values
+from custom_components.runtime.text_files import check_is_file
+from custom_components.runtime.torch_files import load_torch_file
 from custom_components.weights.card_metadata import names_no_base_model
 from custom_components.weights.directory_checks import check_model_directory, check_not_quantized
 from custom_components.weights.names import (
@@ -143,6 +145,14 @@ def _interleaved(tensor: StoredTensor, shape: LlamaShape) -> StoredTensor:
     return StoredTensor(tensor.file, tensor.stored_name, tensor.shape, read)
 
 
+class _Index(BaseModel):
+    """*.index.json: which file has a tensor, by the tensor's name."""
+
+    model_config = ConfigDict(strict=True)
+
+    weight_map: dict[str, str]
+
+
 # How the names of files begin that may be beside a model.
 _NO_MODEL = ("adapter_", "optimizer", "consolidated")
 
@@ -161,11 +171,11 @@ def _weight_files(checkpoint_dir: Path, index_name: str, pattern: str) -> list[P
             "transformers reads the first: delete the one that is not meant"
         )
     try:
-        names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
-        # Only files of the directory that was named: ../ and absolute paths lead elsewhere.
-        outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        names = sorted(set(_Index.model_validate(read_json_values(index_path)).weight_map.values()))
+    except (OSError, ValueError):
         raise UserError(f"{index_path}: not an index with a weight_map; download the file again") from None
+    # Only files of the directory that was named: ../ and absolute paths lead elsewhere.
+    outside = [name for name in names if Path(name).name != name]
     if outside:
         raise UserError(f"{index_path}: names the shard {outside[0]!r}, which is not in its own directory")
     missing = [name for name in names if not (checkpoint_dir / name).is_file()]
@@ -179,23 +189,22 @@ def _weight_files(checkpoint_dir: Path, index_name: str, pattern: str) -> list[P
 
 def _safetensors(file: Path) -> list[StoredTensor]:
     try:
+        check_is_file(file)
         # note: left open on purpose. The tensors are views of its memory map, read when `read` is called.
         handle = safe_open(file, framework="pt")
         return [
             StoredTensor(file, name, tuple(handle.get_slice(name).get_shape()), partial(handle.get_tensor, name))
             for name in handle.keys()  # noqa: SIM118 - not a mapping
         ]
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        # note: weights_only, or a downloaded file could run code; mmap, or the whole shard is copied into memory.
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file}: not a whole file of plain tensors ({reason}); download it again") from None
+        stored = load_torch_file(file, mmap=True)
+    except ValueError as error:
+        raise UserError(f"{file}: not a whole file of plain tensors ({error}); download it again") from None
     if not isinstance(stored, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in stored.items()
     ):
@@ -226,12 +235,15 @@ def _joined_meta_shards(files: list[Path]) -> list[StoredTensor]:
     shards = [_load_pickle(file) for file in files]
     joined = []
     for name, first in shards[0].items():
-        dimension = _META_SPLIT_DIMENSION.get(name.split(".")[-2])
+        dimension = _META_SPLIT_DIMENSION.get(name.rpartition(".")[0].rpartition(".")[2])
         if lacking := [str(file) for file, shard in zip(files, shards, strict=True) if name not in shard]:
             raise UserError(f"{lacking[0]}: has no {name!r}, which {files[0]} has; download it again")
         if dimension is None:
             joined.append(StoredTensor(files[0], name, tuple(first.shape), partial(_identity, first)))
             continue
+        others = [[*shard[name].shape[:dimension], *shard[name].shape[dimension + 1 :]] for shard in shards]
+        if first.ndim != 2 or any(other != others[0] for other in others):
+            raise UserError(f"{files[0]}: {name!r} does not join with that of the other shards; download them again")
         shape = list(first.shape)
         shape[dimension] = sum(shard[name].shape[dimension] for shard in shards)
         read = partial(torch.cat, [shard[name] for shard in shards], dimension)
@@ -276,7 +288,7 @@ def _cloned_repository(directory: Path) -> str | None:
 def _stated_text(path: Path, key: str) -> str | None:
     """Read a text from a JSON file; None if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError):
+        value = read_json_values(path)[key]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     return value if isinstance(value, str) else None

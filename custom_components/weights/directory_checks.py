@@ -3,15 +3,15 @@
 These checks come first in every recipe, before the tokenizer is read. They open a file only where there is a problem.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.json_files import read_json_values
+from custom_components.runtime.plain_yaml import MOST_YAML_BYTES, read_yaml
+from custom_components.runtime.text_files import read_text
 from custom_components.runtime.validation import nearest_name
 from custom_components.weights.card_metadata import stated_base_model
 
@@ -169,9 +169,9 @@ def _base_of_adapter(adapter_dir: Path) -> str | None:
 def _stated(path: Path, key: str) -> str | None:
     """Read a text from a JSON or YAML file; None if there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
-        value = (json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))[key]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        values = read_json_values(path) if path.suffix == ".json" else read_yaml(read_text(path, MOST_YAML_BYTES))
+        value = values[key]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     return value if isinstance(value, str) else None
 

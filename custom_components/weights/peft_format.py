@@ -4,18 +4,22 @@ Format: huggingface/peft 0.21.2, src/peft/utils/save_and_load.py (keys), src/pef
 `check_target_module_exists` in src/peft/tuners/tuners_utils.py (which layers a config targets).
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from custom_components.models.dora import DoRALinear
 from custom_components.models.linear_names import TARGETS, hugging_face_module, matching_pattern
 from custom_components.models.lora import LoRALinear
 from custom_components.runtime.errors import UserError
+from custom_components.runtime.json_files import read_json_values
+from custom_components.runtime.patterns import matches_whole
+from custom_components.runtime.validation import shown, value_problems
 from custom_components.weights.names import TUNE_NAMES_OF_HUGGING_FACE, translated_name
+from custom_components.weights.peft_keys import PeftKeys, as_list
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 # Weights of the base that PEFT saves along: with an adapter on the head, a resized vocabulary, or `modules_to_save`.
@@ -97,7 +101,7 @@ class PeftConfig:
         """Tell whether a linear layer, by Hugging Face's name (model.layers.0.self_attn.q_proj), has an adapter."""
         if self.exclude_modules and _matches(self.exclude_modules, module):
             return False
-        if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save):
+        if any(matches_whole(rf"(.*\.)?{saved}(\..*)?", module) for saved in self.modules_to_save):
             return False
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             return module != "lm_head"
@@ -107,9 +111,10 @@ class PeftConfig:
         return _matches(self.target_modules, module) and self._layer_of(module) in self.layers_to_transform
 
     def _layer_of(self, module: str) -> int | None:
-        starts = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
-        matches = (re.match(rf"{start}\.(?P<layer>\d+)\.", module) for start in starts)
-        return next((int(match["layer"]) for match in matches if match), None)
+        starts = [rf"(.*\.)?{pattern}" for pattern in self.layers_pattern] or [r".*\.[^.]*"]
+        numbers = [number for number in module.split(".")[1:-1] if number.isdecimal()]
+        found = (n for start in starts for n in numbers if matches_whole(rf"{start}\.{n}\..*", module))
+        return next(map(int, found), None)
 
 
 def read_peft_config(adapter_dir: Path) -> PeftConfig:
@@ -120,38 +125,40 @@ def read_peft_config(adapter_dir: Path) -> PeftConfig:
     """
     path = adapter_dir / ADAPTER_CONFIG_NAME
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(entries, dict):
-            raise UserError(f"{path}: holds {type(entries).__name__}, not a mapping; save the adapter again")
-        if (kind := entries.get("peft_type", "LORA")) != "LORA":
-            raise UserError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be loaded")
-        if missing := [key for key in ("r", "lora_alpha") if key not in entries]:
-            raise UserError(f"{path}: has no {' and no '.join(missing)}; is this the config of a LoRA adapter?")
-        layers = entries.get("layers_to_transform")
-        config = PeftConfig(
-            path=path,
-            rank=_number(entries, "r", int),
-            alpha=_number(entries, "lora_alpha", (int, float)),
-            target_modules=_names(entries, "target_modules"),
-            exclude_modules=_names(entries, "exclude_modules") if entries.get("exclude_modules") else [],
-            layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
-            layers_pattern=_list_of_names(entries, "layers_pattern"),
-            rank_pattern=_numbers_by_pattern(entries, "rank_pattern", int),
-            alpha_pattern=_numbers_by_pattern(entries, "alpha_pattern", (int, float)),
-            modules_to_save=_list_of_names(entries, "modules_to_save"),
-            token_ids=_token_ids(entries.get("trainable_token_indices") or {}),
-            use_rslora=bool(entries.get("use_rslora")),
-            use_dora=bool(entries.get("use_dora")),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not a LoRA adapter's config ({type(error).__name__}: {error})") from None
-    unsupported = [f"{key} is {entries[key]!r}" for key in _UNSUPPORTED if entries.get(key)]
-    if (bias := entries.get("bias")) not in _BIASES:
-        unsupported.append(f"bias is {bias!r}, Llama's layers have none")
+        entries = read_json_values(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a LoRA adapter's config ({error})") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: holds {type(entries).__name__}, not a mapping; save the adapter again")
+    if (kind := entries.get("peft_type", "LORA")) != "LORA":
+        raise UserError(f"{path}: peft_type is {shown(kind)}; only LoRA adapters can be loaded")
+    if missing := [key for key in ("r", "lora_alpha") if key not in entries]:
+        raise UserError(f"{path}: has no {' and no '.join(missing)}; is this the config of a LoRA adapter?")
+    try:
+        keys = PeftKeys.model_validate(entries)
+    except ValidationError as error:
+        problems = value_problems(error, entries, lambda place: "").items()
+        raise UserError(*(f"{path}: {place.removeprefix('.')}: {message}" for place, message in problems)) from None
+    config = PeftConfig(
+        path=path,
+        rank=keys.r,
+        alpha=keys.lora_alpha,
+        target_modules=keys.target_modules,
+        exclude_modules=keys.exclude_modules or [],
+        layers_to_transform=as_list(keys.layers_to_transform) or None,
+        layers_pattern=as_list(keys.layers_pattern),
+        rank_pattern=keys.rank_pattern or {},
+        alpha_pattern=keys.alpha_pattern or {},
+        modules_to_save=as_list(keys.modules_to_save),
+        token_ids=_token_ids(keys.trainable_token_indices or {}, path),
+        use_rslora=bool(keys.use_rslora),
+        use_dora=bool(keys.use_dora),
+    )
+    unsupported = [f"{key} is {shown(entries[key])}" for key in _UNSUPPORTED if entries.get(key)]
+    if (bias := entries.get("bias")) is not None and bias not in _BIASES:
+        unsupported.append(f"bias is {shown(bias)}, Llama's layers have none")
     if str(initialization := entries.get("init_lora_weights")).lower().startswith(_UNSUPPORTED_INITIALIZATIONS):
-        unsupported.append(f"init_lora_weights is {initialization!r}, which changes the base model too")
+        unsupported.append(f"init_lora_weights is {shown(initialization)}, which changes the base model too")
     if unsupported:
         raise UserError(f"{path}: {'; '.join(unsupported)}: such an adapter cannot be built here")
     return config
@@ -196,51 +203,16 @@ def parameter_name(key: str) -> str | None:
 
 def _matches(targets: str | list[str], module: str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        return matches_whole(targets, module)
     return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
-def _number(entries: dict[str, Any], key: str, kinds: Any) -> Any:
-    value = entries[key]
-    if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{key} is {value!r}")
-    return value
-
-
-def _token_ids(value: Any) -> dict[str, list[int]]:
+def _token_ids(value: list[int] | dict[str, list[int]], path: Path) -> dict[str, list[int]]:
     """Read trainable_token_indices: ids of the embedding's rows, or such lists by the name of the matrix."""
     by_name = {"embed_tokens": value} if isinstance(value, list) else value
     token_ids = {TOKEN_MATRICES.get(name.rpartition(".")[2]): ids for name, ids in by_name.items()}
-    is_known = None not in token_ids and all(
-        isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids) and len({*ids}) == len(ids)
-        for ids in token_ids.values()
-    )
-    if not is_known:
-        raise ValueError(f"trainable_token_indices is {value!r}")
+    if None in token_ids or any(len({*ids}) < len(ids) for ids in token_ids.values()):
+        raise UserError(
+            f"{path}: trainable_token_indices is {shown(value)}, not ids of the rows of {[*TOKEN_MATRICES]}"
+        )
     return {name: ids for name, ids in token_ids.items() if name is not None and ids}
-
-
-def _list_of_names(entries: dict[str, Any], key: str) -> list[str]:
-    if not entries.get(key):
-        return []
-    names = _names(entries, key)
-    return [names] if isinstance(names, str) else names
-
-
-def _numbers_by_pattern(entries: dict[str, Any], key: str, kinds: Any) -> dict[str, Any]:
-    values = entries.get(key) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{key} is {values!r}")
-    for pattern in values:
-        re.compile(pattern)
-    return {pattern: _number(values, pattern, kinds) for pattern in values}
-
-
-def _names(entries: dict[str, Any], key: str) -> str | list[str]:
-    value = entries[key]
-    if isinstance(value, str):
-        re.compile(value)
-        return value
-    if not value or not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{key} is {value!r}")
-    return value

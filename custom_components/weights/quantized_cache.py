@@ -14,6 +14,7 @@ from torch import Tensor
 from custom_components.models import quantization
 from custom_components.models.quantization import Quantization
 from custom_components.runtime.atomic_files import whole_file
+from custom_components.runtime.private_files import make_private, make_private_directory
 from custom_components.runtime.terminal import say
 from custom_components.weights.checkpoint_files import BaseCheckpoint
 
@@ -71,9 +72,11 @@ class QuantizedCache:
             for index, tensor in enumerate(quantization.stored_tensors(weight))
         }
         try:
+            make_private_directory(self.path.parent)
             with whole_file(self.path) as path:
                 digests = {name: _digest(tensor) for name, tensor in tensors.items()}
                 save_file(tensors, path, {_DIGESTS: json.dumps(digests)})
+                make_private(path)
         except (OSError, SafetensorError) as error:
             say(f"quantized_cache: not kept, {str(self.path)!r} cannot be written ({error})")
 

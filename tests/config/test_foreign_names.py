@@ -310,7 +310,8 @@ def test_a_component_of_the_users_own_is_held_against_its_signature(tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
 
     def load(*overrides):
-        return load_settings(LoRASettings, ["--config", CONFIGS[LoRASettings], *overrides])
+        trusted = ["--trust-components", "my_parts"]
+        return load_settings(LoRASettings, ["--config", CONFIGS[LoRASettings], *trusted, *overrides])
 
     for good in (
         *("lr_scheduler._component_=my_parts.rate", "lr_scheduler._component_=my_parts.any_rate"),
@@ -325,7 +326,7 @@ def test_a_component_of_the_users_own_is_held_against_its_signature(tmp_path, mo
         *("lr_scheduler={_component_: my_parts.other_rate}", "loss={_component_: my_parts.TwoLoss}"),
         "dataset={_component_: my_parts.listed, source: a}",
     ):
-        [message] = problems(bad)
+        [message] = problems("--trust-components=my_parts", bad)
         assert message.startswith(f"{bad.partition('.')[0].partition('=')[0]}._component_: 'my_parts.")
 
 

@@ -99,3 +99,15 @@ def test_the_logits_of_all_positions_are_never_held(name):
         with LiveBytes() as memory:
             LinearCrossEntropy(chunk_size=128)(hidden_PD, head, torch.empty(num_positions, dtype=torch.long)).backward()
     assert memory.peak_bytes < num_positions * vocab_size * dtype.itemsize / 2
+
+
+@pytest.mark.parametrize("name", ["frozen", "trained"])
+def test_probabilities_of_logits_in_16_bits_are_in_fp32(name):
+    """The loss of bf16 logits is that of the same logits in fp64, to seven digits and not to three."""
+    torch.manual_seed(0)
+    head = HEADS[name]().bfloat16()
+    hidden_PD, labels_P = torch.randn(NUM_POSITIONS, DIM).bfloat16() * 4, torch.arange(NUM_POSITIONS)
+    expected_P = F.cross_entropy(head(hidden_PD).double(), labels_P, reduction="none")
+    losses_P = label_losses(hidden_PD, head, labels_P, 4)
+    assert losses_P.dtype is torch.float32
+    torch.testing.assert_close(losses_P.double(), expected_P, atol=0, rtol=1e-5)

@@ -73,7 +73,8 @@ class LoggerThatFails:
 
 
 def logger_node(log_dir, when):
-    return f"metric_logger={{_component_: {__name__}.LoggerThatFails, log_dir: '{log_dir}', when: {when}}}"
+    node = f"metric_logger={{_component_: {__name__}.LoggerThatFails, log_dir: '{log_dir}', when: {when}}}"
+    return [f"--trust-components={__name__.partition('.')[0]}", node]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_what_fails_before_the_first_step_leaves_output_dir_as_it_was(
     if exists == "empty":
         output_dir.mkdir(parents=True)
     if exists == "a run":
-        code, _, err = run_here(*command, logger_node(output_dir / "logs", "never"))
+        code, _, err = run_here(*command, *logger_node(output_dir / "logs", "never"))
         assert code == 0 and (output_dir / "torchtune_config.yaml").exists(), err
         command += ["overwrite_output_dir=true", "lora_rank=4"]
     before = snapshot(tmp_path)
@@ -108,7 +109,7 @@ def test_what_fails_before_the_first_step_leaves_output_dir_as_it_was(
         monkeypatch.setattr("recipes.lora_single_device.accumulate_gradients", fail)
     elif when.startswith("SIG"):
         monkeypatch.setattr("recipes.lora_single_device.plan_of_run", fail)
-    command += [logger_node(output_dir / "logs", when.replace(" ", "_"))]
+    command += logger_node(output_dir / "logs", when.replace(" ", "_"))
     if when == "log_config":
         with pytest.raises(RuntimeError, match="log_config fails"):
             run_here(*command)

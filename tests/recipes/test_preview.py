@@ -200,7 +200,7 @@ def test_a_data_set_of_ones_own_is_shown_without_places(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     source = write(tmp_path / "rows.jsonl", GOOD, GOOD)
     node = f"dataset={{_component_: own_rows.upper, source: {source}}}"
-    code, printed, err = run_here("preview", *ON_TINY, *OWN_ROWS, node)
+    code, printed, err = run_here("preview", *ON_TINY, *OWN_ROWS, node, "--trust-components", "own_rows")
     assert code == 0, err
     assert printed.startswith("---- row 0: ") and "row 1" not in printed
 

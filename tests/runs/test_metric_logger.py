@@ -8,6 +8,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from custom_components.config.components import trust_packages
 from custom_components.config.lora_settings import LoRASettings
 from custom_components.config.reading import config_text, load_settings
 from custom_components.runs.metric_logger import metric_logger
@@ -56,6 +57,7 @@ def config(tmp_path, monkeypatch) -> str:
 
 
 def node(logger: type) -> dict:
+    trust_packages([__name__.partition(".")[0]])
     return {"_component_": f"{__name__}.{logger.__name__}"}
 
 

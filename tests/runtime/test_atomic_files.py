@@ -1,13 +1,15 @@
 """L18: whole or absent."""
 
+import errno
 import itertools
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
-from custom_components.runtime.atomic_files import sweep_unfinished, whole_directory
+from custom_components.runtime.atomic_files import sweep_unfinished, whole_directory, whole_file
 from custom_components.runtime.ownership import OwnDirectory
 
 
@@ -124,3 +126,48 @@ def test_what_was_aside_inside_of_what_was_aside_is_swept(tmp_path):
     adapter = OwnDirectory({"weights": lambda path: True})
     sweep_unfinished(tmp_path, {r"step_\d+": OwnDirectory({"state": lambda path: True, "adapter": adapter})})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "folder/file"
+    for text in ("old", "new"):
+        with whole_file(path) as aside:
+            aside.write_text(text)
+            assert text == "old" or path.read_text() == "old"
+    with pytest.raises(KeyError), whole_file(path) as aside:
+        aside.write_text("half")
+        raise KeyError
+    assert contents(path.parent) == {"file": "new"}
+
+
+def test_what_a_killed_process_left_of_a_file_is_no_part_of_the_next(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".file.writing").symlink_to(tmp_path / "mine")
+    with whole_file(tmp_path / "file") as aside:
+        aside.write_text("new")
+    assert contents(tmp_path) == {"mine": "mine", "file": "new"}
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError), whole_file(tmp_path / "link"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EIO, errno.ENOSPC])
+def test_only_a_file_system_that_cannot_flush_goes_without(tmp_path, monkeypatch, number):
+    flushed = []
+
+    def fsync(descriptor):
+        flushed.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    is_tolerated = number not in (errno.EIO, errno.ENOSPC)
+    for whole, inside in ((whole_file, ""), (whole_directory, "file")):
+        path, flushed[:] = tmp_path / whole.__name__, []
+        try:
+            with whole(path) as aside:
+                (aside / inside if inside else aside).write_text("new")
+            assert is_tolerated and len(flushed) == 2 and flushed[1] == str(tmp_path)
+        except OSError as error:
+            assert error.errno == number and not is_tolerated and not path.exists()
+    assert len(list(tmp_path.iterdir())) == 2 * is_tolerated

@@ -32,3 +32,15 @@ def test_warmup_as_a_ratio_or_a_number():
     assert schedules.num_warmup_steps(None, 0.03, 10) == 1
     assert schedules.num_warmup_steps(None, 0.0, 10) == 0
     assert schedules.num_warmup_steps(7, 0.0, 100) == 7
+
+
+def test_the_rate_falls_from_the_first_step_after_the_warmup():
+    """After 20 steps of warm-up the other 80 are those of a run of 80 steps without."""
+    for schedule in (schedules.linear, schedules.cosine):
+        after = [schedule(step, 100, 20, final_ratio=0.1) for step in range(21, 101)]
+        assert after == pytest.approx([schedule(step, 80, 0, final_ratio=0.1) for step in range(1, 81)])
+    assert schedules.linear(61, 100, 20) == pytest.approx(0.5)
+
+
+def test_a_constant_rate_without_warmup_is_the_peak_in_each_step():
+    assert [schedules.constant(step, 10, 0) for step in range(1, 11)] == [1.0] * 10

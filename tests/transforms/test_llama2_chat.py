@@ -184,3 +184,14 @@ def test_decode_leaves_out_ids_of_a_padded_vocabulary(tiny_tokenizer):
 def test_embedded_tokenizer_has_llamas_control_tokens():
     processor = sentencepiece.SentencePieceProcessor(model_file=str(TINY_TOKENIZER))
     assert [processor.unk_id(), processor.bos_id(), processor.eos_id()] == [0, 1, 2]
+
+
+def test_of_three_answers_only_the_last_is_trained_on():
+    tokenizer = Llama2ChatTransform(TINY_TOKENIZER, train_on="last_assistant")
+    every = Llama2ChatTransform(TINY_TOKENIZER)
+    dialog = [{"role": role, "content": f"{role} {turn}"} for turn in range(3) for role in ("user", "assistant")]
+    tokens, mask = (tokenizer({"messages": dialog})[key] for key in ("tokens", "mask"))
+    whole = every({"messages": dialog})
+    assert tokens == whole["tokens"]
+    before = len(every({"messages": dialog[:4]})["tokens"])
+    assert all(mask[:before]) and mask[before:] == whole["mask"][before:] and not all(mask[before:])

@@ -13,6 +13,7 @@ from custom_components.weights.adapted_model import lora_settings
 from custom_components.weights.adapter_files import open_adapter
 from custom_components.weights.adapters import check_adapter_fits, copy_into_adapter, load_adapter, save_adapter
 from custom_components.weights.checkpoint_files import open_checkpoint
+from custom_components.weights.peft_format import read_peft_config
 from tests.support.adapters import WEIGHTS, assert_same_logits
 from tests.support.models import TOKENS, inference_model, loaded_model
 
@@ -136,16 +137,16 @@ def test_the_spellings_are_those_that_are_written(make_checkpoint, tmp_path, pef
     [
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changes the base"),
-        ({"rank_pattern": {"q_proj": 0}}, "q_proj is 0"),
-        ({"rank_pattern": {"(q_proj": 2}}, "not a LoRA adapter's config"),
-        ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern is \['q_proj'\]"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj: 0 should be greater than 0"),
+        ({"rank_pattern": {"(q_proj": 2}}, "should be a regular expression"),
+        ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern: \['q_proj'\] should be"),
         ({"bias": "some"}, "bias is 'some'"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"r": 0}, "r is 0"),
-        ({"lora_alpha": "16"}, "lora_alpha is '16'"),
-        ({"lora_alpha": True}, "lora_alpha is True"),
-        ({"target_modules": []}, r"target_modules is \[\]"),
-        ({"target_modules": "(q_proj"}, "not a LoRA adapter's config"),
+        ({"r": 0}, "r: 0 should be greater than 0"),
+        ({"lora_alpha": "16"}, "lora_alpha: '16' should be"),
+        ({"lora_alpha": True}, "lora_alpha: True should be"),
+        ({"target_modules": []}, r"target_modules: \[\] should be"),
+        ({"target_modules": "(q_proj"}, "should be a regular expression"),
     ],
 )
 def test_adapters_that_cannot_be_built_are_refused_in_one_line(tmp_path, changes, words):
@@ -188,3 +189,15 @@ def test_a_training_run_begins_from_an_adapter_of_peft(make_checkpoint, tmp_path
     ]:
         with pytest.raises(UserError, match=words):
             check_adapter_fits(loaded_model(checkpoint, **lora | change), open_adapter(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_pattern_that_would_match_for_ever_is_refused_in_a_second(tmp_path, key):
+    pattern = r"(.|..|...)+(?<!j)"
+    value = {pattern: 2} if key == "rank_pattern" else pattern
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", key: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    config = read_peft_config(tmp_path)
+    with pytest.raises(UserError, match="takes more than 0.5 s to match"):
+        assert config.targets("model.layers.10.self_attn.q_proj")
+        config.rank_of("model.layers.10.self_attn.q_proj")

@@ -224,3 +224,14 @@ def test_meta_s_params_say_what_they_say(make_checkpoint):
         write(hidden_dim=192, **{key: value})
         with pytest.raises(UserError, match=f"params.json: {key} = .* is not supported"):
             open_checkpoint(checkpoint)
+
+
+def test_what_old_pickles_keep_of_the_rotation_is_left_out(make_checkpoint):
+    """transformers before 4.31 stored rotary_emb.inv_freq of each layer, and Meta rope.freqs."""
+    checkpoint = make_checkpoint()
+    expected = logits(checkpoint)
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    rotation = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(2)}
+    torch.save(tensors | rotation, checkpoint / "pytorch_model.bin")
+    assert torch.equal(logits(checkpoint), expected)
