@@ -51,4 +51,4 @@ def command(job: TrainingJob) -> list[str]:
     }
     tune = Path(sys.executable).with_name("tune")
     words = [str(tune), "run", f"recipes/{recipe}.py", "--config", f"configs/{config}.yaml"]
-    return words + [f"{key}={value}" for key, value in overrides.items()]
+    return [*words, "--trust-components", "benchmarks", *(f"{key}={value}" for key, value in overrides.items())]

@@ -31,6 +31,8 @@ SURFACE = {
         *("tensor_meta", "block_size", "n_blocks", "scaler_block_size", "quantized_scalers"),
         *("quantization_factor", "scaler_mean", "quantized_data", "nf4"),
     ],
+    "torchao.quantization.Int8Tensor": None,
+    "torchao.quantization.PerRow": [],
     "torchao.dtypes.nf4tensor.SubclassTensorArgs": [
         *("original_shape", "original_strides", "storage_offset", "dtype", "device", "requires_grad"),
     ],

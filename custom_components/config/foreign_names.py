@@ -42,7 +42,7 @@ _ROWS: list[tuple[str | None, str, str]] = [
     ("use_rslora", "", "peft_use_rslora rslora"),
     ("use_dora", "", "peft_use_dora dora"),
     ("lora_plus_ratio", "", "loraplus_lr_ratio loraplus_ratio"),
-    ("quantize_base", "true is 4-bit NF4", "load_in_4bit load_in_8bit quantization_bit quantization use_4bit"),
+    ("quantize_base", "true is 4-bit NF4", "load_in_4bit load_in_8bit quantization_bit use_4bit"),
     ("quantize_base", "true for qlora, false for lora", "adapter finetuning_type peft_type"),
     # ---- The data
     ("max_seq_len", "", "sequence_len max_length max_seq_length cutoff_len model_max_length block_size seq_len"),

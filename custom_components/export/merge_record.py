@@ -34,7 +34,7 @@ class _Record(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    adapters: list[_MergedIn]
+    adapters: Annotated[list[_MergedIn], Field(min_length=1)]
     # Of before 0.1, without sizes.
     files: dict[str, Annotated[int, Field(ge=0)]] = {}
 

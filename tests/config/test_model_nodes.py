@@ -42,6 +42,7 @@ def of_recipe(recipe: str, tmp_path, component: str, *keys: str) -> str:
         str(PROJECT / f"configs/{config[recipe]}.yaml"),
         f"output_dir={tmp_path}/out",
         "cache_dir=null",
+        *("--trust-components", "tests"),
     ]
     code, _, err = run_here(recipe, *paths, "device=cpu", node)
     assert code == 2, err

@@ -15,6 +15,7 @@ import yaml
 from custom_components.datasets.token_cache import TokenCache
 from custom_components.runs.resuming import open_run_to_resume
 from custom_components.runtime.errors import UserError
+from custom_components.training.state import Progress
 from custom_components.transforms.prompt_format import PromptFormat, read_prompt_format
 from custom_components.weights.adapters import save_adapter
 from tests.support.adapters import WEIGHTS
@@ -223,7 +224,9 @@ def test_L29_yaml_is_not_executed(make_checkpoint, tmp_path, monkeypatch):
         read_prompt_format(tmp_path)
     step = tmp_path / "step_000001"
     step.mkdir()
-    torch.save({}, step / "state.pt")
+    optimizer = {"state": {}, "param_groups": []}
+    state = {"optimizer": optimizer, "scaler": {}, "data_digest": "", "best_adapter": {}}
+    torch.save(state | {"progress": vars(Progress(num_steps=1))}, step / "state.pt")
     (step / "config.yaml").write_text(text)
     with pytest.raises(UserError, match="cannot be read"):
         open_run_to_resume(str(step), tmp_path)

@@ -319,7 +319,8 @@ def test_L30_a_full_disk_destroys_no_checkpoint(short_run, monkeypatch):
     _, output_dir = short_run
     model = with_random_adapters(loaded_model(output_dir.parent / "base", lora_rank=16, lora_alpha=32))
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    state = TrainingState(optimizer, torch.amp.GradScaler("cpu", enabled=False), "", Progress(num_steps=9))
+    no_scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainingState(optimizer, no_scaler, "", progress=Progress(num_steps=9))
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -54,7 +54,7 @@ def test_a_run_writes_what_it_says(finished_run):
     ]
     for words in (
         "1200 rows, 1200 kept",
-        "trained parameters in fp32 over a base in NF4",
+        "trained parameters in fp32 over a base in 4-bit NF4",
         "6 steps",
         "before  ",
         "after   ",

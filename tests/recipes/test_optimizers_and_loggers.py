@@ -50,7 +50,7 @@ def test_what_needs_cuda_is_refused_on_the_cpu(monkeypatch):
         return load_settings(LoRASettings, ["--config", "configs/tiny_qlora.yaml", *overrides])
 
     paged = settings("optimizer._component_=bitsandbytes.optim.PagedAdamW", "~optimizer.fused")
-    offloading = settings("enable_activation_offloading=true")
+    offloading = settings("enable_activation_offloading=true", "enable_activation_checkpointing=true")
     for refused, reason in ((paged, "PagedAdamW needs CUDA"), (offloading, "enable_activation_offloading")):
         with pytest.raises(UserError, match=reason):
             refuse_cuda_only_settings(refused, CPU)
