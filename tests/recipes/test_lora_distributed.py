@@ -77,6 +77,7 @@ def test_two_ranks_leave_what_one_process_leaves(folder, two):
     assert "3 steps" in two[0].stdout and "step 3/3" in two[0].stderr
 
 
+@pytest.mark.slow  # it waits for five seconds
 def test_a_recipe_for_one_process_is_refused_in_several(folder):
     ranks = ForkedRanks(2, *run_of(folder, "refused"), recipe="recipes/lora_single_device.py").results(60)
     assert [rank.returncode for rank in ranks] == [2, 2]
