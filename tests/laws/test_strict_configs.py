@@ -80,6 +80,8 @@ def test_L26_any_values_of_any_keys(tmp_path, of_recipe, data):
     try:
         load(tmp_path / "config.yaml", settings_type=of_recipe.settings)
     except UserError as error:
+        if any(": a secret would be copied" in message for message in error.messages):
+            return  # it is named alone, for other messages show values
         assert all(any(message.startswith(f"{key}: ") for message in error.messages) for key in unknown)
     else:
         assert not unknown
